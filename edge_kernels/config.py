@@ -1,0 +1,127 @@
+"""The two frozen configurations that the loss and the advantage functions take.
+
+Names and meanings are TRL's where TRL has the option. Validation happens here, once, so that no kernel checks again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+ImportanceLevel = Literal["token", "sequence"]
+SamplerRatioMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+InjectedTreatment = Literal["credit", "mask", "sft", "shaped"]
+MeanOver = Literal["group", "batch"]
+
+
+def _one_of(name: str, value: object, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+    """Require a real number (infinity allowed, NaN not), strictly above or at least a bound."""
+    bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
+    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)
+    if bad or (above is not None and not value > above) or (least is not None and not value >= least):
+        raise ValueError(f"{name} must be a number{bound}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class EDAConfig:
+    """How an Entropy-Driven Advantage is formed (arXiv:2507.21848, eqs. 3, 6, 7).
+
+    ``min_ratio``, ``max_ratio``  bounds of the normalized entropy P_hat (a response of entropy 0 would otherwise get an
+                                  infinite weight); 0 and infinity restore the unbounded published form.
+    ``preserve_scale``            rescale the weights of a group so that its mean absolute advantage is unchanged.
+    ``mean_over``                 "group": P_hat is relative to the response's own group, as in the paper; "batch":
+                                  relative to all responses passed, as in the published code.
+    ``scale_rewards``             divide the group advantage by the group's standard deviation.
+    """
+
+    min_ratio: float = 0.1
+    max_ratio: float = 10.0
+    preserve_scale: bool = False
+    mean_over: MeanOver = "group"
+    scale_rewards: bool = True
+
+    def __post_init__(self) -> None:
+        _number("min_ratio", self.min_ratio, least=0)
+        _number("max_ratio", self.max_ratio, above=0)
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio must not exceed max_ratio; got {self.min_ratio} > {self.max_ratio}")
+        _one_of("mean_over", self.mean_over, MeanOver)
+
+
+@dataclass(frozen=True)
+class GRPOLossConfig:
+    """Everything that decides the loss of a token besides the tensors; see DESIGN and ``edge_kernels.reference``.
+
+    ``loss_type``                  per-token objective and normalizer: "grpo", "bnpo", "dr_grpo", "dapo", "cispo".
+    ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself.
+    ``delta``                      upper bound of the unclipped ratio (two-sided clipping), None for none.
+    ``beta``                       weight of the KL penalty to the reference policy (the k3 estimator).
+    ``importance_sampling_level``  "token", or "sequence" (GSPO: one length-normalized ratio per response).
+    ``temperature, softcap, logit_scale``  the transformation of the logits; see ``token_stats``.
+    ``max_completion_length``      the constant that "dr_grpo" divides by; required there.
+    ``entropy_coef``               weight of the entropy bonus.
+    ``top_entropy_quantile``       only this share of tokens, those of highest entropy, gets a policy gradient.
+    ``sampler_ratio_cap, sampler_ratio_floor, sampler_ratio_mode``  correction of the mismatch between sampler and
+                                   trainer, exp(old_logprobs - sampling_logprobs): truncated to or masked outside
+                                   [floor, cap], by token or by sequence. None for the cap turns it off.
+    ``injected``                   what a token the policy did not sample does: "credit" it like any other, "mask" it,
+                                   "sft" (``sft_weight`` times its negative log-likelihood), "shaped" (its ratio becomes
+                                   p / (p + ``shaped_gamma``), unclipped, as in LUFFY).
+    """
+
+    loss_type: LossType = "dapo"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    beta: float = 0.0
+    importance_sampling_level: ImportanceLevel = "token"
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    max_completion_length: int | None = None
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    sampler_ratio_cap: float | None = None
+    sampler_ratio_floor: float = 0.0
+    sampler_ratio_mode: SamplerRatioMode = "token_truncate"
+    injected: InjectedTreatment = "credit"
+    sft_weight: float = 1.0
+    shaped_gamma: float = 0.1
+    eda: EDAConfig = field(default_factory=EDAConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("loss_type", self.loss_type, LossType)
+        _one_of("importance_sampling_level", self.importance_sampling_level, ImportanceLevel)
+        _one_of("sampler_ratio_mode", self.sampler_ratio_mode, SamplerRatioMode)
+        _one_of("injected", self.injected, InjectedTreatment)
+        _number("epsilon_low", self.epsilon_low, least=0)
+        _number("epsilon_high", self.epsilon_high, least=0)
+        if self.delta is not None:
+            _number("delta", self.delta, above=1)
+        _number("beta", self.beta, least=0)
+        _number("temperature", self.temperature, above=0)
+        if self.softcap is not None:
+            _number("softcap", self.softcap, above=0)
+        _number("logit_scale", self.logit_scale)
+        _number("entropy_coef", self.entropy_coef)
+        _number("sft_weight", self.sft_weight, least=0)
+        _number("shaped_gamma", self.shaped_gamma, above=0)
+        _number("sampler_ratio_floor", self.sampler_ratio_floor, least=0)
+        if self.sampler_ratio_cap is not None:
+            _number("sampler_ratio_cap", self.sampler_ratio_cap, above=0)
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile must lie in (0, 1]; got {self.top_entropy_quantile!r}")
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1; got {self.max_completion_length!r}")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("loss_type='dr_grpo' divides by max_completion_length; set it to the generation limit")
+        if not isinstance(self.eda, EDAConfig):
+            raise TypeError(f"eda must be an EDAConfig; got {type(self.eda).__name__}")

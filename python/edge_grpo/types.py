@@ -1,0 +1,112 @@
+"""The plain data that flows through a training step, from a dataset row to a corrected response.
+
+No behaviour lives here beyond invariants; everything is token ids and Python numbers, so that it can cross processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+Correction = Literal["reflect", "answer", "solution"]
+Outcome = Literal["correct", "wrong", "unparseable", "timed_out"]
+
+
+class Provenance(IntEnum):
+    """Who wrote a token: the policy in its first attempt, we, or the policy going on after what we wrote."""
+
+    SAMPLED = 0
+    INJECTED = 1
+    CONTINUED = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One dataset row. ``extra`` holds the row's other columns, which user reward functions receive by name."""
+
+    index: int
+    problem: str
+    answer: str | None = None
+    solution: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the model sees it: the rendered text and its token ids."""
+
+    example: Example
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A completion as token ids, the end-of-sequence token included where there is one.
+
+    ``logprobs``, ``entropy`` and ``provenance`` have one entry per token. NaN marks a token without a record: an
+    injected one, or every one from an engine that does not report the quantity. Entropy is in nats.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    entropy: tuple[float, ...]
+    provenance: tuple[Provenance, ...]
+    finish_reason: FinishReason
+    correction: Correction | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.logprobs), len(self.entropy), len(self.provenance)}
+        if len(lengths) != 1:
+            raise ValueError(
+                "token_ids, logprobs, entropy and provenance must have one entry per token; got lengths "
+                f"{len(self.token_ids)}, {len(self.logprobs)}, {len(self.entropy)}, {len(self.provenance)}"
+            )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether sampling left a logprob and an entropy for every token, so that no scoring pass is needed."""
+        return not any(map(math.isnan, self.logprobs)) and not any(map(math.isnan, self.entropy))
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a response earned: the weighted total, its unweighted parts by name, and the accuracy reward's verdict."""
+
+    total: float
+    parts: Mapping[str, float]
+    outcome: Outcome
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome == "correct"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: ``temperature`` 0 is greedy; ``top_p`` 1 is the whole distribution; lengths are in tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        """Return one response per prompt, in order. The same prompts, weights and seed give the same responses.
+
+        A prompt may repeat (that is how a group is sampled) and may end in a partial completion, which is continued.
+        """
+        ...
+
+    def update_weights(self, model: Any) -> None:
+        """Make the engine generate with ``model``'s present parameters from the next call on."""
+        ...
+
+    def close(self) -> None: ...
