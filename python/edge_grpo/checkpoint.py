@@ -1,0 +1,81 @@
+"""Checkpoints that are either whole or absent: written beside their place, then renamed into it.
+
+``accelerate`` writes model, optimizer, random states and registered objects; this file owns the folder's life cycle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+_NAME = re.compile(r"step-(\d{6,})")
+_STATE = "trainer_state.json"
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have a whole checkpoint in ``folder``, in ascending order."""
+    if not folder.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir())
+    return sorted(int(match[1]) for match, entry in matches if match and (entry / _STATE).is_file())
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Path:
+    """Write the state after ``step`` steps and delete all but the newest ``keep`` checkpoints. All processes call it."""
+    target = path_of(folder, step)
+    partial = folder / f".partial-{target.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / _STATE).write_text(json.dumps({"step": step}))
+        _flush_to_disk(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _sync_directory(folder)
+        for old in steps(folder)[:-keep] if keep else []:
+            shutil.rmtree(path_of(folder, old))
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load_latest(accelerator: Accelerator, folder: Path) -> int:
+    """Restore the newest whole checkpoint and return its step. Raises ``FileNotFoundError`` when there is none."""
+    found = steps(folder)
+    if not found:
+        raise FileNotFoundError(
+            f"nothing to resume: {folder} holds no whole checkpoint; start the run without --resume, "
+            "and set save_every to a smaller number of steps if it ended before the first one"
+        )
+    accelerator.load_state(str(path_of(folder, found[-1])))
+    return found[-1]
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Make the files durable before the rename makes them visible; a crash must not leave a whole name on half a file."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(folder)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""What a training step reports: pure functions from the step's samples to named numbers.
+
+Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean, pvariance, stdev
+
+from .batching import Sample
+from .types import Provenance, Reward
+
+
+def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the metrics that rewards, correction and advantages decide, for one rollout."""
+    rewards = [sample.reward.total for sample in samples]
+    tokens = [float(value) for sample in samples for value in _entropy(sample)]
+    per_response = [fmean(_entropy(sample)) for sample in samples if len(_entropy(sample))]
+    weights = [sample.weight for sample in samples]
+    lengths = [len(sample.response.token_ids) for sample in samples]
+    injected = sum(sample.response.provenance.count(Provenance.INJECTED) for sample in samples)
+    corrections = Counter(sample.response.correction for sample in samples)
+    outcomes = Counter(sample.first_reward.outcome for sample in samples)
+    metrics = {
+        "reward/mean": fmean(rewards),
+        "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
+        "accuracy/before": _share(sample.first_reward.correct for sample in samples),
+        "accuracy/after": _share(sample.reward.correct for sample in samples),
+        "collapsed/before": _collapsed((sample.group, sample.first_reward) for sample in samples),
+        "collapsed/after": _collapsed((sample.group, sample.reward) for sample in samples),
+        "advantage/var": pvariance([sample.advantage for sample in samples]),
+        "entropy/token_mean": fmean(tokens),
+        "entropy/response_mean": fmean(per_response),
+        "eda/weight_min": min(weights),
+        "eda/weight_mean": fmean(weights),
+        "eda/weight_max": max(weights),
+        "tokens/injected_share": injected / sum(lengths),
+        "length/mean": fmean(lengths),
+        "length/min": float(min(lengths)),
+        "length/max": float(max(lengths)),
+        "length/truncated": _share(sample.first.finish_reason == "length" for sample in samples),
+    }
+    metrics |= {f"correction/{kind}": float(corrections[kind]) for kind in ("reflect", "answer", "solution")}
+    metrics |= {
+        f"outcome/{outcome}": float(outcomes[outcome]) for outcome in ("correct", "wrong", "unparseable", "timed_out")
+    }
+    for name in samples[0].reward.parts:
+        metrics[f"reward/{name}"] = fmean(sample.reward.parts[name] for sample in samples)
+    return metrics
+
+
+def drift_metrics(pairs: Sequence[tuple[Sample, Sequence[float], Sequence[float]]]) -> dict[str, float]:
+    """Return how far the trainer's recomputed logprobs and entropies lie from those recorded while sampling.
+
+    ``pairs`` holds a sample and the recomputed logprobs and entropies of its tokens, under the weights that sampled it.
+    Tokens without a record do not count; with no record at all there are no metrics.
+    """
+    logprob_errors: list[float] = []
+    entropy_errors: list[float] = []
+    for sample, logprobs, entropy in pairs:
+        for recorded, recomputed in zip(sample.response.logprobs, logprobs, strict=True):
+            if not math.isnan(recorded):
+                logprob_errors.append(abs(recorded - recomputed))
+        for recorded, recomputed in zip(sample.response.entropy, entropy, strict=True):
+            if not math.isnan(recorded):
+                entropy_errors.append(abs(recorded - recomputed))
+    metrics = {}
+    if logprob_errors:
+        metrics |= {"drift/logprob_mean": fmean(logprob_errors), "drift/logprob_max": max(logprob_errors)}
+    if entropy_errors:
+        metrics["drift/entropy_max"] = max(entropy_errors)
+    return metrics
+
+
+def _entropy(sample: Sample) -> list[float]:
+    assert sample.entropy is not None, "the scoring pass fills the entropy of every sample"
+    return sample.entropy.tolist()
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values)
+
+
+def _collapsed(rewards: Iterable[tuple[int, Reward]]) -> float:
+    """Return the share of groups whose rewards are all equal: they teach nothing."""
+    groups: defaultdict[int, set[float]] = defaultdict(set)
+    for group, reward in rewards:
+        groups[group].add(reward.total)
+    return _share(len(values) == 1 for values in groups.values())
