@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -41,15 +42,22 @@ def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Pat
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / _STATE).write_text(json.dumps({"step": step}))
-        _flush_to_disk(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        _sync_directory(folder)
+        _replace(partial, target)
         for old in steps(folder)[:-keep] if keep else []:
             shutil.rmtree(path_of(folder, old))
     accelerator.wait_for_everyone()
     return target
+
+
+def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: Any) -> None:
+    """Write model and tokenizer as a folder that ``from_pretrained`` loads, replacing an older one as a whole."""
+    if accelerator.is_main_process:
+        partial = target.with_name(f".partial-{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _replace(partial, target)
+    accelerator.wait_for_everyone()
 
 
 def load_latest(accelerator: Accelerator, folder: Path) -> int:
@@ -64,13 +72,17 @@ def load_latest(accelerator: Accelerator, folder: Path) -> int:
     return found[-1]
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """Make the files durable before the rename makes them visible; a crash must not leave a whole name on half a file."""
-    for path in folder.rglob("*"):
+def _replace(partial: Path, target: Path) -> None:
+    """Put a finished folder in its place. Its files are durable first: no crash leaves a whole name on half a file."""
+    for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_directory(folder)
+    _sync_directory(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    _sync_directory(target.parent)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -1,0 +1,115 @@
+"""Step metrics on a worked example, and the two logs that hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+from io import StringIO
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from edge_grpo.batching import Sample
+from edge_grpo.metrics import drift_metrics, step_metrics
+from edge_grpo.runlog import RunLog, completion_record
+from edge_grpo.seeding import derive_seed
+from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
+
+S, I, C = Provenance.SAMPLED, Provenance.INJECTED, Provenance.CONTINUED
+RIGHT, WRONG = Reward(1.0, {"accuracy": 1.0}, "correct"), Reward(0.0, {"accuracy": 0.0}, "wrong")
+PROMPT = Prompt(Example(4, "1 + 1 = ?", "2"), "<user>1 + 1 = ?", (1, 2))
+
+
+def response(provenance, *, correction=None, finish="stop") -> Response:
+    ids = tuple(range(len(provenance)))
+    records = tuple(math.nan if mark is I else -0.5 for mark in provenance)
+    return Response(ids, records, tuple(-r for r in records), tuple(provenance), finish, correction)
+
+
+def two_groups() -> list[Sample]:
+    """Group 0: wrong and wrong, the second corrected. Group 1: right and right."""
+    first, corrected = response([S, S], finish="length"), response([S, I, C, C], correction="reflect")
+    samples = [
+        Sample(PROMPT, 0, first, WRONG, first, WRONG, advantage=-1.0, weight=0.5),
+        Sample(PROMPT, 0, first, WRONG, corrected, RIGHT, advantage=1.0, weight=2.0),
+        Sample(PROMPT, 1, response([S]), RIGHT, response([S]), RIGHT),
+        Sample(PROMPT, 1, response([S]), RIGHT, response([S]), RIGHT),
+    ]
+    for sample, entropy in zip(samples, ([1.0, 3.0], [0.0, 0.0, 2.0, 2.0], [4.0], [6.0]), strict=True):
+        sample.entropy = torch.tensor(entropy)
+    return samples
+
+
+def test_step_metrics_on_a_worked_example():
+    metrics = step_metrics(two_groups())
+    expected = {
+        "reward/mean": 0.75,
+        "reward/std": 0.5,
+        "accuracy/before": 0.5,
+        "accuracy/after": 0.75,
+        "collapsed/before": 1.0,
+        "collapsed/after": 0.5,
+        "advantage/var": 0.5,
+        "entropy/token_mean": 18 / 8,
+        "entropy/response_mean": (2 + 1 + 4 + 6) / 4,
+        "eda/weight_min": 0.5,
+        "eda/weight_mean": 4.5 / 4,
+        "eda/weight_max": 2.0,
+        "tokens/injected_share": 1 / 8,
+        "length/mean": 2.0,
+        "length/min": 1.0,
+        "length/max": 4.0,
+        "length/truncated": 0.5,
+        "correction/reflect": 1.0,
+        "correction/answer": 0.0,
+        "outcome/correct": 2.0,
+        "outcome/wrong": 2.0,
+        "reward/accuracy": 0.75,
+    }
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+
+
+def test_drift_counts_only_recorded_tokens():
+    sample = two_groups()[1]
+    metrics = drift_metrics([(sample, [-0.5, 100.0, -0.7, -0.5], [0.5, 100.0, 0.5, 0.4])])
+    assert metrics == pytest.approx(
+        {"drift/logprob_mean": 0.2 / 3, "drift/logprob_max": 0.2, "drift/entropy_max": 0.1}
+    )
+    assert drift_metrics([]) == {}
+
+
+def test_completion_record_cuts_where_provenance_changes():
+    record = completion_record(7, two_groups()[1], lambda ids: "".join(map(str, ids)))
+    assert record["segments"] == [["sampled", "0"], ["injected", "1"], ["continued", "23"]]
+    assert (record["step"], record["index"], record["reward_before"], record["reward"]) == (7, 4, 0.0, 1.0)
+
+
+def log_to(folder, resume_step) -> RunLog:
+    return RunLog(Accelerator(cpu=True), folder, steps=9, resume_step=resume_step, console=Console(file=StringIO()))
+
+
+def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    with log_to(tmp_path, 0) as log:
+        for step in (0, 1, 2, 3):
+            log.step(step, {"loss": math.inf if step == 1 else 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    with log_to(tmp_path, 2) as log:
+        log.step(3, {"loss": 0.25})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [
+        {"step": 0, "loss": 0.5},
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 0.25},
+    ]
+
+
+def test_seeds_depend_on_the_whole_place():
+    places = [(), ("rollout", 1, 0), ("rollout", 0, 1), ("rollout", 1), ("correction", 1, 0), ("rollout", 10)]
+    seeds = {derive_seed(seed, *place) for seed in (0, 1) for place in places}
+    assert len(seeds) == 2 * len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "rollout", 1, 0) == derive_seed(0, "rollout", 1, 0)
