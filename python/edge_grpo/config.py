@@ -27,6 +27,8 @@ import yaml
 
 from edge_kernels.config import GRPOLossConfig
 
+from .text import fill, last_box
+
 Method = Literal["edge", "grpo", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
 Precision = Literal["float32", "bfloat16", "mixed"]
@@ -75,6 +77,18 @@ class DataConfig:
     prompt_template: str = "{problem}"  # user message; must contain {problem}
     max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted in the log
 
+    def __post_init__(self) -> None:
+        problems = _whole(1, eval_size=self.eval_size, max_prompt_length=self.max_prompt_length)
+        roles = ("problem", "answer", "solution")
+        for role in self.columns:
+            if role not in roles:
+                close = difflib.get_close_matches(str(role), roles, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                problems.append(f"columns maps {', '.join(roles)} to the dataset's columns; got the key {role!r}{hint}")
+        if fill(self.prompt_template, "problem", "x") == fill(self.prompt_template, "problem", "y"):
+            problems.append(f"prompt_template must contain {{problem}}; got {self.prompt_template!r}")
+        _raise(problems)
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -107,6 +121,20 @@ class RewardConfig:
     format: float = 0.0  # weight of there being exactly one well-formed \boxed{}
     functions: dict[str, float] = field(default_factory=dict)  # package.module:function -> weight
 
+    def __post_init__(self) -> None:
+        weights = {"accuracy": self.accuracy, "format": self.format}
+        weights |= {f"functions[{path!r}]": weight for path, weight in self.functions.items()}
+        problems = []
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                problems.append(f"{name} must be a finite number; got {weight!r}")
+        for path in self.functions:
+            if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", str(path)):
+                problems.append(f"functions are named package.module:function; got {path!r}")
+        if not problems and not any(weights.values()):
+            problems.append("accuracy, format and functions all have weight 0, so there is nothing to learn")
+        _raise(problems)
+
 
 @dataclass(frozen=True)
 class CorrectionConfig:
@@ -117,6 +145,26 @@ class CorrectionConfig:
     answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends then; contains {answer}
     max_length: int = 256  # tokens that a correction may add to a response
     truncated: bool = True  # whether responses cut off by the length limit are corrected too
+
+    def __post_init__(self) -> None:
+        kinds = {"reflect": self.reflect, "answer": self.answer, "solution": self.solution}
+        problems = _real(">= 0", **kinds) + _whole(1, max_length=self.max_length)
+        if not problems and abs(sum(kinds.values()) - 1) > 1e-6:
+            problems.append(
+                "reflect, answer and solution are the probabilities of the three corrections and must add up to 1; got "
+                f"{self.reflect} + {self.answer} + {self.solution} = {sum(kinds.values()):g}"
+            )
+        if not self.reflection_text.strip() and self.reflect + self.answer:
+            problems.append("reflection_text must not be empty; set reflect and answer to 0 to leave it out")
+        filled = fill(self.answer_text, "answer", "7")
+        if filled == fill(self.answer_text, "answer", "8"):
+            problems.append(f"answer_text must contain {{answer}}; got {self.answer_text!r}")
+        elif "\\boxed" in filled and last_box(filled) != "7":
+            problems.append(
+                f"answer_text must put {{answer}} into a readable \\boxed{{}}; got {self.answer_text!r}, which makes "
+                f"{filled!r} of the answer 7; double the braces that are to stay: \\boxed{{{{{{answer}}}}}}"
+            )
+        _raise(problems)
 
 
 @dataclass(frozen=True)
