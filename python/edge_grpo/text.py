@@ -9,6 +9,7 @@ import re
 import string
 
 _BOXES_AND_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<brace>[{}])", re.DOTALL)
+_BOX = re.compile(r"\\boxed\s*\{")
 _MATH_DELIMITERS = re.compile(r"(?P<escaped>\\\\|\\\$)|\$|\\[()\[\]]")
 
 
@@ -53,7 +54,8 @@ def last_box(text: str) -> str | None:
 def bare_answer(text: str) -> str:
     r"""An answer without what surrounds it: blanks, math delimiters (``$``, ``\(``, ``\[``), a box around all of it."""
     text = _MATH_DELIMITERS.sub(lambda match: match["escaped"] or "", text).strip()
-    inner = boxes(text)
-    if inner and inner[0] is not None and re.fullmatch(r"\\boxed\s*\{" + re.escape(inner[0]) + r"\}", text):
-        return bare_answer(inner[0])
+    while (opening := _BOX.match(text)) and (content := boxes(text)[0]) is not None:
+        if opening.end() + len(content) + 1 != len(text):
+            break  # something follows the box
+        text = content.strip()
     return text
