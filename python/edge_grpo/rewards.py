@@ -33,6 +33,7 @@ MAX_ANSWER_LENGTH = 1000
 _TIMEOUT_SECONDS = 5
 _CACHE_SIZE = 4096
 
+_BLANKS_BY_SYMBOLS = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _INTEGER = re.compile(r"[+-]?\d+")
 _SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
@@ -166,7 +167,7 @@ def normalize(answer: str) -> str:
 
 def _compare(gold: str, read: str) -> Outcome:
     right = normalize(gold)
-    if read == right:
+    if _BLANKS_BY_SYMBOLS.sub("", read) == _BLANKS_BY_SYMBOLS.sub("", right):
         return "correct"
     if _INTEGER.fullmatch(read) and _INTEGER.fullmatch(right):
         return "correct" if _canonical_integer(read) == _canonical_integer(right) else "wrong"

@@ -1,0 +1,245 @@
+"""Guided Error Correction (arXiv:2507.21848, section 3.3): turn incorrect responses into ones that teach something.
+
+Everything happens on token ids: what the policy sampled is never decoded and encoded again. Judging a response, before
+and after, is ``edge_grpo.rewards``; what injected tokens do in the loss is ``edge_kernels``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from .config import CorrectionConfig
+from .seeding import derive_seed
+from .text import bare_answer, fill
+from .types import Correction, Prompt, Provenance, Response, Reward, RolloutEngine, Sampling
+
+_KINDS: tuple[Correction, ...] = get_args(Correction)
+# What a kind turns into when its text does not fit the token budget: the next shorter one.
+_SHORTER: dict[Correction, Correction] = {"solution": "answer", "answer": "reflect"}
+# A few tokens tell how a text ends, even where a token is part of a character.
+_TAIL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class _Reflection:
+    """An incorrect response that the policy is going to continue."""
+
+    position: int
+    kept: Response
+    injected: list[int]
+
+
+class Corrector:
+    """Replaces incorrect responses as ``config`` says; correct ones stay the same objects.
+
+    Each incorrect response gets one correction, drawn with the configured probabilities:
+
+        reflect    sampled tokens + ``reflection_text`` + what the policy goes on to say
+        answer     sampled tokens + ``reflection_text`` + ``answer_text`` + end of sequence
+        solution   the reference solution + end of sequence
+
+    Of the sampled tokens, a final end of sequence is dropped and all others keep id, logprob, entropy and provenance.
+    Our own tokens are INJECTED and have no record; the continuation is CONTINUED and has the engine's record. The end
+    of sequence that we add is the one that the response had, else the first of ``eos_token_ids``.
+
+    *Which responses.* Those whose outcome is not "correct". A response whose prompt has no answer and whose outcome is
+    "unparseable" is left alone: nobody knows whether it is wrong. With ``truncated=False`` so are those that the
+    length limit cut off; otherwise they are corrected where they were cut.
+
+    *Which kinds.* A row without an answer or a solution divides that kind's probability among the others. A correction
+    adds at most ``max_length`` tokens to a response, and a solution has at most ``sampling.max_tokens + max_length``,
+    the end of sequence included; what is longer falls back from solution to answer to reflect. A kind of probability 0
+    is never used; where no kind is left the response stays as it is. ``fallbacks`` counts the latest call's changes of
+    mind, as ``{("solution", "answer"): 3, ("solution", None): 1}``.
+
+    *Boundaries.* Injected text is encoded by itself, once, and begins as configured, by default with the space that a
+    user types after a text. Where the text before it is empty or already ends in a blank, its leading blanks are left
+    out. The text before it is the response, or the prompt if the response is empty. Seeing blanks at the end of a
+    response takes ``decode``; without it only an empty response is noticed.
+    """
+
+    def __init__(
+        self,
+        config: CorrectionConfig,
+        *,
+        engine: RolloutEngine,
+        encode: Callable[[str], Sequence[int]],
+        eos_token_ids: Sequence[int],
+        sampling: Sampling,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        """``encode`` must add no special tokens; ``sampling`` is that of the first attempt."""
+        if not eos_token_ids:
+            raise ValueError("eos_token_ids must name at least one token; corrected responses have to end")
+        self.config = config
+        self.engine = engine
+        self.encode = encode
+        self.decode = decode
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.sampling = sampling
+        self.fallbacks: Counter[tuple[Correction, Correction | None]] = Counter()
+
+        spaced = list(encode(config.reflection_text))
+        self._reflections = {True: spaced, False: list(encode(config.reflection_text.lstrip()))}  # by: after text
+        self._continuation_length = config.max_length - max(map(len, self._reflections.values()))
+        if config.reflect and self._continuation_length < 1:
+            raise ValueError(
+                f"correction.max_length = {config.max_length} leaves no token for the policy to go on after the "
+                f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set correction.reflect to 0"
+            )
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        rewards: Sequence[Reward],
+        *,
+        seed: int,
+        offset: int = 0,
+    ) -> list[Response]:
+        """Return the responses with incorrect ones corrected; one prompt and one reward per response.
+
+        What is drawn for a response depends on ``seed`` and its position alone. ``offset`` is the position of the
+        first one among all responses of the step, so that the draws do not depend on how they are shared out among
+        processes. All reflections are continued in one call of the engine.
+        """
+        if not len(prompts) == len(responses) == len(rewards):
+            raise ValueError(
+                "prompts, responses and rewards must be of one length; got "
+                f"{len(prompts)}, {len(responses)} and {len(rewards)}; repeat a prompt for each of its responses"
+            )
+        self.fallbacks = Counter()
+        corrected = list(responses)
+        reflections: list[_Reflection] = []
+        for position, (prompt, response, reward) in enumerate(zip(prompts, responses, rewards, strict=True)):
+            if not self._is_to_be_corrected(prompt, response, reward):
+                continue
+            kept, eos = self._without_eos(response)
+            drawn = self._draw(prompt, seed, offset + position)
+            kind = drawn
+            while kind in ("solution", "answer"):
+                tokens = self._solution(prompt, eos) if kind == "solution" else self._answer(prompt, kept, eos)
+                limit = self.config.max_length + (self.sampling.max_tokens if kind == "solution" else 0)
+                if tokens is not None and len(tokens) <= limit:
+                    base = _slice(response, 0) if kind == "solution" else kept
+                    corrected[position] = replace(_inject(base, tokens), finish_reason="stop", correction=kind)
+                    break
+                kind = self._shorter(kind)
+            if kind == "reflect":
+                reflections.append(_Reflection(position, kept, self._reflection(prompt, kept)))
+            if kind != drawn and drawn is not None:
+                self.fallbacks[drawn, kind] += 1
+
+        for position, response in self._continue(prompts, reflections, seed):
+            corrected[position] = response
+        return corrected
+
+    def _is_to_be_corrected(self, prompt: Prompt, response: Response, reward: Reward) -> bool:
+        is_unknown = prompt.example.answer is None and reward.outcome == "unparseable"
+        is_cut_off = response.finish_reason == "length" and not self.config.truncated
+        return not (reward.correct or is_unknown or is_cut_off)
+
+    def _draw(self, prompt: Prompt, seed: int, position: int) -> Correction | None:
+        example = prompt.example
+        weights = [
+            self.config.reflect,
+            self.config.answer if example.answer is not None else 0.0,
+            self.config.solution if example.solution is not None else 0.0,
+        ]
+        if not any(weights):
+            return None
+        return random.Random(derive_seed(seed, "kind", position)).choices(_KINDS, weights)[0]
+
+    def _shorter(self, kind: Correction) -> Correction | None:
+        """The next shorter kind that the configuration uses."""
+        shorter = _SHORTER.get(kind)
+        while shorter is not None and not getattr(self.config, shorter):
+            shorter = _SHORTER.get(shorter)
+        return shorter
+
+    def _without_eos(self, response: Response) -> tuple[Response, int]:
+        """The response without a final end of sequence, and the end of sequence to close a text of ours with."""
+        if response.token_ids and response.token_ids[-1] in self.eos_token_ids:
+            return _slice(response, len(response.token_ids) - 1), response.token_ids[-1]
+        return response, self.eos_token_ids[0]
+
+    def _solution(self, prompt: Prompt, eos: int) -> list[int] | None:
+        solution = prompt.example.solution
+        return None if solution is None else [*self.encode(solution), eos]
+
+    def _answer(self, prompt: Prompt, kept: Response, eos: int) -> list[int] | None:
+        answer = prompt.example.answer
+        if answer is None:
+            return None
+        text = self.config.reflection_text + fill(self.config.answer_text, "answer", bare_answer(answer))
+        return [*self.encode(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
+
+    def _reflection(self, prompt: Prompt, kept: Response) -> list[int]:
+        return self._reflections[self._follows_text(prompt, kept)]
+
+    def _follows_text(self, prompt: Prompt, kept: Response) -> bool:
+        """Whether what is appended comes after something other than a blank or nothing."""
+        if not kept.token_ids:
+            before = prompt.text
+        elif self.decode is None:
+            return True
+        else:
+            before = self.decode(kept.token_ids[-_TAIL_TOKENS:])
+        return bool(before) and not before[-1].isspace()
+
+    def _continue(
+        self, prompts: Sequence[Prompt], reflections: Sequence[_Reflection], seed: int
+    ) -> list[tuple[int, Response]]:
+        if not reflections:
+            return []
+        starts = [_inject(reflection.kept, reflection.injected) for reflection in reflections]
+        continuations = self.engine.generate(
+            [
+                (*prompts[reflection.position].token_ids, *start.token_ids)
+                for reflection, start in zip(reflections, starts, strict=True)
+            ],
+            replace(self.sampling, max_tokens=self._continuation_length),
+            seed=derive_seed(seed, "continuation"),
+        )
+        return [
+            (
+                reflection.position,
+                Response(
+                    token_ids=start.token_ids + more.token_ids,
+                    logprobs=start.logprobs + more.logprobs,
+                    entropy=start.entropy + more.entropy,
+                    provenance=start.provenance + (Provenance.CONTINUED,) * len(more.token_ids),
+                    finish_reason=more.finish_reason,
+                    correction="reflect",
+                ),
+            )
+            for reflection, start, more in zip(reflections, starts, continuations, strict=True)
+        ]
+
+
+def _slice(response: Response, length: int) -> Response:
+    """The first ``length`` tokens of a response with their records."""
+    return replace(
+        response,
+        token_ids=response.token_ids[:length],
+        logprobs=response.logprobs[:length],
+        entropy=response.entropy[:length],
+        provenance=response.provenance[:length],
+    )
+
+
+def _inject(response: Response, token_ids: Sequence[int]) -> Response:
+    """The response with our tokens after its own."""
+    unknown = (math.nan,) * len(token_ids)
+    return replace(
+        response,
+        token_ids=(*response.token_ids, *token_ids),
+        logprobs=response.logprobs + unknown,
+        entropy=response.entropy + unknown,
+        provenance=response.provenance + (Provenance.INJECTED,) * len(token_ids),
+    )
