@@ -1,0 +1,198 @@
+// The Python module edge_kernels._C: integer addresses in, checked, and the kernels run without the interpreter's lock.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "token_stats.h"
+#ifdef EDGE_KERNELS_CUDA
+#include "cuda/devices.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+void* pointer(Address address) {
+    return reinterpret_cast<void*>(address);
+}
+
+[[noreturn]] void reject(const std::string& name, const std::string& expected, const std::string& got) {
+    throw std::invalid_argument(name + " must be " + expected + "; got " + got);
+}
+
+void require_address(const char* name, Address address, std::int64_t rows) {
+    if (address == 0 && rows > 0) reject(name, "the address of its first element", "0");
+}
+
+edge::TokenRows token_rows(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
+                           Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
+                           double logit_scale) {
+    if (dtype < 0 || dtype > 3) {
+        reject("dtype", "0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)", std::to_string(dtype));
+    }
+    if (rows < 0) reject("rows", "at least 0", std::to_string(rows));
+    if (vocab < 1) reject("vocab", "at least 1", std::to_string(vocab));
+    if (row_stride < 0) reject("row_stride", "at least 0 elements", std::to_string(row_stride));
+    if (!(std::isfinite(inv_temperature) && inv_temperature > 0)) {
+        reject("inv_temperature", "positive and finite", std::to_string(inv_temperature));
+    }
+    if (!(std::isfinite(softcap) && softcap >= 0)) {
+        reject("softcap", "positive and finite, or 0 for none", std::to_string(softcap));
+    }
+    if (!std::isfinite(logit_scale)) reject("logit_scale", "finite", std::to_string(logit_scale));
+    require_address("logits", logits, rows);
+    return {static_cast<edge::DType>(dtype),
+            pointer(logits),
+            row_stride,
+            rows,
+            vocab,
+            static_cast<const std::int64_t*>(pointer(targets)),
+            ignore_index,
+            {inv_temperature, softcap, logit_scale}};
+}
+
+void check_threads(int threads) {
+    if (threads < 0) reject("threads", "at least 1, or 0 for OpenMP's setting", std::to_string(threads));
+}
+
+void token_stats_forward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
+                         Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
+                         double logit_scale, Address logprobs, Address entropy, Address logsumexp,
+                         Address logsumexp_low, int threads) {
+    const edge::TokenStatsForward call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
+                                                  inv_temperature, softcap, logit_scale),
+                                       pointer(logprobs), pointer(entropy), pointer(logsumexp), pointer(logsumexp_low)};
+    if (targets != 0) require_address("logprobs", logprobs, rows);
+    if (targets == 0 && logprobs != 0) reject("logprobs", "0 where there are no targets", "an address");
+    require_address("entropy", entropy, rows);
+    require_address("logsumexp", logsumexp, rows);
+    check_threads(threads);
+    const py::gil_scoped_release unlocked;
+    edge::cpu::token_stats_forward(call, threads);
+}
+
+void token_stats_backward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
+                          Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
+                          double logit_scale, Address entropy, Address logsumexp, Address grad_logprobs,
+                          Address grad_entropy, Address grad_logsumexp, Address grad_logits,
+                          std::int64_t grad_row_stride, Address logsumexp_low, int threads) {
+    const edge::TokenStatsBackward call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
+                                                   inv_temperature, softcap, logit_scale),
+                                        pointer(entropy),
+                                        pointer(logsumexp),
+                                        pointer(logsumexp_low),
+                                        pointer(grad_logprobs),
+                                        pointer(grad_entropy),
+                                        pointer(grad_logsumexp),
+                                        pointer(grad_logits),
+                                        grad_row_stride};
+    if (targets == 0 && grad_logprobs != 0) reject("grad_logprobs", "0 where there are no targets", "an address");
+    require_address("entropy", entropy, rows);
+    require_address("logsumexp", logsumexp, rows);
+    require_address("grad_logits", grad_logits, rows);
+    if (rows > 1 && grad_row_stride < vocab) {
+        reject("grad_row_stride", "at least vocab (" + std::to_string(vocab) + "), so that no two rows share memory",
+               std::to_string(grad_row_stride));
+    }
+    if (rows > 1 && grad_logits == logits && grad_row_stride != row_stride) {
+        reject("grad_row_stride", "row_stride (" + std::to_string(row_stride) + ") in place",
+               std::to_string(grad_row_stride));
+    }
+    check_threads(threads);
+    const py::gil_scoped_release unlocked;
+    edge::cpu::token_stats_backward(call, threads);
+}
+
+py::dict cpu_features() {
+    py::dict out;
+    for (const auto& [name, present] : edge::cpu::features()) out[py::str(name)] = present;
+    return out;
+}
+
+py::list instruction_sets() {
+    py::list out;
+    for (const auto* set : edge::cpu::available()) out.append(set->name);
+    return out;
+}
+
+py::dict built_with() {
+    py::dict out;
+    out["compiler"] = EDGE_KERNELS_COMPILER;
+#ifdef EDGE_KERNELS_CUDA
+    out["cuda"] = EDGE_KERNELS_CUDA;
+    py::list architectures;
+    for (const char* name : {EDGE_KERNELS_CUDA_ARCHITECTURES}) architectures.append(name);
+    out["cuda_architectures"] = architectures;
+#else
+    out["cuda"] = py::none();
+    out["cuda_architectures"] = py::list();
+#endif
+    return out;
+}
+
+py::list cuda_devices() {
+    py::list out;
+#ifdef EDGE_KERNELS_CUDA
+    for (const auto& device : edge::cuda::devices()) {
+        py::dict item;
+        item["index"] = device.index;
+        item["name"] = device.name;
+        item["capability"] = py::make_tuple(device.major, device.minor);
+        item["multiprocessors"] = device.multiprocessors;
+        item["memory_bytes"] = device.memory_bytes;
+        out.append(item);
+    }
+#endif
+    return out;
+}
+
+py::dict cuda_versions() {
+    py::dict out;
+#ifdef EDGE_KERNELS_CUDA
+    const auto versions = edge::cuda::versions();
+    const auto text = [](int number) -> py::object {
+        if (number == 0) return py::none();
+        return py::str(std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10));
+    };
+    out["driver"] = text(versions.driver);
+    out["runtime"] = text(versions.runtime);
+#else
+    out["driver"] = py::none();
+    out["runtime"] = py::none();
+#endif
+    return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    using namespace pybind11::literals;
+    module.doc() = "The compiled kernels. Addresses are unchecked: call them through edge_kernels.";
+
+    module.def("cpu_features", &cpu_features, "What this CPU offers, by name.");
+    module.def("instruction_sets", &instruction_sets, "The instruction sets that can run here, lowest first.");
+    module.def(
+        "instruction_set", [] { return edge::cpu::instruction_set().name; },
+        "The instruction set in use; the first call obeys EDGE_KERNELS_ISA.");
+    module.def("use_instruction_set", &edge::cpu::use_instruction_set, "name"_a,
+               "Changes the instruction set for the calls that follow.");
+    module.def("built_with", &built_with, "The compiler, the CUDA version (or None) and its architectures.");
+    module.def("cuda_devices", &cuda_devices, "One dict per CUDA device; empty without driver, device or CUDA build.");
+    module.def("cuda_versions", &cuda_versions, "CUDA versions of the driver and of this build, None where absent.");
+
+    module.def("token_stats_forward", &token_stats_forward, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a,
+               "rows"_a, "vocab"_a, "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a,
+               "logprobs"_a, "entropy"_a, "logsumexp"_a, "logsumexp_low"_a = 0, "threads"_a = 0,
+               "Writes log-probability, entropy and logsumexp of each row; see csrc/token_stats.h.");
+    module.def("token_stats_backward", &token_stats_backward, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a,
+               "rows"_a, "vocab"_a, "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a,
+               "entropy"_a, "logsumexp"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad_logsumexp"_a, "grad_logits"_a,
+               "grad_row_stride"_a, "logsumexp_low"_a = 0, "threads"_a = 0,
+               "Writes the gradient of the logits; see csrc/token_stats.h.");
+}

@@ -1,0 +1,67 @@
+// The leaves of the CPU backend: functions over one block of a row, compiled once for each instruction set.
+//
+// Everything compiled with AVX flags stays behind these function pointers and has internal linkage: an inline function
+// with external linkage, compiled for AVX-512 in one file and for any x86 in another, would be merged by the linker
+// into whichever copy came first, and crash on a machine without AVX-512.
+#pragma once
+
+#include <cstdint>
+
+#include "../token_stats.h"
+
+namespace edge::cpu {
+
+// Elements per block: the float32 block (16 KB) stays in the L1 cache between its two passes, and float sums over a
+// block, some 64 terms in each of 64 lanes, are exact to 1e-7. Blocks are merged in double, always in order, so that
+// the number of threads does not change a bit of the result.
+inline constexpr std::int64_t kBlock = 4096;
+
+// LogitTransform, prepared: z = y * slope. Linear transforms with a positive slope keep y = x, which is exact.
+struct Transform {
+    bool linear;
+    double slope;
+    double softcap;  // 0 for none
+    double logit_scale;
+};
+
+// Of one block: the largest y; the sums of exp(z - z_max) and of exp(z - z_max) * (z - z_max). A block of -inf only has
+// max -inf and zero sums. NaN or +inf in z make the sums NaN.
+struct BlockSums {
+    double max;
+    double sum;
+    double weighted;
+};
+
+// grad[j] = p_j * (constant - entropy_grad * log p_j) * dz/dx_j, where log p_j = (y_j - reference) * slope - remainder.
+// The reference is logsumexp / slope in the element's precision: the large parts cancel in an exact subtraction.
+struct RowGradient {
+    double reference;
+    double remainder;
+    double constant;
+    double entropy_grad;
+};
+
+using ForwardBlock = BlockSums (*)(const void* logits, std::int64_t count, const Transform& transform);
+using BackwardBlock = void (*)(const void* logits, void* grad_logits, std::int64_t count, const Transform& transform,
+                               const RowGradient& row);
+
+struct BlockKernels {
+    ForwardBlock forward;
+    BackwardBlock backward;
+};
+
+struct InstructionSet {
+    const char* name;
+    BlockKernels float32;
+    BlockKernels bfloat16;
+    BlockKernels float16;
+};
+
+extern const InstructionSet kPortable;
+extern const BlockKernels kPortableFloat64;  // on every machine: the C library's exp decides its speed
+#ifdef EDGE_KERNELS_X86
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+}  // namespace edge::cpu

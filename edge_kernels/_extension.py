@@ -1,0 +1,64 @@
+"""Loads the compiled extension ``edge_kernels._C`` and gives it torch's OpenMP runtime.
+
+The extension names no OpenMP library: torch wheels bring their own copy, under a name that differs between releases,
+and a second one in the process would have its own threads and not obey ``torch.set_num_threads``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# GNU's runtime, or LLVM's and Intel's, which answer to the same entry points.
+_RUNTIME = re.compile(r"lib(gomp|omp|iomp5)[-.][^/]*so[^/]*$|lib(gomp|omp|iomp5)\.so[^/]*$")
+
+
+def openmp_runtimes() -> list[str]:
+    """Return the paths of the OpenMP runtimes that this process has mapped; more than one is a conflict."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    paths = (line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/"))
+    return sorted({path for path in paths if _RUNTIME.search(path)})
+
+
+def _candidates() -> Iterator[str]:
+    """Yield OpenMP runtimes, best first: mapped with torch's own before others, then torch's files, then the system's."""
+    home = Path(torch.__file__).parent
+    yield from sorted(openmp_runtimes(), key=lambda path: not path.startswith(str(home.parent)))
+    for folder in (home / "lib", home.parent / "torch.libs"):
+        yield from map(str, sorted(folder.glob("libgomp*.so*")))
+    yield "libgomp.so.1"
+
+
+def _share_openmp() -> None:
+    """Make the symbols of the OpenMP runtime visible to libraries loaded from now on."""
+    for path in _candidates():
+        try:
+            ctypes.CDLL(path, mode=os.RTLD_GLOBAL | os.RTLD_NOW)
+        except OSError:
+            continue
+        return
+
+
+@cache
+def load() -> ModuleType:
+    """Return ``edge_kernels._C``; raises ImportError with what to do about it where it is missing or does not load."""
+    _share_openmp()
+    try:
+        return importlib.import_module("edge_kernels._C")
+    except ImportError as error:
+        if "GOMP_" in str(error) or "omp_" in str(error):
+            remedy = "it found no OpenMP runtime; install libgomp (Debian: apt-get install libgomp1)"
+        else:
+            remedy = "build it with `pip install .` in the source tree, which needs a C++17 compiler"
+        raise ImportError(f"the compiled kernels edge_kernels._C did not load: {error}; {remedy}") from error
