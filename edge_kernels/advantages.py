@@ -1,0 +1,164 @@
+"""Advantages of whole responses: GRPO's group advantage and EDGE-GRPO's Entropy-Driven Advantage. O(B) and O(N) work.
+
+Groups are named by an id per response: any integers, in any order. Nothing here depends on how responses are sharded or
+shuffled, as long as every group is whole in the tensors passed. Vectorized, without a read of the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_kernels._checks import check_float, check_like, describe, stats_dtype
+from edge_kernels.config import EDAConfig
+from edge_kernels.reference import SCALE_EPSILON
+
+
+class _Groups(NamedTuple):
+    """Responses numbered by group: ``index`` lies in [0, B), so that per-group sums have a static shape."""
+
+    index: Tensor  # (B,)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return, for each response, the sum of ``values`` over its group, (B,)."""
+        return torch.zeros_like(values).index_add(0, self.index, values)[self.index]
+
+    def least(self, values: Tensor) -> Tensor:
+        """Return, for each response, the least of ``values`` in its group (NaN if any is), (B,)."""
+        return torch.zeros_like(values).scatter_reduce(0, self.index, values, "amin", include_self=False)[self.index]
+
+
+def _groups(group_ids: Tensor) -> _Groups:
+    # torch.unique would do, but its output's shape depends on the values, which torch.compile(fullgraph=True) rejects.
+    ordered, order = group_ids.sort()
+    starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])[: len(ordered)]
+    return _Groups(torch.empty_like(order).scatter(0, order, starts.cumsum(0)))
+
+
+def _check_groups(group_ids: Tensor, like: Tensor) -> None:
+    remedy = "pass one group number per response; responses to the same prompt share it"
+    check_like("group_ids", group_ids, {"(B,)": (like.shape[0],)}, "int64", like, remedy=remedy)
+
+
+def _check_config(config: EDAConfig | None) -> EDAConfig:
+    if config is not None and not isinstance(config, EDAConfig):
+        raise TypeError(f"config must be an EDAConfig; got {type(config).__name__}; pass GRPOLossConfig's .eda")
+    return config or EDAConfig()
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool = True) -> Tensor:
+    """Return the group advantage of each response: ``(r - mean(r)) / (std(r) + 1e-4)`` over its group, (B,).
+
+    Equivalent, for groups that stand in order: ``r = rewards.view(-1, G);
+    (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-4)`` (std with Bessel's correction).
+
+    rewards        (B,), floating point. A NaN makes its whole group NaN.
+    group_ids      (B,), int64, any numbers in any order; groups may differ in size and must be whole.
+    scale_rewards  False leaves the division out.
+
+    Exactly 0 throughout a group of equal rewards, and for a group of one response, whose standard deviation is
+    undefined. float64 for float64 rewards, else float32; no gradient. Raises ValueError or TypeError for wrong shapes
+    and dtypes. arXiv:2507.21848, eq. 1.
+    """
+    check_like("rewards", rewards, {"(B,)": tuple(rewards.shape[:1])}, "floating point", rewards, remedy="flatten it")
+    _check_groups(group_ids, rewards)
+    rewards = rewards.detach().to(stats_dtype(rewards.dtype))
+    groups = _groups(group_ids)
+    # Measured from the group's least, so that equal rewards are exactly 0 however their mean would round.
+    rewards = rewards - groups.least(rewards)
+    size = groups.sum(torch.ones_like(rewards))
+    centred = rewards - groups.sum(rewards) / size
+    if not scale_rewards:
+        return centred
+    variance = groups.sum(centred.square()) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + SCALE_EPSILON)
+
+
+def entropy_weights(
+    entropy: Tensor,
+    completion_mask: Tensor,
+    group_ids: Tensor,
+    config: EDAConfig | None = None,
+    *,
+    advantages: Tensor | None = None,
+) -> Tensor:
+    """Return the weight 1 / P_hat of each response, (B,): below 1 where it was uncertain, above 1 where it was sure.
+
+    Equivalent, for groups that stand in order: ``P = (entropy * mask).sum(1) / mask.sum(1);
+    P_hat = P.view(-1, G) / P.view(-1, G).mean(1, True); 1 / P_hat.clamp(config.min_ratio, config.max_ratio)``.
+
+    entropy          (B, T), floating point, nats. What stands outside the mask is not looked at (NaN is fine there).
+    completion_mask  (B, T), bool: the response's own tokens.
+    group_ids        (B,), int64, any numbers in any order; groups must be whole.
+    config           EDAConfig: bounds, ``mean_over``, ``preserve_scale``.
+    advantages       (B,), floating point: needed by ``preserve_scale`` alone, which rescales a group's weights so that
+                     its mean \\|advantage\\| stays what it was.
+
+    A response without tokens has weight 1 and stays out of its group's mean; a group of entropy 0 has weights 1. A NaN
+    entropy inside the mask gives NaN. float64 for float64 entropy, else float32. No gradient: the weight is a constant
+    of the loss, unlike in the published code, where it leaked through (NaN on peaked logits). Raises ValueError or
+    TypeError for wrong shapes and dtypes. arXiv:2507.21848, eqs. 3 and 6; deviations: DESIGN.
+    """
+    config = _check_config(config)
+    check_float("entropy", entropy, least_dims=1)
+    if entropy.dim() != 2:
+        raise ValueError(f"entropy must have shape (B, T); got {describe(entropy)}; pass one row per response")
+    B, T = entropy.shape
+    remedy = "pass the mask of the completion's own tokens"
+    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", entropy, remedy=remedy)
+    _check_groups(group_ids, entropy)
+    if advantages is not None:
+        remedy = "pass one advantage per response"
+        check_like("advantages", advantages, {"(B,)": (B,)}, "floating point", entropy, remedy=remedy)
+    elif config.preserve_scale:
+        raise ValueError(
+            "preserve_scale=True rescales weights by the advantages' magnitude; got advantages=None; "
+            "pass advantages=group_advantages(...)"
+        )
+
+    groups = _groups(group_ids)
+    entropy = entropy.detach().to(stats_dtype(entropy.dtype))
+    lengths = completion_mask.sum(-1)
+    has_tokens = lengths > 0
+    response_entropy = entropy.masked_fill(~completion_mask, 0).sum(-1) / lengths.clamp(min=1)  # P, (B,)
+    if config.mean_over == "group":
+        mean = groups.sum(response_entropy) / groups.sum(has_tokens.to(entropy.dtype)).clamp(min=1)
+    else:
+        mean = (response_entropy.sum() / has_tokens.sum().clamp(min=1)).expand_as(response_entropy)
+    ratio = torch.where(mean == 0, 1, response_entropy / mean)  # P_hat
+    weights = torch.where(has_tokens, 1 / ratio.clamp(config.min_ratio, config.max_ratio), 1)
+    if config.preserve_scale and advantages is not None:
+        advantages = advantages.detach().to(weights.dtype)
+        before = groups.sum(advantages.abs())
+        after = groups.sum(apply_weights(advantages, weights).abs())
+        weights = weights * torch.where(after == 0, 1, before / after)
+    return weights
+
+
+def apply_weights(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Return ``advantages * weights`` with 0 * inf = 0: no advantage is no signal, however small the entropy."""
+    return torch.where((advantages == 0) & weights.isinf(), 0, advantages * weights)
+
+
+def entropy_driven_advantages(
+    rewards: Tensor,
+    entropy: Tensor,
+    completion_mask: Tensor,
+    group_ids: Tensor,
+    config: EDAConfig | None = None,
+) -> Tensor:
+    """Return the Entropy-Driven Advantage of each response: its group advantage divided by P_hat, (B,).
+
+    Equivalent: ``group_advantages(rewards, group_ids) * entropy_weights(entropy, completion_mask, group_ids, config)``.
+    Shapes, dtypes, errors and limits as there. A group of equal rewards stays exactly 0. No gradient.
+    arXiv:2507.21848, eq. 7.
+    """
+    config = _check_config(config)
+    check_float("entropy", entropy, least_dims=1)
+    remedy = "pass one reward per response"
+    check_like("rewards", rewards, {"(B,)": tuple(entropy.shape[:1])}, "floating point", entropy, remedy=remedy)
+    advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
+    weights = entropy_weights(entropy, completion_mask, group_ids, config, advantages=advantages)
+    return apply_weights(advantages, weights)

@@ -1,0 +1,364 @@
+"""Log-probability, entropy and logsumexp of each token from its logits: the calls into a backend's kernels, the
+``torch.library`` ops around them, autograd, and the public functions, top to bottom. The mathematics: reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_kernels import reference
+from edge_kernels._checks import (
+    IGNORE_INDEX,
+    check_float,
+    check_like,
+    check_targets_in_range,
+    check_transform,
+    stats_dtype,
+)
+from edge_kernels.backend import extension, get_backend
+from edge_kernels.types import TokenStats
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+class Transform(NamedTuple):
+    """What happens to raw logits first, and which target means "no token here"; the ops' trailing arguments."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+
+    def for_reference(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def for_extension(self) -> dict[str, Any]:
+        return {
+            "inv_temperature": 1 / self.temperature,
+            "softcap": self.softcap or 0.0,
+            "logit_scale": self.logit_scale,
+            "ignore_index": self.ignore_index,
+            "threads": torch.get_num_threads(),
+        }
+
+
+class KernelStats(NamedTuple):
+    """``TokenStats``, and what rounding took from logsumexp: at logits of 3e4 it is 1e-3, and p would be off by it."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    logsumexp_low: Tensor
+
+
+def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
+    """Return the statistics of real (not fake) logits (..., V), by the backend that serves them. No checks, no autograd."""
+    if get_backend(logits) == "reference":
+        stats = reference.token_stats(logits, targets, **transform.for_reference())
+        return KernelStats(*stats, torch.zeros_like(stats.logsumexp))
+    out = KernelStats(*(_new_stats(logits) for _ in KernelStats._fields))
+    if targets is None:
+        out.logprobs.zero_()
+    targets = None if targets is None else targets.contiguous()
+    for start, block in _row_blocks(_with_unit_stride(logits)):
+        extension().token_stats_forward(
+            **_describe_rows(block, targets, start),
+            logprobs=_address(None if targets is None else out.logprobs, start),
+            entropy=_address(out.entropy, start),
+            logsumexp=_address(out.logsumexp, start),
+            logsumexp_low=_address(out.logsumexp_low, start),
+            **transform.for_extension(),
+        )
+    return out
+
+
+def run_backward(
+    logits: Tensor,  # (..., V)
+    targets: Tensor | None,  # (...)
+    stats: KernelStats,
+    grad_logprobs: Tensor | None,  # (...)
+    grad_entropy: Tensor | None,  # (...)
+    grad_logsumexp: Tensor | None,  # (...)
+    transform: Transform,
+    *,
+    out: Tensor,
+) -> None:
+    """Write the gradient of the logits into ``out``: a contiguous tensor of their shape, or the logits themselves."""
+    grads = (grad_logprobs if targets is not None else None, grad_entropy, grad_logsumexp)
+    if get_backend(logits) == "reference":
+        out.copy_(reference.token_stats_backward(logits, targets, *grads, **transform.for_reference()))
+        return
+    targets = None if targets is None else targets.contiguous()
+    dtype = stats_dtype(logits.dtype)
+    contiguous = tuple(None if gradient is None else gradient.to(dtype).contiguous() for gradient in grads)
+    source = out if out is logits else _with_unit_stride(logits)
+    for (start, block), (_, out_block) in zip(_row_blocks(source), _row_blocks(out, like=source), strict=True):
+        extension().token_stats_backward(
+            **_describe_rows(block, targets, start),
+            entropy=_address(stats.entropy, start),
+            logsumexp=_address(stats.logsumexp, start),
+            logsumexp_low=_address(stats.logsumexp_low, start),
+            grad_logprobs=_address(contiguous[0], start),
+            grad_entropy=_address(contiguous[1], start),
+            grad_logsumexp=_address(contiguous[2], start),
+            grad_logits=out_block.data_ptr(),
+            grad_row_stride=out_block.stride(0),
+            **transform.for_extension(),
+        )
+
+
+def _new_stats(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[:-1], dtype=stats_dtype(logits.dtype), device=logits.device)
+
+
+def _with_unit_stride(logits: Tensor) -> Tensor:
+    """Return the logits, copied only if a row's elements are not next to each other."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of the first row, (rows, V) view) of blocks with one row stride each, without copying.
+
+    ``logits[:, :-1]`` of (B, T, V) is B such blocks: its sequences do not follow each other. ``like`` gives another
+    tensor's division into blocks.
+    """
+    like = logits if like is None else like
+    if like.numel() == 0:
+        return
+    if like.dim() == 1:
+        yield start, logits[None]
+    elif like.dim() == 2:
+        yield start, logits
+    elif _is_one_block(like):
+        yield start, logits.view(-1, logits.shape[-1])
+    else:
+        rows = like[0, ..., 0].numel()
+        for i in range(like.shape[0]):
+            yield from _row_blocks(logits[i], start + i * rows, like[i])
+
+
+def _is_one_block(logits: Tensor) -> bool:
+    try:
+        logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPE_CODES[block.dtype],
+        "logits": block.data_ptr(),
+        "row_stride": block.stride(0),
+        "rows": block.shape[0],
+        "vocab": block.shape[1],
+        "targets": _address(targets, start),
+    }
+
+
+def _address(tensor: Tensor | None, start: int) -> int:
+    """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
+    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("edge_kernels::token_stats", mutates_args=())
+def token_stats_op(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if targets is not None:
+        check_targets_in_range(targets, logits.shape[-1], ignore_index)
+    return tuple(run_forward(logits, targets, Transform(temperature, softcap, logit_scale, ignore_index)))
+
+
+@token_stats_op.register_fake
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_stats(logits), _new_stats(logits), _new_stats(logits), _new_stats(logits)
+
+
+@torch.library.custom_op("edge_kernels::token_stats_backward", mutates_args=())
+def token_stats_backward_op(
+    logits: Tensor,
+    targets: Tensor | None,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    logsumexp_low: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)  # the gradient has no use for the logprobs
+    transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    run_backward(logits, targets, stats, grad_logprobs, grad_entropy, grad_logsumexp, transform, out=out)
+    return out
+
+
+@token_stats_backward_op.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def refuse_second_derivative(*_: Any) -> Any:
+    """Stand where a backward pass's own derivative would: the kernels have none, and 0 would be wrong."""
+    raise RuntimeError(
+        "edge_kernels ops have no second derivative; use edge_kernels.reference, which is plain PyTorch, "
+        "for the part of the loss that is differentiated twice"
+    )
+
+
+token_stats_backward_op.register_autograd(refuse_second_derivative)
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, *transform = inputs
+    _, entropy, logsumexp, logsumexp_low = output
+    ctx.save_for_backward(logits, targets, entropy, logsumexp, logsumexp_low)
+    ctx.mark_non_differentiable(logsumexp_low)
+    ctx.set_materialize_grads(False)  # what is not used stays None, and the kernel skips it
+    ctx.transform = transform
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient = None
+    if any(g is not None for g in grads[:3]):
+        gradient = token_stats_backward_op(*ctx.saved_tensors, *grads[:3], *ctx.transform)
+    return gradient, None, None, None, None, None
+
+
+token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _InplaceTokenStats(torch.autograd.Function):
+    """The same, with the backward pass writing the gradient over the logits.
+
+    Autograd does not see that write, so the version counter is raised by hand. Whoever saved these logits for a
+    backward pass of their own, this one a second time included, then gets autograd's "modified by an inplace operation"
+    instead of a wrong gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, *transform: Any) -> tuple[Tensor, ...]:
+        output = token_stats_op(logits, targets, *transform)
+        _setup_context(ctx, (logits, targets, *transform), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            refuse_second_derivative()
+        logits, targets, entropy, logsumexp, logsumexp_low = ctx.saved_tensors
+        stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)
+        out = logits.detach()
+        run_backward(out, targets, stats, *grads[:3], Transform(*ctx.transform), out=out)  # type: ignore[call-arg]
+        torch.autograd.graph.increment_version(logits)
+        return out, None, None, None, None, None
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> TokenStats:
+    """Return ``TokenStats(logprobs, entropy, logsumexp)`` of each token, in nats, from one read of the logits.
+
+    Equivalent::
+
+        z = logit_scale * logits.float()
+        z = (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
+        logp = z.log_softmax(-1)
+        logprobs = logp.gather(-1, targets[..., None])[..., 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        logsumexp = z.logsumexp(-1)
+
+    except that a logit of -inf (a forbidden token) contributes 0 to the entropy and to every gradient instead of NaN,
+    and that the sums are shifted, so that large logits cost no digits. A row with NaN or +inf, or of nothing but -inf,
+    gives NaN.
+
+    logits        (..., V): float32, bfloat16, float16 or float64, V >= 1; any strides (copied only if a row's elements
+                  are not adjacent).
+    targets       (...), int64, in [0, V) or ``ignore_index``.
+    temperature   > 0; softcap > 0 or None; logit_scale: see above.
+    ignore_index  rows with this target are not read, give 0 in all three and get no gradient.
+
+    Returns float32 (float64 for float64 logits) in the shape of ``targets``; all three are differentiable in
+    ``logits``, once: a second derivative raises RuntimeError. Raises TypeError or ValueError for wrong dtypes, shapes
+    and targets. Under autocast the logits are taken as they are: sums are float32 whatever their dtype.
+    """
+    return TokenStats(*_checked(logits, targets, temperature, softcap, logit_scale, ignore_index)[:3])
+
+
+def token_entropy(
+    logits: Tensor, *, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """Return the entropy of each row of ``logits`` (..., V) in nats, (...).
+
+    Equivalent to ``torch.distributions.Categorical(logits=z).entropy()`` with z as in ``token_stats``; dtypes, special
+    values, errors and gradient as there.
+    """
+    check_float("logits", logits, least_dims=1)
+    check_transform(temperature, softcap)
+    return token_stats_op(logits, None, temperature, softcap, logit_scale, IGNORE_INDEX)[1]
+
+
+def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -> TokenStats:
+    """Return ``token_stats`` whose backward pass writes the gradient into the logits' own storage.
+
+    ``torch.compile`` plans buffers itself and forbids such writes: there this is ``token_stats``.
+    """
+    if torch.compiler.is_compiling():
+        return token_stats(logits, targets, **transform._asdict())
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"inplace=True needs logits whose last dimension is contiguous; got strides {logits.stride()}; "
+            "pass logits.contiguous(), or inplace=False"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(
+            f"inplace=True needs logits without overlapping rows; got strides {logits.stride()} for shape "
+            f"{tuple(logits.shape)}; pass logits.contiguous(), or inplace=False"
+        )
+    return TokenStats(*_checked(logits, targets, *transform, inplace=True)[:3])
+
+
+def _checked(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    inplace: bool = False,
+) -> tuple[Tensor, ...]:
+    check_float("logits", logits, least_dims=1)
+    remedy = "pass one token id per row of logits"
+    check_like("targets", targets, {"logits.shape[:-1]": tuple(logits.shape[:-1])}, "int64", logits, remedy=remedy)
+    check_transform(temperature, softcap)
+    op = _InplaceTokenStats.apply if inplace else token_stats_op
+    return op(logits, targets, temperature, softcap, logit_scale, ignore_index)
