@@ -172,7 +172,7 @@ class OptimConfig:
     learning_rate: float = 1e-6  # peak, AdamW
     weight_decay: float = 0.0  # AdamW's, decoupled from the gradient
     schedule: Schedule = "constant"  # after warm-up, down to zero at the last step for linear and cosine
-    warmup_steps: int = 0  # steps in which the rate rises from zero to its peak
+    warmup_steps: int = 0  # optimizer steps in which the rate rises to its peak
     max_grad_norm: float = 1.0  # clip the global gradient norm; .inf for no clipping
     epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; whole groups stay together
@@ -544,20 +544,17 @@ def _unknown(key: str) -> str:
 # ---- Recipes and help ----------------------------------------------------------------------------------------------
 
 
-def _recipe_folder() -> Path:
-    package = Path(__file__).resolve().parent
-    installed, checkout = package / "recipes", package.parents[1] / "recipes"
-    return installed if installed.is_dir() else checkout
+_RECIPES = Path(__file__).resolve().parent / "recipes"  # in a checkout a link to its top-level folder
 
 
 def recipe_names() -> list[str]:
     """The names that ``recipe_path`` knows."""
-    return sorted(path.stem for path in _recipe_folder().glob("*.yaml"))
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
     """The YAML file of a recipe that is shipped with the package, by its name without ".yaml"."""
-    path = _recipe_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    path = _RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if name and Path(name).name == name and path.is_file():
         return path
     close = difflib.get_close_matches(name, recipe_names(), 1)
@@ -619,11 +616,11 @@ def _notes(cls: Any) -> dict[str, str]:
     for paragraph in re.split(r"\n(?=``)|\n\n", ast.get_docstring(body) or ""):
         if match := re.match(r"((?:``[\w, ]+``(?:, )?)+)\s{2,}(.*)", paragraph, re.DOTALL):
             text = " ".join(match[2].split()).replace("``", "").rstrip(".")
-            notes |= {name: text for name in re.findall(r"\w+", match[1])}
+            notes |= dict.fromkeys(re.findall(r"\w+", match[1]), text)
     for name, node in fields.items():
         if node.end_lineno in comments:
             notes[name] = comments[node.end_lineno]
     for name in fields.keys() - notes.keys():
         if owner := next((other for other, text in notes.items() if re.search(rf"\b{name}\b", text)), None):
-            notes[name] = f"see {owner}"
+            notes[name] = f"see {owner}, which uses it"
     return notes

@@ -1,0 +1,463 @@
+"""The command ``edge-grpo``: train, evaluate, report, info.
+
+Parses arguments and prints; what it does lives in the modules that it imports late, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from .config import Method, TrainConfig, describe, load_config, recipe_names, recipe_path
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    parser, commands = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = _overrides(commands[options.command], options, rest)
+    try:
+        status: int = options.run(options, overrides)
+        return status
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Whether this package's own code raised the error on purpose; anything else is a bug and needs its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    package = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    if package not in ("edge_grpo", "edge_kernels"):
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+# ---- Arguments -----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help can end in text that is made only when somebody asks for it."""
+
+    ending: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.ending()}" if self.ending else "")
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="edge-grpo",
+        description="Reinforcement learning of language models with EDGE-GRPO (arXiv:2507.21848).",
+        epilog="`edge-grpo COMMAND --help` explains a command; for train it lists every configuration key.",
+        allow_abbrev=False,
+    )
+    found = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: dict[str, _Parser] = {}
+
+    def command(name: str, run: Callable[..., int], summary: str, usage: str, examples: str) -> _Parser:
+        commands[name] = found.add_parser(
+            name,
+            help=summary,
+            usage=f"edge-grpo {name} {usage}",
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        commands[name].set_defaults(run=run)
+        return commands[name]
+
+    train = command(
+        "train",
+        _train,
+        "train a model, evaluate it before and after, and write a report",
+        "[--recipe NAME | --config FILE] [--method METHOD] [--output DIR] [--resume | --overwrite] [KEY=VALUE ...]",
+        """
+        edge-grpo train --recipe tiny                    a small model that comes with the package, minutes on a CPU
+        edge-grpo train --recipe tiny --method grpo      the same with plain GRPO, into its own folder, to compare
+        edge-grpo train --config my.yaml optim.learning_rate=1e-5 rollout.num_generations=16
+        edge-grpo train --resume --output runs/tiny      go on after the last checkpoint of an interrupted run
+        edge-grpo train --resume --output runs/tiny steps=400        or of a finished one, to make more steps
+        accelerate launch -m edge_grpo train --config my.yaml        on several GPUs
+        """,
+    )
+    train.ending = _keys_help
+    _add_source(train)
+    train.add_argument("--method", choices=get_args(Method), help="short for method=...; see the key below")
+    train.add_argument("--output", metavar="DIR", help="short for output=..., the run's folder")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in the output folder, by its own configuration unless --recipe or --config is given",
+    )
+    again.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+
+    evaluate = command(
+        "eval",
+        _eval,
+        "measure a model's pass@1 and pass@k on any dataset, with the prompts that training uses",
+        "MODEL [--data SPEC] [--k K] [--temperature T] [--max-tokens N] [--size N] [--json FILE] [KEY=VALUE ...]",
+        """
+        edge-grpo eval runs/tiny                         the final model of a run, on the run's held-out data
+        edge-grpo eval edge_grpo:tiny --data arithmetic@test --size 500
+        edge-grpo eval Qwen/Qwen2.5-Math-1.5B --data math.jsonl --k 8 --temperature 0.6 --max-tokens 1024
+        edge-grpo eval my-model --data openai/gsm8k:main@test data.columns.problem=question
+        """,
+    )
+    kinds = "run folder, model folder, hub id, .gguf file, or edge_grpo:tiny"
+    evaluate.add_argument("model", metavar="MODEL", help=kinds)
+    evaluate.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for data.eval (default: the run's data.eval)")
+    evaluate.add_argument("--k", type=int, help="responses per example: avg@k and pass@k (default: eval_generations)")
+    evaluate.add_argument(
+        "--temperature", type=float, help="0 is greedy, the default for one response; else rollout.temperature"
+    )
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="length limit of a response")
+    evaluate.add_argument("--size", type=int, metavar="N", help="use at most N examples (default: data.eval_size)")
+    evaluate.add_argument("--seed", type=int, help="of the choice of examples and of sampling")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures and per-example counts there")
+    _add_source(evaluate)
+
+    report = command(
+        "report",
+        _report,
+        "draw one or several runs into one HTML page that needs no server and no network",
+        "RUN [RUN ...] [-o FILE]",
+        """
+        edge-grpo report runs/tiny                       writes runs/tiny/report.html
+        edge-grpo report runs/tiny runs/tiny-grpo        both in the same charts: writes runs/report.html
+        """,
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, finished or not")
+    report.add_argument("-o", "--output", metavar="FILE", type=Path, help="where to write the page")
+
+    command("info", _info, "print versions, devices, recipes, and the kernels that serve here", "", "edge-grpo info")
+    return parser, commands
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    names = ", ".join(recipe_names())
+    source.add_argument("--recipe", metavar="NAME", help=f"start from a recipe of the package: {names}")
+    source.add_argument(
+        "--config", metavar="FILE", type=Path, help="start from a YAML file, such as a run's config.yaml"
+    )
+
+
+def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """The KEY=VALUE arguments, which may stand anywhere on the command line."""
+    takes_keys = options.command in ("train", "eval")
+    for argument in rest:
+        if not takes_keys or argument.startswith("-") or "=" not in argument:
+            hint = "; settings are given as KEY=VALUE" if takes_keys and not argument.startswith("-") else ""
+            parser.error(f"unrecognized argument: {argument}{hint}")
+    return list(rest)
+
+
+def _keys_help() -> str:
+    """Every configuration key with its default, laid out for this terminal."""
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    indent = 34
+
+    def lines() -> Iterator[str]:
+        yield "configuration keys, for YAML files (nested by the dots) and for KEY=VALUE, each with its default:"
+        before = None
+        first: dict[str, str] = {}
+        for entry in describe():
+            if before is not None and entry.key.rpartition(".")[0] != before.key.rpartition(".")[0]:
+                yield ""
+            left = f"  {entry.key}={_shown(entry.default)}"
+            choices = entry.type.split("|")
+            text = f"see {first[entry.help]}" if first.setdefault(entry.help, entry.key) != entry.key else entry.help
+            if len(choices) > 2 and not all(choice in text for choice in choices):
+                text = f"{text} ({', '.join(choices)})"
+            wrapped = textwrap.wrap(text, width - indent, break_on_hyphens=False) or [""]
+            if len(left) > indent - 2:
+                yield left
+            else:
+                wrapped[0] = left.ljust(indent) + wrapped[0]
+            start = 0 if len(left) > indent - 2 else 1
+            yield from wrapped[:start]
+            yield from (" " * indent + line for line in wrapped[start:])
+            before = entry
+
+    return "\n".join(lines()) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, str):
+        return json.dumps(value) if value != value.strip() else value
+    return "[]" if value == () else str(value)
+
+
+# ---- Commands ------------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = _train_config(options, overrides)
+    output = Path(config.output)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main and not options.resume:
+        _claim(output, overwrite=options.overwrite)
+
+    from .report import write_report
+    from .trainer import train
+
+    if is_main:
+        rollout = config.rollout
+        print(
+            f"{config.method} on {config.model.path}: {config.steps} steps of {rollout.num_prompts} prompts x "
+            f"{rollout.num_generations} responses, into {output}",
+            file=sys.stderr,
+        )
+    try:
+        summary = train(config, resume=options.resume)
+    except KeyboardInterrupt:
+        if is_main:
+            _say_how_to_resume(output)
+        return 130
+    if is_main:
+        page = write_report([output])
+        print()
+        if summary.before is not None and summary.after is not None:
+            before, after = summary.before, summary.after
+            print(f"Held-out accuracy, {config.data.eval}")
+            print(f"  before  {_percent(before.accuracy, before.stderr)}")
+            gain = 100 * (after.accuracy - before.accuracy)
+            print(f"  after   {_percent(after.accuracy, after.stderr)}   {gain:+.1f} points")
+        print(f"Steps     {summary.steps} in {_clock(summary.seconds)}")
+        print(f"Model     {output / 'final'}")
+        print(f"Report    {page}")
+    return 0
+
+
+def _train_config(options: argparse.Namespace, overrides: list[str]) -> TrainConfig:
+    source = recipe_path(options.recipe) if options.recipe else options.config
+    overrides = list(overrides)
+    if options.method:
+        overrides.append(f"method={options.method}")
+    if options.output:
+        overrides.append(f"output={options.output}")
+    has_output = any(override.partition("=")[0].strip() == "output" for override in overrides)
+    if options.resume and source is None:
+        if not has_output:
+            raise ValueError("--resume needs to know which run: give --output DIR, or the --recipe or --config it used")
+        output = Path(load_config(None, [o for o in overrides if o.partition("=")[0].strip() == "output"]).output)
+        source = output / "config.yaml"
+        if not source.is_file():
+            raise FileNotFoundError(f"nothing to resume: {output} holds no config.yaml of a run")
+    config = load_config(source, overrides)
+    if options.method and not has_output and load_config(source).method != options.method:
+        # The recipe's folder belongs to the recipe's method: runs that are to be compared must not share one.
+        config = load_config(source, [*overrides, f"output={config.output}-{options.method.replace('+', '-')}"])
+    return config
+
+
+def _claim(output: Path, *, overwrite: bool) -> None:
+    """Make sure that ``output`` holds no run, deleting what a run wrote (and nothing else) if so asked."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder; {output} is a file")
+    present = [output / name for name in RUN_FILES if (output / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose another "
+            "folder with --output"
+        )
+    for path in present:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _say_how_to_resume(output: Path) -> None:
+    from . import checkpoint
+
+    found = checkpoint.steps(output / "checkpoints")
+    if found:
+        remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}"
+    else:
+        remedy = "no checkpoint had been saved yet; save_every sets the number of steps between them"
+    print(f"\nInterrupted: {remedy}", file=sys.stderr)
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    config, name = _eval_config(options, overrides)
+
+    import torch
+
+    from .data import load_examples, render_prompts
+    from .evaluate import evaluate
+    from .model import load_model
+    from .rewards import Rewarder
+    from .rollout import build_engine
+    from .seeding import derive_seed
+    from .types import Sampling
+
+    assert config.data.eval is not None
+    examples = load_examples(config.data.eval, config.data.columns, seed=config.seed, limit=config.data.eval_size)
+    model, tokenizer = load_model(config.model)
+    prompts, too_long = render_prompts(examples, tokenizer, config.data)
+    if too_long:
+        print(f"left out {too_long} prompts of more than {config.data.max_prompt_length} tokens", file=sys.stderr)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    engine = build_engine(config, model, tokenizer)
+    rewarder = Rewarder(config.reward)
+    sampling = Sampling(max_tokens=config.rollout.max_completion_length, temperature=config.eval_temperature)
+    try:
+        result = evaluate(
+            engine,
+            prompts,
+            rewarder,
+            tokenizer,
+            generations=config.eval_generations,
+            sampling=sampling,
+            seed=derive_seed(config.seed, "eval", 0),
+        )
+    finally:
+        engine.close()
+        rewarder.close()
+    _print_evaluation(name, config, result, len(prompts))
+    if options.json:
+        settings = {
+            "model": name,
+            "data": config.data.eval,
+            "examples": len(prompts),
+            "k": config.eval_generations,
+            "temperature": config.eval_temperature,
+            "max_tokens": config.rollout.max_completion_length,
+            "seed": config.seed,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(settings | result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _eval_config(options: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, str]:
+    """The configuration to evaluate with, and the model's name; a run's folder brings its own configuration along."""
+    run = Path(options.model)
+    source = recipe_path(options.recipe) if options.recipe else options.config
+    model = options.model
+    if (run / "config.yaml").is_file() and not (run / "config.json").is_file():
+        source = source or run / "config.yaml"
+        model = str(run / "final")
+        if not Path(model).is_dir():
+            raise FileNotFoundError(
+                f"{run} has no final model, because the run has not ended; continue it with\n"
+                f"  edge-grpo train --resume --output {run}"
+            )
+    given = {
+        "model.path": model,
+        "data.eval": options.data,
+        "eval_generations": options.k,
+        "eval_temperature": options.temperature,
+        "rollout.max_completion_length": options.max_tokens,
+        "data.eval_size": options.size,
+        "seed": options.seed,
+    }
+    shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if options.k is not None and options.k > 1 and options.temperature is None:
+        base = load_config(
+            source, [o for o in overrides if o.startswith(("rollout.temperature=", "eval_temperature="))]
+        )
+        shortcuts.append(f"eval_temperature={base.eval_temperature or base.rollout.temperature}")
+    config = load_config(source, [*overrides, *shortcuts])
+    if config.data.eval is None:
+        raise ValueError("no data to evaluate on; give --data SPEC, for example --data arithmetic@test")
+    return config, model
+
+
+def _print_evaluation(name: str, config: TrainConfig, result: Evaluation, examples: int) -> None:
+    k, temperature = config.eval_generations, config.eval_temperature
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    print(f"{name} on {config.data.eval}: {examples} examples, {k} {'response' if k == 1 else 'responses'} each, {how}")
+    print(f"  {'pass@1' if k == 1 else f'avg@{k}':8}{_percent(result.accuracy, result.stderr)}")
+    for size, share in result.pass_at_k.items():
+        if size > 1:
+            print(f"  {f'pass@{size}':8}{_percent(share)}")
+    print(f"  {'length':8}{result.mean_length:.0f} tokens on average, {_percent(result.truncated)} cut off")
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from .report import write_report
+
+    print(write_report(options.runs, options.output))
+    return 0
+
+
+def _info(options: argparse.Namespace, _: list[str]) -> int:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from edge_kernels import info
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    print(f"Python          {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("edge-grpo", "torch", "transformers", "accelerate", "datasets", "trl", "vllm", "reasoning-gym"):
+        print(f"{package:16}{version(package)}")
+    print(f"threads         {torch.get_num_threads()} for torch, {os.cpu_count()} processors")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"GPUs            {', '.join(gpus) or 'none'}")
+    print("\nRecipes (edge-grpo train --recipe NAME)")
+    for name in recipe_names():
+        print(f"  {name:26}{_first_comment(recipe_path(name))}")
+    print("\nKernels (edge-kernels info)")
+    info.main(["info"])
+    return 0
+
+
+# ---- Words ---------------------------------------------------------------------------------------------------------
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _percent(share: float, stderr: float | None = None) -> str:
+    known = stderr is not None and not math.isnan(stderr)
+    return f"{100 * share:.1f}%" + (f" ± {100 * stderr:.1f}" if stderr is not None and known else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def run() -> NoReturn:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
