@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 import json
 import logging
-import math
 import numbers
 import random
 import re
@@ -149,7 +148,7 @@ def _load_arithmetic(argument: str, split: str, seed: int, size: int) -> list[Ex
 
 def _load_reasoning_gym(task: str, split: str, seed: int, size: int) -> list[dict[str, Any]]:
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("data reasoning_gym:TASK needs the package reasoning-gym; pip install reasoning-gym")
+        raise ValueError("data reasoning_gym:TASK needs the package reasoning-gym; pip install 'edge-grpo[tasks]'")
     import reasoning_gym
     from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS
@@ -243,7 +242,7 @@ def _load_saved(path: Path, split: str | None) -> Sequence[Mapping[str, Any]]:
         return _pick_split(str(path), saved, split or "train")
     if split is not None:
         raise ValueError(f"{path} is a saved dataset without splits; got @{split}; leave it out")
-    return saved  # type: ignore[no-any-return]
+    return saved
 
 
 def _load_hub(name: str, split: str) -> Sequence[Mapping[str, Any]]:
@@ -264,7 +263,7 @@ def _pick_split(name: str, splits: Mapping[str, Any], split: str) -> Sequence[Ma
     if split not in splits:
         example = next(iter(splits), "SPLIT")
         raise ValueError(f"{name} has no split {split!r}; there are {', '.join(splits)}; name one as {name}@{example}")
-    return splits[split]  # type: ignore[no-any-return]
+    return splits[split]
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------
@@ -319,11 +318,12 @@ def _to_text(spec: str, index: int, role: str, value: Any) -> str | None:
     if isinstance(value, numbers.Integral):
         return str(int(value))
     if isinstance(value, (numbers.Real, Decimal)):
-        if math.isnan(value):
+        number = value if isinstance(value, Decimal) else Decimal(repr(float(value)))  # 0.1, not its binary expansion
+        if number.is_nan():
             return None
-        if math.isinf(value):
-            return "\\infty" if value > 0 else "-\\infty"
-        text = format(Decimal(repr(float(value))) if isinstance(value, numbers.Real) else value, "f")
+        if number.is_infinite():
+            return "\\infty" if number > 0 else "-\\infty"
+        text = format(number, "f")
         text = text.rstrip("0").rstrip(".") if "." in text else text
         return "0" if text == "-0" else text
     wanted = "text, a number, or a list of those" if role == "answer" else "text or a number"

@@ -10,13 +10,13 @@ import importlib
 import inspect
 import logging
 import math
-import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from .config import RewardConfig
@@ -224,7 +224,7 @@ def _parse(answer: str, seconds: int | None) -> list[Any]:
         readings = parse(
             f"\\boxed{{{answer}}}",
             [LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=seconds,  # type: ignore[arg-type]  # None is documented
+            parsing_timeout=seconds,
             raise_on_error=True,
         )
     except Exception:
@@ -238,8 +238,9 @@ def _parse(answer: str, seconds: int | None) -> list[Any]:
 
 def _import_function(path: str) -> RewardFunction:
     module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # console scripts do not search the working directory; last, so it shadows nothing
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # console scripts do not search the working directory; last, so that it shadows nothing
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
