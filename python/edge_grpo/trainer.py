@@ -32,7 +32,7 @@ from edge_kernels import (
 
 from . import checkpoint
 from .batching import Batch, Sample, micro_batches, minibatches, pad, unpad
-from .config import TrainConfig, to_dict
+from .config import TrainConfig, flatten, to_dict
 from .correction import Corrector
 from .data import load_examples, render_prompts
 from .evaluate import Evaluation, evaluate
@@ -136,6 +136,7 @@ class Trainer:
                 config.correction_config,
                 engine=self.engine,
                 encode=self._encode_text,
+                decode=self._decode_all,
                 eos_token_ids=self.eos_token_ids,
                 sampling=self.sampling,
             )
@@ -152,7 +153,7 @@ class Trainer:
             (self.output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
         accelerator.wait_for_everyone()
         if config.trackers:
-            accelerator.init_trackers("edge-grpo", config=_flatten(to_dict(config)))
+            accelerator.init_trackers("edge-grpo", config=flatten(to_dict(config)))
 
         before = after = None
         with RunLog(accelerator, self.output, steps=config.steps, resume_step=first) as log:
@@ -220,7 +221,11 @@ class Trainer:
         if self.corrector is not None:
             with self._timed("correction"):
                 responses = self.corrector(
-                    prompts, first, first_rewards, seed=derive_seed(config.seed, "correction", step, rank)
+                    prompts,
+                    first,
+                    first_rewards,
+                    seed=derive_seed(config.seed, "correction", step),
+                    offset=rank * len(prompts),
                 )
             with self._timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
@@ -458,8 +463,8 @@ class Trainer:
     def _resume(self) -> int:
         saved = self.output / "config.yaml"
         if saved.is_file():
-            old = _flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
-            new = _flatten(to_dict(self.config))
+            old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+            new = flatten(to_dict(self.config))
             changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
             if changed:
                 raise ValueError(
@@ -520,17 +525,6 @@ class _LossTotals:
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {"eval/accuracy": evaluation.accuracy, "eval/stderr": evaluation.stderr}
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    """Return nested dictionaries as one with dotted keys; lists count as leaves."""
-    flat: dict = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _peak_bytes() -> int:
