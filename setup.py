@@ -1,4 +1,4 @@
-"""Builds edge_kernels/_C with CMake; everything else about the package stands in pyproject.toml.
+"""Builds edge_kernels/_C with CMake; what else there is to say about the package stands in pyproject.toml.
 
 Environment: EDGE_KERNELS_CUDA=auto|on|off (default auto: CUDA sources are compiled when nvcc is found),
 EDGE_KERNELS_WERROR=1 (warnings are errors), CMAKE_ARGS (more arguments for CMake), CUDACXX and CXX (compilers).
@@ -6,7 +6,7 @@ EDGE_KERNELS_WERROR=1 (warnings are errors), CMAKE_ARGS (more arguments for CMak
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shlex
 import shutil
@@ -15,27 +15,27 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
 
 def tool(name: str) -> str:
-    """Path of cmake or ninja: the one installed beside this Python first, then the one on PATH."""
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.origin is not None:
-        found = Path(__import__(name).BIN_DIR if name == "ninja" else __import__(name).CMAKE_BIN_DIR) / name
-        if found.exists():
-            return str(found)
-    path = shutil.which(name)
+    """Return the path of cmake or ninja: the one installed beside this Python first, then the one on PATH."""
+    try:
+        package = importlib.import_module(name)
+        folder = package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR
+    except (ImportError, AttributeError):
+        folder = None
+    path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         raise RuntimeError(f"{name} was not found; install it with: pip install {name}")
     return path
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds in build/cmake-<python>, which is kept, so that a second build compiles only what changed."""
+    """Builds in build/cmake-<python>, which is kept, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -65,4 +65,10 @@ class CMakeBuild(build_ext):
         staged.replace(target)
 
 
-setup(ext_modules=[Extension("edge_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["edge_kernels", "edge_kernels.*"]), *find_packages("python")],
+    package_dir={"edge_grpo": "python/edge_grpo"},
+    include_package_data=False,
+    ext_modules=[Extension("edge_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

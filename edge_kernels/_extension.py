@@ -32,7 +32,7 @@ def openmp_runtimes() -> list[str]:
 
 
 def _candidates() -> Iterator[str]:
-    """Yield OpenMP runtimes, best first: mapped with torch's own before others, then torch's files, then the system's."""
+    """Yield OpenMP runtimes, best first: those mapped, torch's before others; torch's files; the system's."""
     home = Path(torch.__file__).parent
     yield from sorted(openmp_runtimes(), key=lambda path: not path.startswith(str(home.parent)))
     for folder in (home / "lib", home.parent / "torch.libs"):

