@@ -138,13 +138,12 @@ def judge(accepted: Sequence[str], answer: str | None) -> Outcome:
     read = normalize(answer) if answer is not None else ""
     if not read:
         return "unparseable"
-    outcomes = set()
-    for gold in accepted:
-        outcome = _compare(gold, read)
-        if outcome == "correct":
+    outcomes = [_compare_texts(gold, read) for gold in accepted]
+    for number, gold in enumerate(accepted):  # only when no text is equal, since math-verify takes its time
+        if "correct" in outcomes:
             return "correct"
-        outcomes.add(outcome)
-    for outcome in ("timed_out", "wrong"):
+        outcomes[number] = outcomes[number] or _math_verify(normalize(gold), read)
+    for outcome in ("correct", "timed_out", "wrong"):
         if outcome in outcomes:
             return outcome
     return "unparseable"
@@ -165,7 +164,8 @@ def normalize(answer: str) -> str:
     return text
 
 
-def _compare(gold: str, read: str) -> Outcome:
+def _compare_texts(gold: str, read: str) -> Outcome | None:
+    """The outcome where the texts alone decide, else None."""
     right = normalize(gold)
     if _BLANKS_BY_SYMBOLS.sub("", read) == _BLANKS_BY_SYMBOLS.sub("", right):
         return "correct"
@@ -177,7 +177,7 @@ def _compare(gold: str, read: str) -> Outcome:
         return "correct" if right_words.casefold() == read_words.casefold() else "wrong"
     if len(read) > MAX_ANSWER_LENGTH:
         return "unparseable"
-    return _math_verify(right, read)
+    return None
 
 
 def _canonical_integer(text: str) -> tuple[bool, str]:

@@ -1,0 +1,85 @@
+r"""Templates, and the \boxed{} answers of a text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_grpo.text import bare_answer, boxes, fill, last_box
+
+
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{problem}", "1+1"),
+        ("Q: {problem}\nA:", "Q: 1+1\nA:"),
+        (r"{problem} Put the answer within \boxed{{}}.", r"1+1 Put the answer within \boxed{}."),  # str.format's braces
+        (r"{problem} Put the answer within \boxed{}.", r"1+1 Put the answer within \boxed{}."),  # LaTeX's
+        (r"\boxed{{{problem}}}", r"\boxed{1+1}"),
+        ("} {problem}", "} 1+1"),  # no format string at all
+        ("{problem} {other}", "1+1 {other}"),
+    ],
+)
+def test_fill_takes_format_strings_and_plain_latex(template, filled):
+    assert fill(template, "problem", "1+1") == filled
+
+
+@given(st.text())
+def test_fill_leaves_the_value_alone(value):
+    assert fill("<{problem}>", "problem", value) == f"<{value}>"
+    assert fill("<{problem}> {}", "problem", value) == f"<{value}> {{}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        ("no answer", []),
+        (r"\boxed{5}", ["5"]),
+        (r"\boxed {5}", ["5"]),
+        (r"first \boxed{1}, then \boxed{\frac{1}{2}}.", ["1", r"\frac{1}{2}"]),
+        (r"\boxed{\{1, 2\}}", [r"\{1, 2\}"]),  # escaped braces are part of the answer
+        (r"\boxed{\boxed{5}}", [r"\boxed{5}", "5"]),
+        (r"\boxed{5} and \boxed{6", ["5", None]),  # cut off
+        (r"} \boxed{5}", ["5"]),
+        (r"{ \boxed{5}", ["5"]),
+        (r"\boxed{}", [""]),
+        (r"\boxed", []),
+        (r"\boxedtext{5}", []),
+        (r"\\boxed{5}", []),  # a line break and the word
+    ],
+)
+def test_boxes_are_matched_as_latex_does(text, contents):
+    assert boxes(text) == contents
+    assert last_box(text) == (contents[-1] if contents else None)
+
+
+@given(st.text(alphabet="ab{}\\$ ", max_size=30), st.text(alphabet="xy {}", max_size=10))
+def test_a_balanced_answer_is_found_after_any_text(before, after):
+    """Whatever came before, short of a backslash that escapes the box."""
+    before = before.rstrip("\\")
+    assert last_box(f"{before}\\boxed{{\\frac{{1}}{{2}}}}{after}") == r"\frac{1}{2}"
+
+
+def test_deep_nesting_takes_one_pass():
+    assert len(boxes(r"\boxed{" * 20_000)) == 20_000  # a matcher that starts anew at each box would take minutes
+
+
+@pytest.mark.parametrize(
+    ("answer", "bare"),
+    [
+        (" 8\n", "8"),
+        ("$12\\sqrt{3}$", r"12\sqrt{3}"),
+        ("$69$,$84$", "69,84"),
+        (r"\(x\)", "x"),
+        (r"\[ x \]", "x"),
+        (r"$\boxed{a=170}$", "a=170"),
+        (r"\boxed{\boxed{$7$}}", "7"),
+        (r"\boxed{1} or \boxed{2}", r"\boxed{1} or \boxed{2}"),
+        (r"\$5", r"\$5"),
+        (r"\{1\}", r"\{1\}"),
+        (r"a \\[2pt] b", r"a \\[2pt] b"),  # a line break with its height
+    ],
+)
+def test_bare_answer_takes_off_what_surrounds(answer, bare):
+    assert bare_answer(answer) == bare
