@@ -74,9 +74,7 @@ def test_step_metrics_on_a_worked_example():
 def test_drift_counts_only_recorded_tokens():
     sample = two_groups()[1]
     metrics = drift_metrics([(sample, [-0.5, 100.0, -0.7, -0.5], [0.5, 100.0, 0.5, 0.4])])
-    assert metrics == pytest.approx(
-        {"drift/logprob_mean": 0.2 / 3, "drift/logprob_max": 0.2, "drift/entropy_max": 0.1}
-    )
+    assert metrics == pytest.approx({"drift/logprob_mean": 0.2 / 3, "drift/logprob_max": 0.2, "drift/entropy_max": 0.1})
     assert drift_metrics([]) == {}
 
 

@@ -14,8 +14,9 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from .config import Method, TrainConfig, describe, load_config, recipe_names, recipe_path
 
@@ -75,6 +76,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         epilog="`edge-grpo COMMAND --help` explains a command; for train it lists every configuration key.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"edge-grpo {_version('edge-grpo')}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands: dict[str, _Parser] = {}
 
@@ -323,7 +325,8 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     prompts, too_long = render_prompts(examples, tokenizer, config.data)
     if too_long:
         print(f"left out {too_long} prompts of more than {config.data.max_prompt_length} tokens", file=sys.stderr)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    module: torch.nn.Module = model
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = build_engine(config, model, tokenizer)
     rewarder = Rewarder(config.reward)
     sampling = Sampling(max_tokens=config.rollout.max_completion_length, temperature=config.eval_temperature)
@@ -409,34 +412,25 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _info(options: argparse.Namespace, _: list[str]) -> int:
-    import platform
-    from importlib import metadata
-
-    import torch
-
     from edge_kernels import info
 
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    print(f"Python          {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("edge-grpo", "torch", "transformers", "accelerate", "datasets", "trl", "vllm", "reasoning-gym"):
-        print(f"{package:16}{version(package)}")
-    print(f"threads         {torch.get_num_threads()} for torch, {os.cpu_count()} processors")
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"GPUs            {', '.join(gpus) or 'none'}")
+    for package in ("edge-grpo", "accelerate", "datasets", "math-verify", "reasoning-gym", "gguf"):
+        print(f"{package:16}{_version(package)}")
     print("\nRecipes (edge-grpo train --recipe NAME)")
     for name in recipe_names():
         print(f"  {name:26}{_first_comment(recipe_path(name))}")
     print("\nKernels (edge-kernels info)")
-    info.main(["info"])
-    return 0
+    return info.main(["info"])
 
 
 # ---- Words ---------------------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _first_comment(path: Path) -> str:
@@ -453,11 +447,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def run() -> NoReturn:
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    run()

@@ -11,6 +11,7 @@ import copy
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from .rewards import Rewarder
 from .rollout import build_engine
 from .runlog import RunLog
 from .seeding import derive_seed
-from .types import Prompt, Sampling
+from .types import Prompt, Provenance, Response, Sampling
 
 # What a resumed run may change: none of it touches the steps that were already made.
 _MAY_CHANGE_ON_RESUME = {
@@ -190,7 +191,7 @@ class Trainer:
 
         everyone: list[Sample] = gather_object(samples)
         generated = sum(
-            len(sample.first.token_ids) + sum(mark.name == "CONTINUED" for mark in sample.response.provenance)
+            len(sample.first.token_ids) + sum(mark == Provenance.CONTINUED for mark in sample.response.provenance)
             for sample in everyone
         )
         metrics = step_metrics(everyone) | update_metrics
@@ -273,14 +274,14 @@ class Trainer:
         entropy = torch.nn.utils.rnn.pad_sequence(
             [sample.entropy for sample in samples if sample.entropy is not None], batch_first=True
         )
-        lengths = torch.tensor([len(sample.response.token_ids) for sample in samples])
-        mask = torch.arange(entropy.shape[1]) < lengths[:, None]
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(self._counts(sample.response), dtype=torch.bool) for sample in samples], batch_first=True
+        )
+        advantages = group_advantages(rewards, groups, scale_rewards=eda.scale_rewards)
+        weights = torch.ones_like(advantages)
         if self.config.use_eda:
+            weights = entropy_weights(entropy, mask, groups, eda, advantages=advantages)
             advantages = entropy_driven_advantages(rewards, entropy, mask, groups, eda)
-            weights = entropy_weights(entropy, mask, groups, eda)
-        else:
-            advantages = group_advantages(rewards, groups, scale_rewards=eda.scale_rewards)
-            weights = torch.ones_like(advantages)
         for sample, advantage, weight in zip(samples, advantages.tolist(), weights.tolist(), strict=True):
             sample.advantage, sample.weight = advantage, weight
 
@@ -304,7 +305,7 @@ class Trainer:
                 self.optimizer.zero_grad()
         drifts = drift_metrics(gather_object(drift))
         return (
-            totals.metrics(self.accelerator)
+            totals.metrics(optim.epochs * optim.minibatches)
             | drifts
             | {"grad/norm": sum(norms) / len(norms), "optim/lr": learning_rate}
         )
@@ -377,9 +378,7 @@ class Trainer:
                 # With one optimizer step per rollout the ratio's denominator is the current logprob, detached.
                 old_logprobs=batch.logprobs if off_policy else None,
                 ref_logprobs=batch.ref_logprobs,
-                sampling_logprobs=(
-                    batch.sampling_logprobs if self.config.loss.sampler_ratio_cap is not None else None
-                ),
+                sampling_logprobs=(batch.sampling_logprobs if self.config.loss.sampler_ratio_cap is not None else None),
                 injected_mask=batch.injected_mask,
                 num_items=num_items,
                 num_sequences=num_sequences,
@@ -413,17 +412,21 @@ class Trainer:
 
     def _normalizers(self, part: Sequence[Sample]) -> dict[str, float | int | None]:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
-        masked = self.config.loss.injected == "mask"
-        tokens = sum(
-            sum(not (masked and mark.name == "INJECTED") for mark in sample.response.provenance) for sample in part
-        )
+        tokens = sum(sum(self._counts(sample.response)) for sample in part)
         counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
         tokens, sequences = self.accelerator.reduce(counts, reduction="sum").tolist()
         threshold = None
         if self.config.loss.top_entropy_quantile < 1:
-            entropies = gather_object([value for sample in part if sample.entropy is not None for value in sample.entropy])
+            entropies = gather_object(
+                [value for sample in part if sample.entropy is not None for value in sample.entropy]
+            )
             threshold = float(torch.quantile(torch.stack(entropies), 1 - self.config.loss.top_entropy_quantile))
         return {"num_items": max(tokens, 1), "num_sequences": sequences, "entropy_threshold": threshold}
+
+    def _counts(self, response: Response) -> list[bool]:
+        """Return which tokens have a loss and count in the response's entropy: all but injected ones to be masked."""
+        masked = self.config.loss.injected == "mask"
+        return [not (masked and mark == Provenance.INJECTED) for mark in response.provenance]
 
     def _pad(self, samples: Sequence[Sample]) -> Batch:
         return pad(samples, self.tokenizer.pad_token_id, self.accelerator.device)
@@ -467,9 +470,9 @@ class Trainer:
             new = flatten(to_dict(self.config))
             changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
             if changed:
+                changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed)
                 raise ValueError(
-                    f"cannot resume {self.output}: {', '.join(f'{k} was {old.get(k)!r}, is {new[k]!r}' for k in changed)}; "
-                    "resume with the run's own config.yaml, or start a new run with another output"
+                    f"cannot resume {self.output}: {changes}; resume with the run's own config.yaml, or start a new run with another output"
                 )
         step = checkpoint.load_latest(self.accelerator, self.output / "checkpoints")
         self.engine.update_weights(self.model)
@@ -509,18 +512,43 @@ class Trainer:
 
 
 class _LossTotals:
-    """Adds up the loss and the additive metrics of micro-batches; means are formed once, at the end."""
+    """Adds up the loss and the metrics of micro-batches; means over all processes are formed once, at the end."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.ratio_max = 0.0
+        self._sums: Counter[str] = Counter()
+        self._maxima: dict[str, float] = {}
 
     def add(self, out: GRPOLossOutput) -> None:
-        for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
-            if name == "ratio_max":
-                self.ratio_max = max(self.ratio_max, float(value))
+        self._sums["loss"] += float(out.loss.detach())
+        for name, value in out.metrics.items():
+            if name.endswith("_max"):
+                self._maxima[name] = max(self._maxima.get(name, 0.0), float(value))
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+                self._sums[name] += float(value)
+
+    def metrics(self, optimizer_steps: int) -> dict[str, float]:
+        """Return the named means and maxima. All processes call it."""
+        sums: Counter[str] = Counter()
+        maxima: dict[str, float] = {}
+        for process_sums, process_maxima in gather_object([(self._sums, self._maxima)]):
+            sums.update(process_sums)
+            for name, value in process_maxima.items():
+                maxima[name] = max(maxima.get(name, 0.0), value)
+        tokens = max(sums["tokens"], 1)
+        metrics = {
+            "loss": sums["loss"] / optimizer_steps,
+            "clip/low": sums["clip_low"] / tokens,
+            "clip/high": sums["clip_high"] / tokens,
+            "clip/region": sums["clip_region"] / tokens,
+            "ratio/mean": sums["ratio_sum"] / tokens,
+            "ratio/max": maxima["ratio_max"],
+        }
+        if "kl_sum" in sums:
+            metrics["kl/mean"] = sums["kl_sum"] / tokens
+        if "sampler_ratio_sum" in sums:
+            metrics["ratio/sampler_mean"] = sums["sampler_ratio_sum"] / tokens
+            metrics["ratio/sampler_max"] = maxima["sampler_ratio_max"]
+        return metrics
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
