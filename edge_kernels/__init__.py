@@ -57,7 +57,7 @@ _MODULE_OF = {
 
 
 class _Package(ModuleType):
-    """This package, in which the functions ``token_stats`` and ``linear_token_stats`` outrank modules of their names."""
+    """This package, where the functions ``token_stats`` and ``linear_token_stats`` outrank modules of their names."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _MODULE_OF:

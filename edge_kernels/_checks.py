@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 IGNORE_INDEX = -100  # F.cross_entropy's default, and what the losses put where no loss is taken
 

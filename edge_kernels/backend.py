@@ -5,7 +5,6 @@ No kernel lives here. A backend that was asked for and is missing raises; nothin
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
+
+from edge_kernels import _extension
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -51,7 +52,7 @@ class Service(NamedTuple):
 def _load_extension() -> ModuleType | str:
     """Return the compiled extension, or the reason why there is none."""
     try:
-        return importlib.import_module("edge_kernels._C")
+        return _extension.load()
     except ImportError as error:
         return f"the extension edge_kernels._C cannot be imported ({error})"
 
@@ -75,9 +76,8 @@ def unavailable(backend: str) -> str | None:
 
 
 def _remedy(backend: str, reason: str) -> str:
-    build = "; rebuild with `pip install .` in the source tree" if backend == "cpu" else ""
     return (
-        f"backend {backend!r} is not available: {reason}{build}, or choose another backend: "
+        f"backend {backend!r} is not available: {reason}; to do without it: "
         f"edge_kernels.set_backend('reference') or {ENVIRONMENT_VARIABLE}=reference"
     )
 

@@ -83,8 +83,7 @@ def token_stats_backward(
 
     zero = torch.zeros(logits.shape[:-1], dtype=z.dtype, device=z.device)
     g_logprobs, g_entropy, g_logsumexp = (
-        zero if gradient is None else gradient.to(z.dtype)
-        for gradient in (grad_logprobs, grad_entropy, grad_logsumexp)
+        zero if gradient is None else gradient.to(z.dtype) for gradient in (grad_logprobs, grad_entropy, grad_logsumexp)
     )
     inactive = (g_logprobs == 0) & (g_entropy == 0) & (g_logsumexp == 0)
     gradient = (g_logsumexp - g_logprobs)[..., None] * p - g_entropy[..., None] * p * (finite_log_p + entropy)
@@ -308,5 +307,6 @@ def tokens_above_quantile(num_items: Tensor | float, share: float) -> Tensor | f
     """
     if share == 1:
         return num_items
-    position = (num_items - 1) * (1 - share)
-    return num_items - (position.ceil() if isinstance(position, Tensor) else math.ceil(position))
+    if isinstance(num_items, Tensor):
+        return num_items - ((num_items.double() - 1) * (1 - share)).ceil()
+    return num_items - math.ceil((num_items - 1) * (1 - share))

@@ -58,7 +58,7 @@ class KernelStats(NamedTuple):
 
 
 def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
-    """Return the statistics of real (not fake) logits (..., V), by the backend that serves them. No checks, no autograd."""
+    """Return the statistics of real (not fake) logits (..., V) by the backend that serves them, unchecked."""
     if get_backend(logits) == "reference":
         stats = reference.token_stats(logits, targets, **transform.for_reference())
         return KernelStats(*stats, torch.zeros_like(stats.logsumexp))

@@ -1,4 +1,4 @@
-"""What the ops return. Plain named tuples of tensors, so that ``torch.compile`` and checkpointing see nothing unusual."""
+"""What the ops return: named tuples of tensors, so that ``torch.compile`` and checkpointing see nothing unusual."""
 
 from __future__ import annotations
 

@@ -1,0 +1,556 @@
+"""GRPO and EDGE-GRPO losses, from logits or from hidden states: options and totals of a batch, the sweeps, the ops.
+
+The loss of a token is token_loss.py's, its statistics are token_stats.py's, tiles are linear_token_stats.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_kernels._checks import (
+    IGNORE_INDEX,
+    check_float,
+    check_like,
+    check_targets_in_range,
+    describe,
+    stats_dtype,
+)
+from edge_kernels.advantages import entropy_driven_advantages
+from edge_kernels.config import GRPOLossConfig
+from edge_kernels.linear_token_stats import (
+    Head,
+    HeadGradient,
+    check_head,
+    fake_head_gradient,
+    linear_token_stats,
+    none_if_unwanted,
+    tiles,
+)
+from edge_kernels.reference import tokens_above_quantile
+from edge_kernels.token_loss import (
+    METRICS,
+    LossRule,
+    TokenTerms,
+    sampler_correction,
+    token_loss,
+    token_loss_op,
+)
+from edge_kernels.token_stats import (
+    Transform,
+    inplace_token_stats,
+    refuse_second_derivative,
+    run_backward,
+    run_forward,
+    token_stats,
+)
+from edge_kernels.types import GRPOLossOutput, TokenStats
+
+# --- a batch and its options ------------------------------------------------------------------------------------------
+
+Total = Tensor | float | None
+
+
+class _Batch(NamedTuple):
+    """Checked arguments, in the statistics' dtype; ``mask`` is where a loss is taken."""
+
+    config: GRPOLossConfig
+    dtype: torch.dtype
+    targets: Tensor  # (B, T), ignore_index outside the mask
+    mask: Tensor  # (B, T)
+    advantages: Tensor | None  # (B,) or (B, T)
+    rewards: Tensor | None  # (B,)
+    group_ids: Tensor | None  # (B,)
+    old_logprobs: Tensor | None  # (B, T), as the following four
+    ref_logprobs: Tensor | None
+    sampler_ratio: Tensor | None
+    sampling_logprobs: Tensor | None
+    injected: Tensor | None
+    num_items: Total
+    num_sequences: Total
+    entropy_threshold: Tensor | None
+
+    @property
+    def transform(self) -> Transform:
+        config = self.config
+        softcap = None if config.softcap is None else float(config.softcap)
+        return Transform(float(config.temperature), softcap, float(config.logit_scale), IGNORE_INDEX)
+
+    @property
+    def needs_statistics_first(self) -> bool:
+        """Whether some token's coefficient depends on other tokens' statistics, so that one sweep cannot do."""
+        config = self.config
+        counts_high_entropy = config.top_entropy_quantile < 1 and config.entropy_coef != 0 and self.num_items is None
+        return (
+            self.advantages is None
+            or config.importance_sampling_level == "sequence"
+            or (config.top_entropy_quantile < 1 and self.entropy_threshold is None)
+            or counts_high_entropy
+            or (self.sampling_logprobs is not None and config.sampler_ratio_mode.startswith("sequence"))
+        )
+
+    def terms(self, advantages: Tensor, stats: TokenStats | None) -> TokenTerms:
+        """Return what each token's loss depends on; with ``stats``, also what whole-batch statistics decide."""
+        config, mask = self.config, self.mask
+        advantages = advantages.to(self.dtype)
+        threshold, bonus_weight = self.entropy_threshold, None
+        if config.top_entropy_quantile < 1 and threshold is None and stats is not None:
+            threshold = _entropy_threshold(stats.entropy.detach(), mask, config.top_entropy_quantile)
+        if config.entropy_coef != 0:
+            if self.num_items is not None:
+                acting_items = tokens_above_quantile(self.num_items, config.top_entropy_quantile)
+            elif threshold is None or stats is None:
+                acting_items = mask.sum()
+            else:
+                acting_items = (mask & ~(stats.entropy.detach() < threshold)).sum()
+            acting_items = torch.as_tensor(acting_items, dtype=self.dtype, device=mask.device)
+            bonus_weight = config.entropy_coef / acting_items.clamp(min=1)
+        return TokenTerms(
+            mask=mask,
+            weight=_loss_weight(mask, config, self.num_items, self.num_sequences, self.dtype),
+            advantages=(advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape),
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            sampler_ratio=self.sampler_ratio,
+            sampling_logprobs=self.sampling_logprobs,
+            injected=self.injected,
+            entropy_threshold=threshold,
+            bonus_weight=bonus_weight,
+        )
+
+
+def _at_least_one(total: Tensor | float) -> Tensor | float:
+    return total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+
+
+def _loss_weight(
+    mask: Tensor, config: GRPOLossConfig, num_items: Total, num_sequences: Total, dtype: torch.dtype
+) -> Tensor:
+    """Return what each token's loss is multiplied by before it is summed, (B, T)."""
+    sequences = _at_least_one(mask.shape[0] if num_sequences is None else num_sequences)
+    items = _at_least_one(mask.sum() if num_items is None else num_items)
+    weight = mask.to(dtype)
+    if config.loss_type == "grpo":
+        return weight / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
+    if config.loss_type == "dr_grpo":
+        return weight / config.max_completion_length / sequences
+    return weight / items
+
+
+def _entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Return the (1 - share) quantile of the masked tokens' entropy, a scalar."""
+    if entropy.numel() == 0:
+        return entropy.new_zeros(())
+    return entropy.masked_fill(~mask, float("nan")).flatten().nanquantile(1 - share)
+
+
+def _check_batch(
+    like: Tensor,  # logits or hidden states: the batch's shape and device
+    dtype: torch.dtype,
+    targets: Tensor,
+    completion_mask: Tensor,
+    config: GRPOLossConfig | None,
+    *,
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_ids: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    injected_mask: Tensor | None,
+    num_items: Total,
+    num_sequences: Total,
+    entropy_threshold: Total,
+) -> _Batch:
+    if config is not None and not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"config must be a GRPOLossConfig; got {type(config).__name__}")
+    config = config or GRPOLossConfig()
+    B, T = like.shape[0], like.shape[1]
+    tokens, sequences = {"(B, T)": (B, T)}, {"(B,)": (B,)}
+    remedy = "pass the mask that batching returned"
+    check_like("targets", targets, tokens, "int64", like, remedy="pass one token id per position of the completion")
+    check_like("completion_mask", completion_mask, tokens, "bool", like, remedy=remedy)
+
+    if (advantages is None) == (rewards is None):
+        raise ValueError(
+            f"exactly one of advantages and rewards must be given; got {'neither' if rewards is None else 'both'}; "
+            "pass advantages, or rewards with group_ids for entropy-driven advantages"
+        )
+    if advantages is not None:
+        remedy = "pass one advantage per response or per token"
+        check_like("advantages", advantages, {**sequences, **tokens}, "floating point", like, remedy=remedy)
+        if group_ids is not None:
+            raise ValueError("group_ids belongs to rewards; got it with advantages; leave it out")
+    else:
+        check_like("rewards", rewards, sequences, "floating point", like, remedy="pass one reward per response")
+        remedy = "pass one group number per response; responses to the same prompt share it"
+        check_like("group_ids", group_ids, sequences, "int64", like, remedy=remedy)
+    per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
+    for name, value in per_token.items():
+        if value is not None:
+            check_like(name, value, tokens, "floating point", like, remedy="pass one log-probability per token")
+            per_token[name] = value.detach().to(stats_dtype(dtype))
+    if injected_mask is not None:
+        remedy = "pass the mask of tokens that the policy did not sample"
+        check_like("injected_mask", injected_mask, tokens, "bool", like, remedy=remedy)
+    if config.beta > 0 and ref_logprobs is None:
+        raise ValueError(
+            f"beta = {config.beta} needs ref_logprobs; got None; score the reference policy, or set beta=0"
+        )
+    if config.sampler_ratio_cap is not None and sampling_logprobs is None:
+        raise ValueError(
+            f"sampler_ratio_cap = {config.sampler_ratio_cap} needs sampling_logprobs; got None; "
+            "pass the sampler's log-probabilities, or set sampler_ratio_cap=None"
+        )
+    if isinstance(entropy_threshold, Tensor) and entropy_threshold.dim():
+        raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
+
+    mask = completion_mask
+    if config.injected == "mask" and injected_mask is not None:
+        mask = mask & ~injected_mask
+    old, sampling = per_token["old_logprobs"], per_token["sampling_logprobs"]
+    sampler_ratio = None
+    if config.sampler_ratio_cap is None:
+        sampling = None
+    elif old is not None and sampling is not None:
+        sampler_ratio = sampler_correction(old, sampling, mask, LossRule.of(config))
+        sampling = None
+    if entropy_threshold is not None:
+        entropy_threshold = torch.as_tensor(entropy_threshold, dtype=stats_dtype(dtype), device=like.device).detach()
+    return _Batch(
+        config=config,
+        dtype=stats_dtype(dtype),
+        targets=targets.masked_fill(~mask, IGNORE_INDEX),
+        mask=mask,
+        advantages=None if advantages is None else advantages.detach(),
+        rewards=rewards,
+        group_ids=group_ids,
+        old_logprobs=old,
+        ref_logprobs=per_token["ref_logprobs"],
+        sampler_ratio=sampler_ratio,
+        sampling_logprobs=sampling,
+        injected=injected_mask if config.injected in ("sft", "shaped") else None,
+        num_items=num_items,
+        num_sequences=num_sequences,
+        entropy_threshold=entropy_threshold if config.top_entropy_quantile < 1 else None,
+    )
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def _loss_of_stats(stats: TokenStats, batch: _Batch) -> GRPOLossOutput:
+    """Return the loss from statistics that carry a gradient: the second half of two sweeps."""
+    advantages = batch.advantages
+    if advantages is None:
+        assert batch.rewards is not None
+        assert batch.group_ids is not None
+        rewards = batch.rewards.to(batch.dtype)
+        advantages = entropy_driven_advantages(rewards, stats.entropy, batch.mask, batch.group_ids, batch.config.eda)
+    terms, rule = batch.terms(advantages, stats), LossRule.of(batch.config)
+    loss, metrics, _, _ = token_loss_op(stats.logprobs, stats.entropy, *terms, *rule)
+    return _output(loss, metrics, stats.logprobs, stats.entropy, advantages, batch)
+
+
+def _output(
+    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, advantages: Tensor, batch: _Batch
+) -> GRPOLossOutput:
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
+    if batch.ref_logprobs is None:
+        del named["kl_sum"]
+    if batch.config.sampler_ratio_cap is None:
+        del named["sampler_ratio_sum"], named["sampler_ratio_max"]
+    return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)
+
+
+@torch.library.custom_op("edge_kernels::linear_grpo_loss", mutates_args=())
+def linear_grpo_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    dtype: torch.dtype,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    mask: Tensor,
+    loss_weight: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_ratio: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    injected: Tensor | None,
+    entropy_threshold: Tensor | None,
+    bonus_weight: Tensor | None,
+    loss_type: str,
+    level: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    sampler_cap: float | None,
+    sampler_floor: float,
+    sampler_mode: str,
+    injected_treatment: str,
+    sft_weight: float,
+    shaped_gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, metrics, logprobs, entropy and the gradients of hidden, weight and bias, from one sweep of tiles."""
+    check_targets_in_range(targets, weight.shape[0], ignore_index)
+    transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    recorded = (old_logprobs, ref_logprobs, sampler_ratio, sampling_logprobs)
+    terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
+    clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
+    rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
+
+    head = Head.cast(weight, bias, dtype)
+    gradient = HeadGradient(hidden, weight, bias, head, (want_hidden, want_weight, want_bias))
+    logprobs, entropy = (torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in range(2))
+    # Without a penalty or a bonus, tokens of advantage 0 (groups of equal rewards) need their logits, no gradient.
+    learning = mask
+    if beta == 0 and bonus_weight is None and not (injected_treatment == "sft" and injected is not None):
+        learning = mask & (advantages != 0)
+    for active in (learning, mask & ~learning):
+        for tile in tiles(hidden, head, active):
+            tile_targets = targets[tile.rows]
+            stats = run_forward(tile.logits, tile_targets, transform)
+            logprobs[tile.rows], entropy[tile.rows] = stats.logprobs, stats.entropy
+            if active is not learning:
+                continue
+            part = token_loss(stats.logprobs, stats.entropy, terms.select(tile.rows), rule)
+            d_entropy = None if bonus_weight is None else part.d_entropy
+            if not bool((part.d_logprobs != 0).any()) and (d_entropy is None or not bool((d_entropy != 0).any())):
+                continue
+            run_backward(tile.logits, tile_targets, stats, part.d_logprobs, d_entropy, None, transform, out=tile.logits)
+            gradient.add(tile, tile.logits)
+    loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
+    return loss, metrics, logprobs, entropy, *gradient.result()
+
+
+@linear_grpo_loss_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    per_token = [torch.empty_like(targets, dtype=stats_dtype(dtype)) for _ in range(2)]
+    loss, metrics = per_token[0].new_empty(()), per_token[0].new_empty(len(METRICS))
+    wanted = (want_hidden, want_weight, want_bias)
+    return loss, metrics, *per_token, *fake_head_gradient(hidden, weight, bias, wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.wanted = inputs[4:7]
+    ctx.num_inputs = len(inputs)
+    ctx.is_spent = False
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * ctx.num_inputs
+    if grad_loss is None:
+        return none
+    if torch.is_grad_enabled():
+        refuse_second_derivative()
+    if ctx.is_spent:
+        raise RuntimeError(
+            "linear_edge_grpo_loss makes its gradient in the forward pass and hands it out once; "
+            "call it again for a second backward pass, or combine the losses before calling backward"
+        )
+    ctx.is_spent = True
+    # Scaled where they lie: a second V x D would otherwise be allocated. A tracer's tensors cannot be written.
+    scaled = (g.mul_(grad_loss) if type(g) is Tensor else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+    return *none_if_unwanted(tuple(scaled), ctx.wanted), *none[3:]
+
+
+linear_grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def edge_grpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    completion_mask: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    injected_mask: Tensor | None = None,
+    num_items: Total = None,
+    num_sequences: Total = None,
+    entropy_threshold: Total = None,
+    config: GRPOLossConfig | None = None,
+    inplace: bool = False,
+) -> GRPOLossOutput:
+    """Return ``GRPOLossOutput(loss, logprobs, entropy, advantages, metrics)`` of completions, from their logits.
+
+    With r = exp(logprob - old_logprob) and A the advantage, token t of response i has the loss::
+
+        -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)            grpo, bnpo, dr_grpo, dapo
+        -min(r, epsilon_high).detach() A logprob                                         cispo
+        + beta * (exp(d) - d - 1),  d = ref_logprob - logprob                            where beta > 0
+
+    and the batch has, with w the totals below::
+
+        grpo            sum_i mean_t loss / num_sequences
+        dr_grpo         sum loss / (num_sequences * max_completion_length)
+        bnpo dapo cispo sum loss / num_items
+        - entropy_coef * sum entropy / num_items                                         where entropy_coef != 0
+
+    ``edge_kernels.reference.edge_grpo_loss`` is the same in plain PyTorch; on the same tensors TRL 1.16's
+    ``GRPOTrainer._compute_loss`` agrees in value and gradient.
+
+    logits             (B, T, V): float32, bfloat16, float16 or float64: those that predict ``targets``. The only input
+                       that receives a gradient.
+    targets            (B, T), int64, in [0, V) where the mask holds; any number elsewhere.
+    completion_mask    (B, T), bool: tokens that count. Rows outside are not read and get gradient 0.
+    advantages         (B,) or (B, T), floating point. Exactly one of advantages and rewards must be given.
+    rewards            (B,), floating point, with ``group_ids`` (B,), int64: entropy-driven advantages are formed here
+                       (arXiv:2507.21848, eqs. 3, 6, 7; ``config.eda``); every group must be whole in this batch.
+    old_logprobs       (B, T): of the policy that the ratio refers to; None for the current one, detached (the ratio is
+                       1, its gradient is not 0). NaN marks a token without a record: it has ratio 1 to its present
+                       value, and takes no part in a sequence-level ratio.
+    ref_logprobs       (B, T): of the reference policy; needed where beta > 0, else only measured.
+    sampling_logprobs  (B, T): what the sampler reported; needed where ``sampler_ratio_cap`` is set. The policy term is
+                       then multiplied by exp(old - sampling), truncated or masked. NaN marks an unknown one: factor 1.
+    injected_mask      (B, T), bool: tokens that the policy did not sample, treated as ``config.injected`` says. Under
+                       "mask" they leave everything, denominators and entropy-driven weights included. Under "sft" their
+                       policy term, sampler correction and quantile mask included, is -sft_weight * logprob; under
+                       "shaped" p / (p + shaped_gamma) stands for the clipped ratio. KL penalty and entropy bonus stay.
+    num_items, num_sequences  totals, numbers or scalar tensors, over everything whose losses are summed, ranks and
+                       micro-batches; this batch's own by default. With them the losses add up to the big batch's.
+                       ``num_items`` counts the tokens that have a loss.
+    entropy_threshold  nats: replaces the quantile of this batch where ``top_entropy_quantile`` < 1. A bonus with
+                       ``num_items`` then counts the tokens above the quantile from ``num_items``, without ties.
+    inplace            True: the backward pass writes the gradient over the logits instead of into a new tensor. Regard
+                       the logits as undefined from this call on. Their version counter is raised, so that another
+                       function that saved them for its backward pass raises autograd's "modified by an inplace
+                       operation" instead of using a gradient for logits. Rows must not overlap, and their elements must
+                       be adjacent. Under ``torch.compile``, which plans buffers itself, it has no effect.
+
+    Returns a scalar loss, float32 (float64 for float64 logits), and detached logprobs and entropy in nats, (B, T), 0
+    outside the mask; ``metrics``: see ``GRPOLossOutput``. A batch in which nothing counts has loss 0 and gradient 0. A
+    NaN in a row that counts gives a NaN loss. Two sweeps over the logits: statistics, then the gradient. Differentiable
+    once. Raises TypeError or ValueError for wrong dtypes, shapes, targets and missing arguments.
+    """
+    check_float("logits", logits, least_dims=3)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must have shape (B, T, V); got {describe(logits)}; add the dimension of sequences")
+    batch = _check_batch(
+        logits,
+        logits.dtype,
+        targets,
+        completion_mask,
+        config,
+        advantages=advantages,
+        rewards=rewards,
+        group_ids=group_ids,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        injected_mask=injected_mask,
+        num_items=num_items,
+        num_sequences=num_sequences,
+        entropy_threshold=entropy_threshold,
+    )
+    if inplace:
+        stats = inplace_token_stats(logits, batch.targets, batch.transform)
+    else:
+        stats = token_stats(logits, batch.targets, **batch.transform._asdict())
+    return _loss_of_stats(stats, batch)
+
+
+def linear_edge_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    completion_mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    injected_mask: Tensor | None = None,
+    num_items: Total = None,
+    num_sequences: Total = None,
+    entropy_threshold: Total = None,
+    config: GRPOLossConfig | None = None,
+) -> GRPOLossOutput:
+    """Return ``edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, ...)`` without all the logits.
+
+    hidden  (B, T, D): float32, bfloat16, float16 or float64.
+    weight  (V, D), and bias (V,) or None, in the dtype of ``hidden`` (under autocast in any).
+
+    Everything else as ``edge_grpo_loss``; hidden, weight and bias receive gradients, each only if it requires one.
+    Masked rows are left out before the first product.
+
+    One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
+    own statistics are: the gradient is then made in the forward pass, scaled by the incoming gradient in the backward
+    pass, and handed out once (``retain_graph`` for a second pass raises). It takes two sweeps and a fourth product
+    where coefficients depend on other tokens: with rewards instead of advantages; with
+    ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no old_logprobs; with
+    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. Without
+    gradients there is one product.
+
+    Extra memory: one tile of logits (64 MiB) and O(N), besides the gradients; that of the weight is summed in float32
+    for 16-bit products. Under ``torch.autocast`` products are in its dtype, as ``F.linear``'s.
+    """
+    dtype = check_head(hidden, weight, bias)
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden must have shape (B, T, D); got {describe(hidden)}; add the dimension of sequences")
+    batch = _check_batch(
+        hidden,
+        dtype,
+        targets,
+        completion_mask,
+        config,
+        advantages=advantages,
+        rewards=rewards,
+        group_ids=group_ids,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        injected_mask=injected_mask,
+        num_items=num_items,
+        num_sequences=num_sequences,
+        entropy_threshold=entropy_threshold,
+    )
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if batch.advantages is None or batch.needs_statistics_first or not any(wanted):
+        stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
+        return _loss_of_stats(stats, batch)
+    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(
+        hidden.flatten(0, 1),
+        weight,
+        bias,
+        batch.targets.flatten(),
+        *wanted,
+        dtype,
+        *batch.transform,
+        *batch.terms(batch.advantages, None).flatten(),
+        *LossRule.of(batch.config),
+    )
+    shape = batch.mask.shape
+    return _output(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)
