@@ -1,0 +1,177 @@
+"""Evaluation: counts and means worked by hand, unbiased pass@k against enumeration, the clustered standard error."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+from bpe import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_grpo.config import RewardConfig
+from edge_grpo.evaluate import Evaluation, ExampleResult, evaluate, pass_at_k
+from edge_grpo.rewards import Rewarder
+from edge_grpo.types import Example, Prompt, Provenance, Response, Sampling
+
+SAMPLING = Sampling(max_tokens=50, temperature=0.6)
+
+
+class ScriptedEngine:
+    """Answers prompt after prompt with the scripted texts; one that ends in "..." was cut off."""
+
+    def __init__(self, *texts: str) -> None:
+        self.tokenizer = make_tokenizer()
+        self.texts = texts
+        self.calls: list[tuple[list[Sequence[int]], Sampling, int]] = []
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        self.calls.append((list(prompts), sampling, seed))
+        return [self._response(text) for text, _ in zip(self.texts, prompts, strict=True)]
+
+    def _response(self, text: str) -> Response:
+        is_cut_off = text.endswith("...")
+        ids = (*self.tokenizer.encode(text), *([] if is_cut_off else [self.tokenizer.eos_token_id]))
+        zeros = (0.0,) * len(ids)
+        return Response(ids, zeros, zeros, (Provenance.SAMPLED,) * len(ids), "length" if is_cut_off else "stop")
+
+    def update_weights(self, model: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def prompt(index: int, answer: str | None) -> Prompt:
+    return Prompt(Example(index, "?", answer), "?", (100 + index,))
+
+
+def run(engine: ScriptedEngine, prompts: Sequence[Prompt], generations: int, **settings: object) -> Evaluation:
+    values = {"sampling": SAMPLING, "seed": 5, **settings}
+    return evaluate(engine, prompts, Rewarder(RewardConfig()), engine.tokenizer, generations=generations, **values)
+
+
+def result(index: int, correct: int, generations: int) -> ExampleResult:
+    outcomes = ("correct",) * correct + ("wrong",) * (generations - correct)
+    return ExampleResult(index, outcomes, (10,) * generations, 0)
+
+
+def test_numbers_worked_by_hand():
+    engine = ScriptedEngine(
+        r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "1...", r"\boxed{2}", "", r"\boxed{3}", r"\boxed{2}"
+    )
+    found = run(engine, [prompt(7, "1"), prompt(3, "2")], 4)
+    assert [(r.index, r.num_correct) for r in found.results] == [(7, 2), (3, 2)]  # the order of the prompts
+    assert found.results[0].outcomes == ("correct", "wrong", "correct", "unparseable")
+    assert found.accuracy == 0.5
+    assert found.stderr == 0.0
+    # With 2 of 4 correct: 1 - 2/4, 1 - C(2, 2)/C(4, 2), 1 - 0.
+    assert found.pass_at_k == {1: pytest.approx(0.5), 2: pytest.approx(5 / 6), 4: pytest.approx(1)}
+    assert found.truncated == 1 / 8
+    assert found.outcomes == {"correct": 4, "wrong": 2, "unparseable": 2, "timed_out": 0}
+    lengths = [len(engine._response(text).token_ids) for text in engine.texts]
+    assert found.mean_length == pytest.approx(sum(lengths) / 8)
+
+
+def test_the_engine_is_asked_once_for_all_generations_side_by_side():
+    engine = ScriptedEngine(*["x"] * 6)
+    run(engine, [prompt(0, "1"), prompt(1, "2")], 3, seed=11)
+    assert engine.calls == [([(100,)] * 3 + [(101,)] * 3, SAMPLING, 11)]
+
+
+def test_the_standard_error_is_clustered_over_examples():
+    # Accuracies 1, 0, 0.5, 0.5: deviation sqrt(0.5 / 3), over the root of 4.
+    found = Evaluation(2, tuple(result(i, correct, 2) for i, correct in enumerate((2, 0, 1, 1))))
+    assert found.stderr == pytest.approx(math.sqrt(0.5 / 3) / 2)
+    # Many equal generations of the same examples are no more evidence than one.
+    one = Evaluation(1, tuple(result(i, correct, 1) for i, correct in enumerate((1, 0, 1, 1))))
+    many = Evaluation(64, tuple(result(i, 64 * correct, 64) for i, correct in enumerate((1, 0, 1, 1))))
+    assert many.stderr == pytest.approx(one.stderr)
+    # For one generation it is the binomial standard error with Bessel's correction.
+    assert one.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(case):
+    generations, correct, k = case
+    draws = list(itertools.combinations([True] * correct + [False] * (generations - correct), k))
+    assert pass_at_k(generations, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20))
+def test_pass_at_one_is_the_accuracy_and_more_tries_never_hurt(counts):
+    found = Evaluation(4, tuple(result(i, correct, 4) for i, correct in enumerate(counts)))
+    values = list(found.pass_at_k.values())
+    assert values[0] == pytest.approx(found.accuracy)
+    assert all(earlier <= later + 1e-12 for earlier, later in itertools.pairwise(values))
+    assert values[-1] == pytest.approx(sum(correct > 0 for correct in counts) / len(counts))
+
+
+def test_powers_of_two_and_all_generations_are_reported():
+    assert list(Evaluation(6, (result(0, 3, 6),)).pass_at_k) == [1, 2, 4, 6]
+    assert list(Evaluation(8, (result(0, 3, 8),)).pass_at_k) == [1, 2, 4, 8]
+    assert list(Evaluation(1, (result(0, 1, 1),)).pass_at_k) == [1]
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.integers(1, 4))
+def test_shares_of_any_number_of_processes_merge_to_the_whole(counts, processes):
+    whole = Evaluation(2, tuple(result(i, correct, 2) for i, correct in enumerate(counts)))
+    shares = [Evaluation(2, whole.results[rank::processes]) for rank in range(processes)]
+    assert Evaluation.merge(shares) == whole
+
+
+def test_shares_of_different_evaluations_do_not_merge():
+    with pytest.raises(ValueError, match=r"same number of generations; got \[1, 2\]"):
+        Evaluation.merge([Evaluation(1, ()), Evaluation(2, ())])
+
+
+def test_an_empty_share_has_no_numbers_and_asks_nothing():
+    engine = ScriptedEngine()
+    found = run(engine, [], 2)
+    assert engine.calls == []
+    assert all(map(math.isnan, (found.accuracy, found.stderr, found.mean_length, found.truncated)))
+    assert found.to_dict()["accuracy"] is None
+
+
+def test_to_dict_is_plain_json():
+    found = Evaluation(2, (result(0, 2, 2), result(5, 1, 2)))
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written == {
+        "examples": 2,
+        "generations": 2,
+        "accuracy": 0.75,
+        "stderr": pytest.approx(0.25),
+        "pass_at_k": {"1": 0.75, "2": 1.0},
+        "mean_length": 10.0,
+        "truncated": 0.0,
+        "outcomes": {"correct": 3, "wrong": 1, "unparseable": 0, "timed_out": 0},
+        "correct": [{"index": 0, "correct": 2}, {"index": 5, "correct": 1}],
+    }
+    json.dumps(Evaluation(2, (result(0, 2, 2),)).to_dict(), allow_nan=False)  # one example: no standard error
+
+
+def test_special_tokens_are_not_part_of_the_answer():
+    """An answer right before the end of sequence, and one that is cut off by it."""
+    engine = ScriptedEngine(r"\boxed{1}", r"\boxed{1")
+    found = run(engine, [prompt(0, "1"), prompt(1, "1")], 1)
+    assert [r.num_correct for r in found.results] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("generations", "settings", "answer", "message"),
+    [
+        (0, {}, "1", "generations must be at least 1; got 0"),
+        (2, {"sampling": Sampling(50, temperature=0)}, "1", "generations must be 1 at temperature 0"),
+        (1, {}, None, r"1 of 1 examples have no answer .* row 4"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_an_error(generations, settings, answer, message):
+    with pytest.raises(ValueError, match=message):
+        run(ScriptedEngine("x"), [prompt(4, answer)], generations, **settings)
+
+
+@pytest.mark.parametrize(("generations", "correct", "k"), [(2, 3, 1), (2, -1, 1), (2, 1, 3), (2, 1, 0)])
+def test_pass_at_k_checks_its_arguments(generations, correct, k):
+    with pytest.raises(ValueError, match="need 0 <= correct <= generations"):
+        pass_at_k(generations, correct, k)
