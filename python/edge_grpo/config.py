@@ -559,7 +559,7 @@ def recipe_path(name: str) -> Path:
         return path
     close = difflib.get_close_matches(name, recipe_names(), 1)
     hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(recipe_names()) or 'none'}"
-    raise ValueError(f"no recipe {name!r}; {hint} A file of your own goes by --config")
+    raise ValueError(f"no recipe of the name {name!r} (a file goes by --config); {hint}")
 
 
 class Entry(NamedTuple):
