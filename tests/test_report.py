@@ -328,7 +328,7 @@ def test_a_run_without_steps_or_evaluations(tmp_path: Path) -> None:
         (run / name).write_text("")
     page = Page(write_report([run]))
     assert "no held-out evaluation" in page.words
-    assert "stopped at step 0 of 3" in page.words
+    assert "not finished: step 0 of 3" in page.words
     assert page.runs[0]["steps"] == []
     (run / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.5, "eval/stderr": null}\n')
     assert "50.0% held-out accuracy before training" in Page(write_report([run])).words

@@ -383,13 +383,14 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
     except (yaml.YAMLError, ValueError) as error:
         problems.append(f"{key}={text} is not readable as YAML: {' '.join(str(error).split())}")
         return
+    section: Any = tree
     for name in path[:-1]:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
             return  # the file holds something else where a section belongs, which is reported when it is built
-    tree[path[-1]] = value
+    section[path[-1]] = value
 
 
 def _parse(text: str, annotation: Any) -> Any:
@@ -519,16 +520,18 @@ def _type_problems(config: Any, prefix: str = "") -> list[str]:
 @functools.cache
 def _key_types(cls: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
     """The annotation of every dotted key, sections included."""
-    found: dict[str, Any] = {}
-    for name, annotation in get_type_hints(cls).items():
-        found[f"{prefix}{name}"] = annotation
-        if is_dataclass(annotation):
-            found |= _key_types(annotation, f"{prefix}{name}.")
+    found = {f"{prefix}{name}": annotation for name, annotation in get_type_hints(cls).items()}
+    for name, section in _sections(cls).items():
+        found |= _key_types(section, f"{prefix}{name}.")
     return found
 
 
+def _sections(cls: Any) -> dict[str, Any]:
+    return {name: annotation for name, annotation in get_type_hints(cls).items() if is_dataclass(annotation)}
+
+
 def _leaf_names(cls: Any) -> list[str]:
-    return [name for name, annotation in get_type_hints(cls).items() if not is_dataclass(annotation)]
+    return [name for name in get_type_hints(cls) if name not in _sections(cls)]
 
 
 def _unknown(key: str) -> str:
@@ -579,9 +582,8 @@ def describe(cls: Any = TrainConfig, prefix: str = "") -> Iterator[Entry]:
     for name in _leaf_names(cls):
         if (key := f"{prefix}{name}") not in _FROM_ELSEWHERE:
             yield Entry(key, _short_type(hints[name]), getattr(defaults, name), notes.get(name, ""))
-    for name, annotation in hints.items():
-        if is_dataclass(annotation):
-            yield from describe(annotation, f"{prefix}{name}.")
+    for name, section in _sections(cls).items():
+        yield from describe(section, f"{prefix}{name}.")
 
 
 def _short_type(annotation: Any) -> str:

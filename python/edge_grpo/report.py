@@ -296,7 +296,7 @@ def _card(run: Run, index: int) -> str:
         facts.append(("Tokens per second", f"{median(speeds):,.0f}"))
     warnings = list(run.notes)
     if isinstance(planned, int) and done < planned:
-        warnings.insert(0, f"stopped at step {done} of {planned}")
+        warnings.insert(0, f"not finished: step {done} of {planned}")
     return "".join(
         [
             f'<article class="card run" style="--run: var(--c{index % 8})">',
