@@ -6,6 +6,7 @@ What a configuration contains is checked by the configuration itself, in ``confi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def check_float(name: str, value: object, *, least_dims: int) -> None:
 
 
 def check_like(
-    name: str, value: object, shapes: dict[str, tuple[int, ...]], dtype: str, like: Tensor, *, remedy: str
+    name: str, value: object, shapes: Mapping[str, tuple[int, ...]], dtype: str, like: Tensor, *, remedy: str
 ) -> None:
     """Require a tensor of one of ``shapes`` (by their symbolic name) and of a kind of dtype, on the device of ``like``.
 

@@ -17,17 +17,17 @@ from edge_kernels.reference import SCALE_EPSILON
 
 
 class _Groups(NamedTuple):
-    """Responses numbered by group: ``index`` lies in [0, B), so that per-group sums have a static shape."""
+    """Responses numbered by group: ``number`` lies in [0, B), so that per-group sums have a static shape."""
 
-    index: Tensor  # (B,)
+    number: Tensor  # (B,)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return, for each response, the sum of ``values`` over its group, (B,)."""
-        return torch.zeros_like(values).index_add(0, self.index, values)[self.index]
+        return torch.zeros_like(values).index_add(0, self.number, values)[self.number]
 
     def least(self, values: Tensor) -> Tensor:
         """Return, for each response, the least of ``values`` in its group (NaN if any is), (B,)."""
-        return torch.zeros_like(values).scatter_reduce(0, self.index, values, "amin", include_self=False)[self.index]
+        return torch.zeros_like(values).scatter_reduce(0, self.number, values, "amin", include_self=False)[self.number]
 
 
 def _groups(group_ids: Tensor) -> _Groups:

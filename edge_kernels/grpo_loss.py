@@ -39,6 +39,7 @@ from edge_kernels.token_loss import (
     token_loss_op,
 )
 from edge_kernels.token_stats import (
+    StatsGradients,
     Transform,
     inplace_token_stats,
     refuse_second_derivative,
@@ -134,7 +135,7 @@ def _loss_weight(
     weight = mask.to(dtype)
     if config.loss_type == "grpo":
         return weight / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
-    if config.loss_type == "dr_grpo":
+    if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # the configuration sees to it
         return weight / config.max_completion_length / sequences
     return weight / items
 
@@ -325,11 +326,10 @@ def linear_grpo_loss_op(
             if active is not learning:
                 continue
             part = token_loss(stats.logprobs, stats.entropy, terms.select(tile.rows), rule)
-            d_entropy = None if bonus_weight is None else part.d_entropy
-            if not bool((part.d_logprobs != 0).any()) and (d_entropy is None or not bool((d_entropy != 0).any())):
-                continue
-            run_backward(tile.logits, tile_targets, stats, part.d_logprobs, d_entropy, None, transform, out=tile.logits)
-            gradient.add(tile, tile.logits)
+            gradients = StatsGradients(part.d_logprobs, None if bonus_weight is None else part.d_entropy, None)
+            if any(g is not None and bool((g != 0).any()) for g in gradients):
+                run_backward(tile.logits, tile_targets, stats, gradients, transform, out=tile.logits)
+                gradient.add(tile, tile.logits)
     loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
     return loss, metrics, logprobs, entropy, *gradient.result()
 

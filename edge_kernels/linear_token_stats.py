@@ -21,7 +21,14 @@ from edge_kernels._checks import (
     describe,
     stats_dtype,
 )
-from edge_kernels.token_stats import KernelStats, Transform, refuse_second_derivative, run_backward, run_forward
+from edge_kernels.token_stats import (
+    KernelStats,
+    StatsGradients,
+    Transform,
+    refuse_second_derivative,
+    run_backward,
+    run_forward,
+)
 from edge_kernels.types import TokenStats
 
 # The logits of one tile take at most this many bytes. Each tile reads the whole weight, so fewer rows cost bandwidth:
@@ -51,7 +58,7 @@ class Tile(NamedTuple):
 
 
 def tiles(hidden: Tensor, head: Head, active: Tensor) -> Iterator[Tile]:
-    """Yield the rows of ``hidden`` (N, D) where ``active`` (N,) holds, in tiles of equal size; others are not touched."""
+    """Yield the rows of ``hidden`` (N, D) where ``active`` (N,) holds, in equal tiles; others are not touched."""
     rows = active.nonzero()[:, 0]
     if len(rows) == 0:
         return
@@ -156,7 +163,7 @@ def linear_token_stats_op(
     for tile in tiles(hidden, Head.cast(weight, bias, dtype), targets != ignore_index):
         for whole, part in zip(out, run_forward(tile.logits, targets[tile.rows], transform), strict=True):
             whole[tile.rows] = part
-    return tuple(out)
+    return out
 
 
 @linear_token_stats_op.register_fake
@@ -190,18 +197,18 @@ def linear_token_stats_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
     stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)
-    grads = (grad_logprobs, grad_entropy, grad_logsumexp)
+    gradients = StatsGradients(grad_logprobs, grad_entropy, grad_logsumexp)
     head = Head.cast(weight, bias, dtype)
     total = HeadGradient(hidden, weight, bias, head, (want_hidden, want_weight, want_bias))
     # Besides ignored rows, those without a gradient are left out: clipped tokens, and groups of equal rewards.
     active = torch.zeros_like(targets, dtype=torch.bool)
-    for gradient in grads:
+    for gradient in gradients:
         if gradient is not None:
             active |= gradient != 0
     for tile in tiles(hidden, head, active & (targets != ignore_index)):
-        parts = (None if gradient is None else gradient[tile.rows] for gradient in grads)
+        parts = StatsGradients(*(None if gradient is None else gradient[tile.rows] for gradient in gradients))
         tile_stats = KernelStats(*(value[tile.rows] for value in stats))
-        run_backward(tile.logits, targets[tile.rows], tile_stats, *parts, transform, out=tile.logits)
+        run_backward(tile.logits, targets[tile.rows], tile_stats, parts, transform, out=tile.logits)
         total.add(tile, tile.logits)
     return total.result()
 

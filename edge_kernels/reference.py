@@ -7,6 +7,7 @@ No kernel, no chunking and no care for memory lives here; the only subtleties ar
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -287,7 +288,7 @@ def edge_grpo_loss(
 
 
 def linear_edge_grpo_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, completion_mask: Tensor, bias: Tensor | None = None, **options
+    hidden: Tensor, weight: Tensor, targets: Tensor, completion_mask: Tensor, bias: Tensor | None = None, **options: Any
 ) -> GRPOLossOutput:
     """Return ``edge_grpo_loss`` of the logits ``F.linear(hidden, weight, bias)``."""
     return edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, **options)

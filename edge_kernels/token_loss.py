@@ -7,6 +7,7 @@ autograd does not reach, and because a kernel will compute the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,11 +85,15 @@ class TokenTerms(NamedTuple):
 
     def select(self, rows: Tensor) -> TokenTerms:
         """Return the terms of some rows, where the per-token tensors have shape (N,)."""
-        return TokenTerms(*(value[rows] if value is not None and value.dim() else value for value in self))
+        return self._map(lambda value: value[rows])
 
     def flatten(self) -> TokenTerms:
         """Return the same with per-token tensors of shape (N,)."""
-        return TokenTerms(*(value.flatten() if value is not None and value.dim() else value for value in self))
+        return self._map(torch.flatten)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenTerms:
+        per_token = {name: value for name, value in self._asdict().items() if value is not None and value.dim()}
+        return self._replace(**{name: function(value) for name, value in per_token.items()})
 
 
 class TokenLoss(NamedTuple):
@@ -263,7 +268,7 @@ def token_loss_op(
     )
     clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
     rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
-    return tuple(token_loss(logprobs, entropy, terms, rule))
+    return token_loss(logprobs, entropy, terms, rule)
 
 
 @token_loss_op.register_fake

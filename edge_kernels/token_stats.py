@@ -57,6 +57,14 @@ class KernelStats(NamedTuple):
     logsumexp_low: Tensor
 
 
+class StatsGradients(NamedTuple):
+    """The incoming gradients of the statistics, (...) each; None is 0."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    logsumexp: Tensor | None
+
+
 def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     """Return the statistics of real (not fake) logits (..., V) by the backend that serves them, unchecked."""
     if get_backend(logits) == "reference":
@@ -82,21 +90,20 @@ def run_backward(
     logits: Tensor,  # (..., V)
     targets: Tensor | None,  # (...)
     stats: KernelStats,
-    grad_logprobs: Tensor | None,  # (...)
-    grad_entropy: Tensor | None,  # (...)
-    grad_logsumexp: Tensor | None,  # (...)
+    gradients: StatsGradients,
     transform: Transform,
     *,
     out: Tensor,
 ) -> None:
     """Write the gradient of the logits into ``out``: a contiguous tensor of their shape, or the logits themselves."""
-    grads = (grad_logprobs if targets is not None else None, grad_entropy, grad_logsumexp)
+    if targets is None:
+        gradients = gradients._replace(logprobs=None)
     if get_backend(logits) == "reference":
-        out.copy_(reference.token_stats_backward(logits, targets, *grads, **transform.for_reference()))
+        out.copy_(reference.token_stats_backward(logits, targets, *gradients, **transform.for_reference()))
         return
     targets = None if targets is None else targets.contiguous()
     dtype = stats_dtype(logits.dtype)
-    contiguous = tuple(None if gradient is None else gradient.to(dtype).contiguous() for gradient in grads)
+    gradients = StatsGradients(*(None if g is None else g.to(dtype).contiguous() for g in gradients))
     source = out if out is logits else _with_unit_stride(logits)
     for (start, block), (_, out_block) in zip(_row_blocks(source), _row_blocks(out, like=source), strict=True):
         extension().token_stats_backward(
@@ -104,9 +111,9 @@ def run_backward(
             entropy=_address(stats.entropy, start),
             logsumexp=_address(stats.logsumexp, start),
             logsumexp_low=_address(stats.logsumexp_low, start),
-            grad_logprobs=_address(contiguous[0], start),
-            grad_entropy=_address(contiguous[1], start),
-            grad_logsumexp=_address(contiguous[2], start),
+            grad_logprobs=_address(gradients.logprobs, start),
+            grad_entropy=_address(gradients.entropy, start),
+            grad_logsumexp=_address(gradients.logsumexp, start),
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
             **transform.for_extension(),
@@ -181,7 +188,7 @@ def token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if targets is not None:
         check_targets_in_range(targets, logits.shape[-1], ignore_index)
-    return tuple(run_forward(logits, targets, Transform(temperature, softcap, logit_scale, ignore_index)))
+    return run_forward(logits, targets, Transform(temperature, softcap, logit_scale, ignore_index))
 
 
 @token_stats_op.register_fake
@@ -207,7 +214,8 @@ def token_stats_backward_op(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)  # the gradient has no use for the logprobs
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    run_backward(logits, targets, stats, grad_logprobs, grad_entropy, grad_logsumexp, transform, out=out)
+    gradients = StatsGradients(grad_logprobs, grad_entropy, grad_logsumexp)
+    run_backward(logits, targets, stats, gradients, transform, out=out)
     return out
 
 
@@ -263,13 +271,13 @@ class _InplaceTokenStats(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_second_derivative()
         logits, targets, entropy, logsumexp, logsumexp_low = ctx.saved_tensors
         stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)
         out = logits.detach()
-        run_backward(out, targets, stats, *grads[:3], Transform(*ctx.transform), out=out)  # type: ignore[call-arg]
+        run_backward(out, targets, stats, StatsGradients(*grads[:3]), Transform(*ctx.transform), out=out)
         torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None, None
 
