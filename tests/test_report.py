@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -381,3 +383,40 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
 
 def test_a_short_runs_page_is_small(tmp_path: Path) -> None:
     assert write_report([make_run(tmp_path / "run", steps=100)]).stat().st_size < 300_000
+
+
+# ---- In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on PATH")
+def test_the_script_draws_everything_without_an_error(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "edge", steps=20), make_run(tmp_path / "grpo", steps=8, method="grpo")]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "custom/one": 2}\n')
+    record = {"step": 99, "problem": HOSTILE, "segments": [["injected", HOSTILE]], "correction": HOSTILE}
+    append(runs[0] / "completions.jsonl", json.dumps(record) + "\n")
+    path = write_report([*runs, bare])
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --window-size=1200,900"
+    flags += " --virtual-time-budget=2000 --enable-logging=stderr --dump-dom"
+    command = [str(BROWSER), *flags.split(), path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    charts = re.findall(r'<div class="card chart">(.*?)<div class="tip"', done.stdout, re.DOTALL)
+    titles = [re.sub(r"<[^>]+>", "", re.findall(r"<h3.*?</h3>", chart)[0]) for chart in charts]
+    for title in (
+        "Accuracy",
+        "Collapsed groups",
+        "Entropy-driven weights",
+        "Drift",
+        "Time per step,  edge",
+        "custom/one",
+    ):
+        assert title in titles
+    assert [title for title, chart in zip(titles, charts, strict=True) if not re.search(r"<path|<circle", chart)] == []
+    assert "Not drawn: KL to the reference (always 0)." in done.stdout
+    assert done.stdout.count('class="card sample"') == 8
+    assert "<img" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
