@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,13 +32,15 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Path:
-    """Write the state after ``step`` steps and delete all but the newest ``keep`` checkpoints. All processes call it."""
+    """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it."""
     target = path_of(folder, step)
     partial = folder / f".partial-{target.name}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    # A head tied to the embedding is stored once and tied again by loading; accelerate would warn of it every time.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .batching import Sample
 
 _SHOWN = {
+    "eval/accuracy": "held-out",
     "reward/mean": "reward",
     "accuracy/before": "accuracy",
     "collapsed/before": "collapsed",

@@ -472,7 +472,8 @@ class Trainer:
             if changed:
                 changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed)
                 raise ValueError(
-                    f"cannot resume {self.output}: {changes}; resume with the run's own config.yaml, or start a new run with another output"
+                    f"cannot resume {self.output}: {changes}; "
+                    "resume with the run's own config.yaml, or start a new run with another output"
                 )
         step = checkpoint.load_latest(self.accelerator, self.output / "checkpoints")
         self.engine.update_weights(self.model)
