@@ -21,14 +21,6 @@ from edge_grpo.config import TrainConfig, describe, from_dict, load_config, reci
 
 
 @dataclass
-class Score:
-    """As much of an Evaluation as the command prints."""
-
-    accuracy: float
-    stderr: float
-
-
-@dataclass
 class FakeTrainer:
     """Stands in for ``trainer.train``: remembers what it was asked for and leaves a run folder behind."""
 
@@ -40,12 +32,13 @@ class FakeTrainer:
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-        (output / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+        (output / "metrics.jsonl").write_text(
+            '{"step": 0, "eval/accuracy": 0.2, "eval/stderr": 0.03}\n'
+            '{"step": 3, "reward/mean": 0.5, "eval/accuracy": 0.65, "eval/stderr": 0.034}\n'
+        )
         if self.error is not None:
             raise self.error
-        return types.SimpleNamespace(
-            output=output, before=Score(0.2, 0.03), after=Score(0.65, 0.034), steps=config.steps, seconds=75.0
-        )
+        return types.SimpleNamespace(steps=config.steps, seconds=75.0)
 
     @property
     def config(self) -> TrainConfig:

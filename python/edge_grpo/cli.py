@@ -228,7 +228,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if is_main and not options.resume:
         _claim(output, overwrite=options.overwrite)
 
-    from .report import write_report
+    from .report import read_run, write_report
     from .trainer import train
 
     if is_main:
@@ -247,12 +247,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if is_main:
         page = write_report([output])
         print()
-        if summary.before is not None and summary.after is not None:
-            before, after = summary.before, summary.after
+        if evals := read_run(output).evals:  # from the log: a resumed run was evaluated before it was interrupted
             print(f"Held-out accuracy, {config.data.eval}")
-            print(f"  before  {_percent(before.accuracy, before.stderr)}")
-            gain = 100 * (after.accuracy - before.accuracy)
-            print(f"  after   {_percent(after.accuracy, after.stderr)}   {gain:+.1f} points")
+            print(f"  before  {_percent(evals[0].accuracy, evals[0].stderr)}")
+            gain = 100 * (evals[-1].accuracy - evals[0].accuracy)
+            print(f"  after   {_percent(evals[-1].accuracy, evals[-1].stderr)}   {gain:+.1f} points")
         print(f"Steps     {summary.steps} in {_clock(summary.seconds)}")
         print(f"Model     {output / 'final'}")
         print(f"Report    {page}")
