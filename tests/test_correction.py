@@ -278,6 +278,8 @@ def test_a_solution_may_be_as_long_as_response_and_correction_together():
     after = correct([too_long] * n, [sampled("6")] * n, [wrong()] * n, seed=0)
     assert kinds(after) == {"reflect": drawn["reflect"], "answer": drawn["answer"] + drawn["solution"]}
     assert correct.fallbacks == {("solution", "answer"): drawn["solution"]}
+    correct([], [], [], seed=0)
+    assert not correct.fallbacks  # they are the latest call's
 
 
 def test_too_long_texts_fall_back_only_to_kinds_in_use():
