@@ -259,7 +259,7 @@ void token_stats_backward(const TokenStatsBackward& call, int threads) {
         gradient.constant = grad_logsumexp - grad_logprob - grad_entropy * entropy;
         gradient.entropy_grad = grad_entropy;
 
-        const std::int64_t target = grid.target(row);
+        const std::int64_t target = grad_logprob == 0.0 ? -1 : grid.target(row);
         const bool has_target = target >= first * kBlock && target < last * kBlock;
         double at_target = 0.0;
         if (has_target) {
