@@ -337,12 +337,13 @@ def test_a_draw_does_not_depend_on_other_responses():
     assert [some_wrong[i].correction for i in range(0, n, 3)] == [all_wrong[i].correction for i in range(0, n, 3)]
 
 
-def test_the_continuation_is_seeded_by_the_seed():
+def test_the_continuation_is_seeded_by_seed_and_process():
     engine = ScriptedEngine()
-    for seed in (1, 1, 2):
-        corrector("reflect", engine)([prompt()], [sampled("6")], [wrong()], seed=seed)
-    seeds = [seed for _, _, seed in engine.calls]
-    assert seeds[0] == seeds[1] != seeds[2]
+    for seed, offset in ((1, 0), (1, 0), (2, 0), (1, 8)):
+        corrector("reflect", engine)([prompt()], [sampled("6")], [wrong()], seed=seed, offset=offset)
+    first, again, other_seed, other_process = (seed for _, _, seed in engine.calls)
+    assert first == again
+    assert len({first, other_seed, other_process}) == 3
 
 
 # ---- Whatever was sampled ------------------------------------------------------------------------------------------

@@ -104,9 +104,9 @@ class Corrector:
     ) -> list[Response]:
         """Return the responses with incorrect ones corrected; one prompt and one reward per response.
 
-        What is drawn for a response depends on ``seed`` and its position alone. ``offset`` is the position of the
+        The kind drawn for a response depends on ``seed`` and its position alone. ``offset`` is the position of the
         first one among all responses of the step, so that the draws do not depend on how they are shared out among
-        processes. All reflections are continued in one call of the engine.
+        processes. All reflections are continued in one call of the engine, whose seed differs between processes.
         """
         if not len(prompts) == len(responses) == len(rewards):
             raise ValueError(
@@ -135,7 +135,7 @@ class Corrector:
             if kind != drawn and drawn is not None:
                 self.fallbacks[drawn, kind] += 1
 
-        for position, response in self._continue(prompts, reflections, seed):
+        for position, response in self._continue(prompts, reflections, derive_seed(seed, "continuation", offset)):
             corrected[position] = response
         return corrected
 
@@ -204,7 +204,7 @@ class Corrector:
                 for reflection, start in zip(reflections, starts, strict=True)
             ],
             replace(self.sampling, max_tokens=self._continuation_length),
-            seed=derive_seed(seed, "continuation"),
+            seed=seed,
         )
         return [
             (
