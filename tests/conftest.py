@@ -1,0 +1,68 @@
+"""Fixtures shared by the tests: a tokenizer and random models of a few kilobytes, made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+_SIZES = {
+    "vocab_size": len(SPECIAL_TOKENS) + 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "initializer_range": 0.3,  # far from uniform logits, so that a wrong position or mask shows
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer with a chat template; every byte is a token, <|pad|> is 0, <|end|> is 1."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., PreTrainedModel]:
+    """Return a function from an architecture's name ("Llama", "Qwen2", ...) to a fresh random causal model of it."""
+
+    def make(architecture: str = "Llama", *, seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = getattr(transformers, f"{architecture}Config")(**{**_SIZES, **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A fresh random Llama with the vocabulary of ``tiny_tokenizer``."""
+    return make_model()
