@@ -17,25 +17,28 @@ from edge_grpo.runlog import RunLog, completion_record
 from edge_grpo.seeding import derive_seed
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
 
-S, I, C = Provenance.SAMPLED, Provenance.INJECTED, Provenance.CONTINUED
+SAMPLED, INJECTED, CONTINUED = Provenance.SAMPLED, Provenance.INJECTED, Provenance.CONTINUED
 RIGHT, WRONG = Reward(1.0, {"accuracy": 1.0}, "correct"), Reward(0.0, {"accuracy": 0.0}, "wrong")
 PROMPT = Prompt(Example(4, "1 + 1 = ?", "2"), "<user>1 + 1 = ?", (1, 2))
 
 
 def response(provenance, *, correction=None, finish="stop") -> Response:
     ids = tuple(range(len(provenance)))
-    records = tuple(math.nan if mark is I else -0.5 for mark in provenance)
+    records = tuple(math.nan if mark is INJECTED else -0.5 for mark in provenance)
     return Response(ids, records, tuple(-r for r in records), tuple(provenance), finish, correction)
 
 
 def two_groups() -> list[Sample]:
     """Group 0: wrong and wrong, the second corrected. Group 1: right and right."""
-    first, corrected = response([S, S], finish="length"), response([S, I, C, C], correction="reflect")
+    first, corrected = (
+        response([SAMPLED, SAMPLED], finish="length"),
+        response([SAMPLED, INJECTED, CONTINUED, CONTINUED], correction="reflect"),
+    )
     samples = [
         Sample(PROMPT, 0, first, WRONG, first, WRONG, advantage=-1.0, weight=0.5),
         Sample(PROMPT, 0, first, WRONG, corrected, RIGHT, advantage=1.0, weight=2.0),
-        Sample(PROMPT, 1, response([S]), RIGHT, response([S]), RIGHT),
-        Sample(PROMPT, 1, response([S]), RIGHT, response([S]), RIGHT),
+        Sample(PROMPT, 1, response([SAMPLED]), RIGHT, response([SAMPLED]), RIGHT),
+        Sample(PROMPT, 1, response([SAMPLED]), RIGHT, response([SAMPLED]), RIGHT),
     ]
     for sample, entropy in zip(samples, ([1.0, 3.0], [0.0, 0.0, 2.0, 2.0], [4.0], [6.0]), strict=True):
         sample.entropy = torch.tensor(entropy)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
@@ -353,6 +354,8 @@ class Trainer:
     def close(self) -> None:
         self.engine.close()
         self.rewarder.close()
+        # accelerate would hold the next run in this process to this one's precision.
+        AcceleratorState._reset_state()
 
     # ------------------------------------------------------------------ details
 

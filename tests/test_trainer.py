@@ -1,0 +1,344 @@
+"""The training loop on the shipped model: the gradient, the ablations, the record, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from edge_grpo.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    TrainConfig,
+    to_dict,
+)
+from edge_grpo.trainer import Trainer, _LossTotals, train
+from edge_kernels import EDAConfig, GRPOLossConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """Two groups of four short responses: small, yet with right and wrong answers and several micro-batches."""
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        steps=2,
+        save_every=0,
+        data=DataConfig(train="arithmetic:1,2"),
+        rollout=RolloutConfig(num_prompts=2, num_generations=4, max_completion_length=24),
+        optim=OptimConfig(learning_rate=1e-3, micro_batch_size=3),
+    )
+
+
+def rollout(trainer: Trainer):
+    samples = trainer.sample(1)
+    trainer.score(samples)
+    trainer.assign_advantages(samples)
+    return samples
+
+
+def gradient(trainer: Trainer, samples) -> torch.Tensor:
+    trainer.policy.zero_grad()
+    trainer.model.train()
+    trainer.accumulate_gradient(samples, _LossTotals())
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+
+
+def records(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+LOSSES = {
+    "dapo": GRPOLossConfig(),
+    "grpo": GRPOLossConfig(loss_type="grpo"),
+    "bnpo": GRPOLossConfig(loss_type="bnpo", injected="mask"),
+    "dr_grpo": GRPOLossConfig(loss_type="dr_grpo", max_completion_length=24),
+    "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=5.0, injected="shaped"),
+    "gspo": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", injected="sft"),
+    "entropy bonus": GRPOLossConfig(entropy_coef=0.1),
+    "entropy quantile": GRPOLossConfig(top_entropy_quantile=0.5),
+    "kl": GRPOLossConfig(beta=0.1),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_micro_batches_give_the_big_batch_gradient(config, loss):
+    """Every variant, because each has a normalizer of its own; 8 sequences cut by 1, 3 (uneven) and 8."""
+    trainer = Trainer(replace(config, loss=loss))
+    samples = rollout(trainer)
+    # Give every response an advantage, so that no variant is tested on zeros, and the reference model a difference.
+    for number, sample in enumerate(samples):
+        sample.advantage = (-1.0) ** number * (1 + number / 4)
+        if sample.ref_logprobs is not None:
+            sample.ref_logprobs = sample.ref_logprobs - 0.3
+    gradients = []
+    for size in (8, 3, 1):
+        trainer.config = replace(trainer.config, optim=replace(config.optim, micro_batch_size=size))
+        gradients.append(gradient(trainer, samples))
+    trainer.close()
+    scale = gradients[0].abs().max()
+    assert scale > 0
+    for cut in gradients[1:]:
+        torch.testing.assert_close(cut, gradients[0], rtol=0, atol=float(2e-5 * scale))
+
+
+def test_gradient_is_the_plain_policy_gradient(config):
+    """One step on-policy under dapo is -sum(A * d logprob) / tokens: checked without any of our fused code."""
+    trainer = Trainer(replace(config, method="grpo"))
+    samples = rollout(trainer)
+    for number, sample in enumerate(samples):
+        sample.advantage = float(number) - 3
+    ours = gradient(trainer, samples)
+    trainer.policy.zero_grad()
+    tokens = sum(len(sample.response.token_ids) for sample in samples)
+    loss = torch.zeros(())
+    for sample in samples:
+        ids = torch.tensor([sample.prompt.token_ids + sample.response.token_ids])
+        logprobs = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        taken = logprobs.gather(1, ids[0, 1:, None])[len(sample.prompt.token_ids) - 1 :]
+        loss = loss - sample.advantage * taken.sum() / tokens
+    loss.backward()
+    plain = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+    trainer.close()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=float(2e-5 * plain.abs().max()))
+
+
+def test_scoring_covers_only_what_sampling_left_without_a_record(config, monkeypatch):
+    trainer = Trainer(config)
+    samples = trainer.sample(1)
+    scored = []
+    forward = trainer._token_stats
+
+    def spy(model, chunk):
+        scored.extend(chunk)
+        return forward(model, chunk)
+
+    monkeypatch.setattr(trainer, "_token_stats", spy)
+    trainer.score(samples)
+    trainer.close()
+    corrected = [sample for sample in samples if sample.response.correction is not None]
+    assert corrected, "the model solved everything; choose a harder level"
+    assert {id(s) for s in scored} == {id(s) for s in corrected}
+    for sample in samples:
+        assert len(sample.entropy) == len(sample.logprobs) == len(sample.response.token_ids)
+        assert not sample.entropy.isnan().any()
+
+
+def test_recorded_values_are_those_of_a_scoring_pass(config):
+    trainer = Trainer(replace(config, method="grpo"))
+    samples = trainer.sample(1)
+    assert all(sample.response.is_recorded for sample in samples)
+    logprobs, entropy = trainer._token_stats(trainer.unwrapped, samples)
+    trainer.close()
+    for sample, scored_logprobs, scored_entropy in zip(samples, logprobs, entropy, strict=True):
+        torch.testing.assert_close(torch.tensor(sample.response.logprobs), scored_logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(sample.response.entropy), scored_entropy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "eda", "gec", "corrects", "weighs"),
+    [
+        ("edge", None, None, True, True),
+        ("edge", False, None, True, False),
+        ("edge", None, False, False, True),
+        ("grpo", None, None, False, False),
+        ("grpo+reflection", None, None, True, False),
+    ],
+)
+def test_methods_and_switches(config, method, eda, gec, corrects, weighs):
+    trainer = Trainer(replace(config, method=method, eda=eda, gec=gec))
+    samples = rollout(trainer)
+    trainer.close()
+    kinds = {sample.response.correction for sample in samples} - {None}
+    assert bool(kinds) == corrects
+    if method == "grpo+reflection":
+        assert kinds == {"reflect"}
+    assert any(sample.weight != 1 for sample in samples) == weighs
+    for sample in samples:
+        if sample.first_reward.correct:
+            assert sample.response is sample.first
+
+
+def test_advantages_are_the_papers(config):
+    """EDA by hand: A_i / (mean entropy of i over the group's mean of those)."""
+    trainer = Trainer(replace(config, loss=GRPOLossConfig(eda=EDAConfig(min_ratio=0.0, max_ratio=math.inf))))
+    samples = rollout(trainer)
+    trainer.close()
+    for group in {sample.group for sample in samples}:
+        members = [sample for sample in samples if sample.group == group]
+        rewards = torch.tensor([sample.reward.total for sample in members])
+        entropy = torch.stack([sample.entropy.mean() for sample in members])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        expected = advantages / (entropy / entropy.mean())
+        got = torch.tensor([sample.advantage for sample in members])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_leaves_its_whole_record(config, tmp_path):
+    summary = train(
+        replace(
+            config,
+            data=replace(config.data, eval="arithmetic:1@test", eval_size=8),
+            optim=replace(config.optim, epochs=2, minibatches=2),
+            loss=GRPOLossConfig(beta=0.05),
+            save_every=1,
+            keep_checkpoints=1,
+        )
+    )
+    output = tmp_path / "run"
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints",
+        "completions.jsonl",
+        "config.yaml",
+        "final",
+        "metrics.jsonl",
+    ]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000002"]
+    start, *steps = records(output)
+    assert start.keys() == {"step", "eval/accuracy", "eval/stderr"}
+    assert [record["step"] for record in steps] == [1, 2]
+    for record in steps:
+        for key in (
+            *("loss", "reward/mean", "reward/std", "accuracy/before", "accuracy/after", "collapsed/before"),
+            *("collapsed/after", "advantage/var", "entropy/token_mean", "entropy/response_mean"),
+            *("eda/weight_min", "eda/weight_mean", "eda/weight_max", "tokens/injected_share"),
+            *("length/mean", "length/min", "length/max", "length/truncated", "kl/mean", "clip/low", "clip/high"),
+            *("clip/region", "ratio/mean", "ratio/max", "grad/norm", "optim/lr", "drift/logprob_max"),
+            *("drift/entropy_max", "throughput/tokens_per_s", "time/rollout", "time/reward", "time/correction"),
+            *("time/score", "time/update", "time/total", "memory/peak_bytes"),
+        ):
+            assert isinstance(record[key], float), key
+        assert record["ratio/max"] > 1.0  # the second pass is off-policy
+        assert record["drift/logprob_max"] < 1e-3
+        assert record["accuracy/after"] >= record["accuracy/before"]
+    assert steps[1]["kl/mean"] > 0
+    assert summary.before is not None
+    assert summary.before.accuracy == start["eval/accuracy"]
+    assert summary.after is not None
+    assert summary.after.accuracy == steps[-1]["eval/accuracy"]
+    reloaded = Trainer(replace(config, model=ModelConfig(path=str(output / "final"))))
+    reloaded.close()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [ModelConfig(gradient_checkpointing=True), ModelConfig(precision="mixed"), ModelConfig(precision="bfloat16")],
+    ids=["checkpointing", "mixed", "bfloat16"],
+)
+def test_memory_and_precision_options_train(config, model, tmp_path):
+    train(replace(config, model=model, steps=1))
+    (record,) = records(tmp_path / "run")
+    assert math.isfinite(record["loss"])
+    assert record["grad/norm"] > 0
+    assert record["drift/logprob_mean"] < (0.1 if model.precision != "float32" else 1e-4)
+
+
+def test_checkpointed_activations_give_the_same_gradient(config):
+    gradients = []
+    for model in (ModelConfig(), ModelConfig(gradient_checkpointing=True)):
+        trainer = Trainer(replace(config, model=model))
+        gradients.append(gradient(trainer, rollout(trainer)))
+        trainer.close()
+    torch.testing.assert_close(*gradients)
+
+
+def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
+    """SIGKILL after the second checkpoint; --resume makes the same next steps, to the last bit of the loss."""
+    config = replace(config, steps=6, save_every=2, loss=GRPOLossConfig(beta=0.01))
+    whole = replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+
+    broken = replace(config, output=str(tmp_path / "broken"))
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(broken)))
+    command = [sys.executable, "-m", "edge_grpo", "train", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    third_step = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (third_step.exists() and len(third_step.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(records(tmp_path / "broken")) < 6, "the run ended before the kill; make it longer"
+
+    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True)
+    timing = ("time/", "throughput/", "memory/")
+    for expected, got in zip(records(tmp_path / "whole"), records(tmp_path / "broken"), strict=True):
+        for key, value in expected.items():
+            if not key.startswith(timing):
+                assert got[key] == value, (expected["step"], key)
+
+
+def test_resume_refuses_another_configuration(config, tmp_path):
+    train(replace(config, save_every=1, steps=1))
+    with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, is 0\.5"):
+        train(replace(config, optim=replace(config.optim, learning_rate=0.5)), resume=True)
+
+
+def test_resume_without_a_checkpoint_is_an_error(config):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(config, resume=True)
+
+
+def test_groups_must_divide_over_minibatches(config):
+    with pytest.raises(ValueError, match="minibatches"):
+        Trainer(replace(config, optim=replace(config.optim, minibatches=3)))
+
+
+TWO_PROCESSES = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1])))
+from test_trainer import gradient
+from edge_grpo.config import load_config
+from edge_grpo.trainer import Trainer
+
+trainer = Trainer(load_config(Path(sys.argv[2])))
+everyone = torch.load(sys.argv[3], weights_only=False)
+rank, size = trainer.accelerator.process_index, len(everyone) // trainer.accelerator.num_processes
+torch.save(gradient(trainer, everyone[rank * size : (rank + 1) * size]), f"{sys.argv[3]}.{rank}")
+trainer.close()
+"""
+
+
+def test_two_processes_give_one_process_gradient(config, tmp_path):
+    """Real DistributedDataParallel over gloo: each process holds one of two groups, of different token counts."""
+    trainer = Trainer(config)
+    samples = rollout(trainer)
+    for number, sample in enumerate(samples):
+        sample.advantage = float(number) - 3
+    expected = gradient(trainer, samples)
+    trainer.close()
+    data, file, script = tmp_path / "samples.pt", tmp_path / "config.yaml", tmp_path / "two.py"
+    torch.save(samples, data)
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    here = str(Path(__file__).parent)
+    result = subprocess.run(
+        [*launch, str(script), here, str(file), str(data)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        got = torch.load(f"{data}.{rank}")
+        torch.testing.assert_close(got, expected, rtol=0, atol=float(2e-5 * expected.abs().max()))
