@@ -216,7 +216,7 @@ def _parse(answer: str, seconds: int | None) -> list[Any]:
     """The mathematical readings of an answer, none if it is not mathematics.
 
     Only LaTeX parsing of the whole answer: math-verify's search for a plain number would take a part for the whole
-    (the 0 out of ``(-oo, 0) U {1}``).
+    (the -17 out of ``(19,-1)(53,-17)``).
     """
     from math_verify import LatexExtractionConfig, parse
 
