@@ -2,8 +2,10 @@ r"""Rewards: what counts as the right answer, the format, and what the user's ow
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -131,9 +133,32 @@ def test_judging_works_off_the_main_thread():
     assert found == ["correct"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in hypothesis' gc callback
 def test_a_deadline_ends_a_comparison(monkeypatch):
-    monkeypatch.setattr("edge_grpo.rewards._TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr("edge_grpo.rewards._TIMEOUT_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
     assert judge(["17"], "(" * 400) == "timed_out"
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_deadline_that_is_swallowed_comes_again(monkeypatch):
+    """As when it is raised while a destructor runs, where Python drops it."""
+    swallowed = 0
+
+    def parse(answer: str) -> list[object]:
+        nonlocal swallowed
+        try:
+            time.sleep(30)
+        except BaseException:
+            swallowed += 1
+        time.sleep(30)
+        return []
+
+    monkeypatch.setattr("edge_grpo.rewards._TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("edge_grpo.rewards._parse", parse)
+    assert judge(["17"], "x") == "timed_out"
+    assert swallowed == 1
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,6 +6,7 @@ answer in a text is ``edge_grpo.text``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -14,7 +15,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def judge(accepted: Sequence[str], answer: str | None) -> Outcome:
     "unparseable" is an answer that cannot be read: no box, an open or blank one, or text that no parser understands
     (while an accepted answer is understood); also anything when ``accepted`` is empty. Equal after ``normalize``,
     integers, words and rows of numbers are decided here; the rest by math-verify, which gets five seconds for each
-    parse and comparison on the main thread. On other threads it cannot be interrupted and runs without a limit,
-    since its limit is a signal; nor can a single long operation on huge integers be interrupted anywhere.
+    comparison on the main thread. On other threads it runs without a limit, since the limit is a signal; nor can a
+    single long operation on huge integers be interrupted anywhere.
     """
     read = normalize(answer) if answer is not None else ""
     if not read:
@@ -193,18 +194,15 @@ def _without_text_command(text: str) -> str:
 
 def _math_verify(gold: str, read: str) -> Outcome:
     from math_verify import verify
-    from math_verify.errors import TimeoutException
 
-    # math-verify's limit is SIGALRM, which Python delivers to the main thread alone and Windows does not have.
-    can_interrupt = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    seconds = _TIMEOUT_SECONDS if can_interrupt else None
     try:
-        gold_parsed, read_parsed = _parse(gold, seconds), _parse(read, seconds)
-        if not read_parsed:
-            return "unparseable" if gold_parsed else "wrong"
-        is_equal = verify(gold_parsed, read_parsed, timeout_seconds=seconds, raise_on_error=True)
-        return "correct" if is_equal else "wrong"
-    except TimeoutException:  # a BaseException
+        with _time_limit(_TIMEOUT_SECONDS):
+            gold_parsed, read_parsed = _parse(gold), _parse(read)
+            if not read_parsed:
+                return "unparseable" if gold_parsed else "wrong"
+            is_equal = verify(gold_parsed, read_parsed, timeout_seconds=None, raise_on_error=True)
+            return "correct" if is_equal else "wrong"
+    except _TimeIsUp:
         return "timed_out"
     except Exception:  # sympy raises nearly anything, RecursionError included, on what a model may write
         _log.debug("math-verify failed to compare %r with %r", read, gold, exc_info=True)
@@ -212,7 +210,7 @@ def _math_verify(gold: str, read: str) -> Outcome:
 
 
 @lru_cache(_CACHE_SIZE)
-def _parse(answer: str, seconds: int | None) -> list[Any]:
+def _parse(answer: str) -> list[Any]:
     """The mathematical readings of an answer, none if it is not mathematics.
 
     Only LaTeX parsing of the whole answer: math-verify's search for a plain number would take a part for the whole
@@ -224,13 +222,43 @@ def _parse(answer: str, seconds: int | None) -> list[Any]:
         readings = parse(
             f"\\boxed{{{answer}}}",
             [LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=seconds,
+            parsing_timeout=None,
             raise_on_error=True,
         )
     except Exception:
         _log.debug("math-verify failed to parse %r", answer, exc_info=True)
         return []
     return [reading for reading in readings if not isinstance(reading, str)]
+
+
+class _TimeIsUp(BaseException):
+    """Not an Exception, which sympy catches in many places."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _TimeIsUp in the block after ``seconds``, on the main thread; elsewhere there is no limit.
+
+    math-verify's own limit raises once, and an exception raised while a destructor or a callback of the garbage
+    collector runs is lost; this one comes again every second until the block is left.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _TimeIsUp
+
+    # It warns that it has no limit of its own.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 # ---- User functions ------------------------------------------------------------------------------------------------
