@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 ImportanceLevel = Literal["token", "sequence"]
@@ -22,7 +22,7 @@ def _one_of(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+def _number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     """Require a real number (infinity allowed, NaN not), strictly above or at least a bound."""
     bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
     bad = isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)

@@ -9,10 +9,11 @@ from collections import Counter
 from statistics import mean
 
 import pytest
-from edge_grpo.arithmetic import LEVELS, PHRASES, generate
-from edge_grpo.types import Example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edge_grpo.arithmetic import LEVELS, PHRASES, generate
+from edge_grpo.types import Example
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
