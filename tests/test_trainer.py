@@ -116,6 +116,19 @@ def test_gradient_is_the_plain_policy_gradient(config):
     torch.testing.assert_close(ours, plain, rtol=0, atol=float(2e-5 * plain.abs().max()))
 
 
+def test_collapsed_groups_are_left_out_and_change_nothing(config, monkeypatch):
+    trainer = Trainer(config)
+    samples = rollout(trainer)
+    for number, sample in enumerate(samples):
+        sample.advantage = float(number - 2) if sample.group == 0 else 0.0
+    assert len(trainer._teaching(samples)) == 3  # advantages -2, -1, 0, 1 and a group of zeros
+    ours = gradient(trainer, samples)
+    monkeypatch.setattr(trainer, "_teaching", lambda part: part)
+    everything = gradient(trainer, samples)
+    trainer.close()
+    torch.testing.assert_close(ours, everything, rtol=0, atol=float(2e-5 * everything.abs().max()))
+
+
 def test_scoring_covers_only_what_sampling_left_without_a_record(config, monkeypatch):
     trainer = Trainer(config)
     samples = trainer.sample(1)

@@ -67,7 +67,7 @@ def drift_metrics(pairs: Sequence[tuple[Sample, Sequence[float], Sequence[float]
         for recorded, recomputed in zip(sample.response.entropy, entropy, strict=True):
             if not math.isnan(recorded):
                 entropy_errors.append(abs(recorded - recomputed))
-    metrics = {}
+    metrics: dict[str, float] = {}
     if logprob_errors:
         metrics |= {"drift/logprob_mean": fmean(logprob_errors), "drift/logprob_max": max(logprob_errors)}
     if entropy_errors:

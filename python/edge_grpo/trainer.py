@@ -11,10 +11,11 @@ import copy
 import resource
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -108,8 +109,12 @@ class Trainer:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         )
-        self.prompts = self._load_prompts(config.data.train, limit=None)
-        self.eval_prompts = self._load_prompts(config.data.eval, config.data.eval_size) if config.data.eval else []
+        self.rewarder = Rewarder(config.reward)
+        self.prompts = self._load_prompts(config.data.train, config.data.columns)
+        self.eval_prompts: list[Prompt] = []
+        if config.data.eval is not None:
+            columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
+            self.eval_prompts = self._load_prompts(config.data.eval, columns, limit=config.data.eval_size)
 
         self.reference: PolicyModel | None = None
         if config.loss.beta:
@@ -126,7 +131,6 @@ class Trainer:
 
         self.model = model
         self.engine = build_engine(config, model, self.tokenizer)
-        self.rewarder = Rewarder(config.reward)
         self.sampling = Sampling(
             max_tokens=config.rollout.max_completion_length,
             temperature=config.rollout.temperature,
@@ -197,6 +201,8 @@ class Trainer:
         )
         metrics = step_metrics(everyone) | update_metrics
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        if self.corrector is not None:  # corrections that turned into a shorter kind, or into none, for lack of room
+            metrics["correction/fallbacks"] = float(sum(gather_object([self.corrector.fallbacks.total()])))
         metrics |= {
             "time/total": total,
             "throughput/tokens_per_s": generated / total,
@@ -300,7 +306,7 @@ class Trainer:
                 if epoch == number == 0:  # the weights are still those that sampled
                     drift = pairs
                 norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm)))
-                learning_rate = self.scheduler.get_last_lr()[0]
+                learning_rate = float(self.scheduler.get_last_lr()[0])
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
@@ -316,18 +322,18 @@ class Trainer:
     ) -> list[tuple[Sample, list[float], list[float]]]:
         """Add the gradient of one optimizer step's loss, the same however ``part`` is cut into micro-batches.
 
-        Returns each sample with its recomputed logprobs and entropies.
+        Returns the samples that took part with their recomputed logprobs and entropies.
         """
         normalizers = self._normalizers(part)
         # DistributedDataParallel averages gradients over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
-        chunks = list(micro_batches(part, self.config.optim.micro_batch_size))
+        chunks = list(micro_batches(self._teaching(part), self.config.optim.micro_batch_size))
         pairs: list[tuple[Sample, list[float], list[float]]] = []
         for position, chunk in enumerate(chunks):
             batch = self._pad(chunk)
             synchronize = position == len(chunks) - 1
             with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
-                out = self._loss(batch, **normalizers)
+                out = self._loss(batch, normalizers)
                 self.accelerator.backward(out.loss * scale)
             totals.add(out)
             for sample, logprobs, entropy in zip(
@@ -364,9 +370,7 @@ class Trainer:
         """The policy without distributed hooks: scoring runs a different number of batches on each process."""
         return self.accelerator.unwrap_model(self.policy)
 
-    def _loss(
-        self, batch: Batch, *, num_items: int, num_sequences: int, entropy_threshold: float | None
-    ) -> GRPOLossOutput:
+    def _loss(self, batch: Batch, normalizers: _Normalizers) -> GRPOLossOutput:
         optim = self.config.optim
         off_policy = optim.epochs * optim.minibatches > 1 or self.config.loss.sampler_ratio_cap is not None
 
@@ -383,9 +387,7 @@ class Trainer:
                 ref_logprobs=batch.ref_logprobs,
                 sampling_logprobs=(batch.sampling_logprobs if self.config.loss.sampler_ratio_cap is not None else None),
                 injected_mask=batch.injected_mask,
-                num_items=num_items,
-                num_sequences=num_sequences,
-                entropy_threshold=entropy_threshold,
+                **normalizers._asdict(),
                 config=self.loss_config,
             )
 
@@ -413,7 +415,7 @@ class Trainer:
             logprobs, entropy = model(batch.input_ids, batch.attention_mask, stats)
         return unpad(logprobs, batch), unpad(entropy, batch)
 
-    def _normalizers(self, part: Sequence[Sample]) -> dict[str, float | int | None]:
+    def _normalizers(self, part: Sequence[Sample]) -> _Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
         tokens = sum(sum(self._counts(sample.response)) for sample in part)
         counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
@@ -424,7 +426,17 @@ class Trainer:
                 [value for sample in part if sample.entropy is not None for value in sample.entropy]
             )
             threshold = float(torch.quantile(torch.stack(entropies), 1 - self.config.loss.top_entropy_quantile))
-        return {"num_items": max(tokens, 1), "num_sequences": sequences, "entropy_threshold": threshold}
+        return _Normalizers(max(tokens, 1), sequences, threshold)
+
+    def _teaching(self, part: Sequence[Sample]) -> Sequence[Sample]:
+        """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
+
+        They still count in the normalizers. One is kept in any case, since every process has to reduce its gradient.
+        """
+        loss = self.config.loss
+        if loss.beta or loss.entropy_coef or loss.injected == "sft":
+            return part
+        return [sample for sample in part if sample.advantage != 0] or part[:1]
 
     def _counts(self, response: Response) -> list[bool]:
         """Return which tokens have a loss and count in the response's entropy: all but injected ones to be masked."""
@@ -446,12 +458,13 @@ class Trainer:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
         return self.prompts[int(torch.randperm(len(self.prompts), generator=generator)[offset])]
 
-    def _load_prompts(self, spec: str, limit: int | None) -> list[Prompt]:
+    def _load_prompts(self, spec: str, columns: Mapping[str, str], *, limit: int | None = None) -> list[Prompt]:
         data = self.config.data
-        examples = load_examples(spec, data.columns, seed=self.config.seed, limit=limit)
+        examples = load_examples(spec, columns, seed=self.config.seed, limit=limit)
         prompts, too_long = render_prompts(examples, self.tokenizer, data)
         if too_long and self.accelerator.is_main_process:
             print(f"{spec}: left out {too_long} prompts of more than {data.max_prompt_length} tokens", file=sys.stderr)
+        self.rewarder.check(prompts)  # now, not in the step that first meets a row without an answer
         return prompts
 
     def _learning_rate_factor(self, update: int) -> float:
@@ -501,10 +514,10 @@ class Trainer:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _decode_all(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -515,11 +528,19 @@ class Trainer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
+class _Normalizers(NamedTuple):
+    """Totals of one optimizer step over all processes, under the names that the loss gives them."""
+
+    num_items: int
+    num_sequences: int
+    entropy_threshold: float | None
+
+
 class _LossTotals:
     """Adds up the loss and the metrics of micro-batches; means over all processes are formed once, at the end."""
 
     def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
+        self._sums: defaultdict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
 
     def add(self, out: GRPOLossOutput) -> None:
@@ -532,10 +553,11 @@ class _LossTotals:
 
     def metrics(self, optimizer_steps: int) -> dict[str, float]:
         """Return the named means and maxima. All processes call it."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         maxima: dict[str, float] = {}
         for process_sums, process_maxima in gather_object([(self._sums, self._maxima)]):
-            sums.update(process_sums)
+            for name, value in process_sums.items():
+                sums[name] += value
             for name, value in process_maxima.items():
                 maxima[name] = max(maxima.get(name, 0.0), value)
         tokens = max(sums["tokens"], 1)
