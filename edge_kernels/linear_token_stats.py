@@ -31,8 +31,9 @@ from edge_kernels.token_stats import (
 )
 from edge_kernels.types import TokenStats
 
-# The logits of one tile take at most this many bytes. Each tile reads the whole weight, so fewer rows cost bandwidth:
-# V = 151,936 in float32 leaves 110 rows, at which the products are still bound by arithmetic.
+# The logits of one tile take at most this many bytes, counted in float32 at least: a CPU without 16-bit products
+# converts the tile to multiply it. Each tile reads the whole weight, so fewer rows cost bandwidth: V = 151,936 leaves 110
+# rows, at which the products are still bound by arithmetic.
 TILE_BYTES = 64 * 2**20
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def tiles(hidden: Tensor, head: Head, active: Tensor) -> Iterator[Tile]:
     if len(rows) == 0:
         return
     vocab = head.weight.shape[0]
-    most = max(1, TILE_BYTES // (vocab * head.weight.element_size()))
+    most = max(1, TILE_BYTES // (vocab * max(4, head.weight.element_size())))
     size = -(-len(rows) // -(-len(rows) // most))  # the fewest tiles, then as even as they come
     buffer = head.weight.new_empty(size, vocab)
     for tile_rows in rows.split(size):
@@ -109,7 +110,7 @@ class HeadGradient:
             total.addmm_(grad_logits, hidden, beta=0 if self._is_first else 1)
             return
         # The product comes out in 16 bits; a block of it at a time keeps that from being another whole weight.
-        block = max(1, TILE_BYTES // (hidden.shape[1] * hidden.element_size()))
+        block = max(1, TILE_BYTES // (hidden.shape[1] * total.element_size()))
         for part, grad_part in zip(total.split(block), grad_logits.split(block), strict=True):
             product = torch.mm(grad_part, hidden)
             if self._is_first:

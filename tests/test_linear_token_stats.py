@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["one tile", "tiles of three rows"])
 def tile_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also run with tiles so small that rows, and blocks of the weight, are split; three leaves a last odd tile."""
+    """Also run with tiles so small that rows are split, three leaving a last odd tile, and the weight into blocks."""
     if request.param == "tiles of three rows":
         module = sys.modules["edge_kernels.linear_token_stats"]
-        monkeypatch.setattr(module, "TILE_BYTES", 3 * V * 2)
+        monkeypatch.setattr(module, "TILE_BYTES", 3 * V * 4)
 
 
 def make_head(dtype: torch.dtype, shape: tuple[int, ...] = (2, 5), *, bias: bool = True) -> list[Tensor | None]:
@@ -78,7 +79,7 @@ def test_values_and_gradients_are_as_exact_as_plain_pytorch(dtype: torch.dtype, 
 
 def test_the_weights_gradient_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 tiles, each adding 2^-9 to a sum that begins at 1: in bfloat16 nothing of it would arrive."""
-    monkeypatch.setattr(sys.modules["edge_kernels.linear_token_stats"], "TILE_BYTES", 2 * 2)
+    monkeypatch.setattr(sys.modules["edge_kernels.linear_token_stats"], "TILE_BYTES", 2 * 4)
     hidden = torch.full((65, 1), 2.0**-8, dtype=torch.bfloat16)
     hidden[0] = 2.0
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)  # p is 1/2 everywhere
@@ -246,14 +247,18 @@ class TestMachinery:
 
 
 MEMORY_PROBE = """
-    import resource, sys, torch
+    import sys, torch
     from edge_kernels import GRPOLossConfig, linear_edge_grpo_loss, linear_token_stats
     torch.set_num_threads(2)
-    N, D, V = 2048, 8, 50_001
+    N, D, V = 4096, 8, 50_001
     dtype = getattr(torch, sys.argv[2])
     hidden = torch.randn(1, N, D).to(dtype).requires_grad_()
     weight = torch.randn(V, D).to(dtype).requires_grad_()
     targets = torch.randint(V, (1, N))
+
+    def peak_rss():  # getrusage would begin with the peak of the process that started this one
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
     def step(rows):
         h, t = hidden[:, :rows], targets[:, :rows]
@@ -264,10 +269,9 @@ MEMORY_PROBE = """
             linear_edge_grpo_loss(h, weight, t, mask, advantages=advantages).loss.backward()
 
     step(16)  # libraries, thread pools, the gradients themselves
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss()
     step(N)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) * 1024, N * V * dtype.itemsize)
+    print(peak_rss() - before, N * V * dtype.itemsize)
 """
 
 
@@ -275,7 +279,9 @@ MEMORY_PROBE = """
 def test_memory_is_one_tile_whatever_the_number_of_rows(op: str, dtype: str, backend: str) -> None:
     if backend == "reference":
         pytest.skip("the reference takes no care of memory inside a tile")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process's memory is read from /proc, which only Linux has")
     code = textwrap.dedent(MEMORY_PROBE)
     output = subprocess.run([sys.executable, "-c", code, op, dtype], check=True, capture_output=True, text=True).stdout
     extra_bytes, logits_bytes = map(int, output.split())
-    assert extra_bytes < 100e6 < logits_bytes / 2
+    assert extra_bytes < 120e6 < logits_bytes / 3  # one tile, and what a product of 16-bit numbers makes of it
