@@ -21,7 +21,8 @@ EOS, OTHER_EOS, PAD = 1, 7, 0
 ARCHITECTURES = {
     "Llama": {},
     "Qwen2": {},
-    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},  # its logits leave the model already capped
+    # Its logits leave the model already capped; its window is shorter than what is read and written here.
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 5},
 }
 
 
@@ -136,12 +137,45 @@ def test_a_seed_fixes_the_samples_and_a_group_is_not_one_sample(tiny_model):
     group = prompts(4) * 8
     sampling = Sampling(max_tokens=8)
     first, again, other = (
-        [response.token_ids for response in engine(tiny_model, batch_size=4).generate(group, sampling, seed=seed)]
+        [response.token_ids for response in engine(tiny_model).generate(group, sampling, seed=seed)]
         for seed in (5, 5, 6)
     )
     assert first == again
     assert first != other
     assert len(set(first)) == len(group)
+
+
+def test_samples_do_not_depend_on_the_batch(tiny_model):
+    group = [prompt for prompt in prompts(4, 9, 2) for _ in range(4)]
+    sampling = Sampling(max_tokens=40)
+    expected = [response.token_ids for response in engine(tiny_model).generate(group, sampling, seed=5)]
+    for batch_size in (1, 5):
+        responses = engine(tiny_model, batch_size=batch_size).generate(group, sampling, seed=5)
+        assert [response.token_ids for response in responses] == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_long_groups_lose_rows_on_the_way_and_keep_their_records(make_model, architecture):
+    """Several stages, with prompts read once for a group and rows that leave at different times."""
+    model = favour(make_model(architecture, **ARCHITECTURES[architecture]), EOS, 3.0)
+    group = [prompt for prompt in prompts(12, 3, 7) for _ in range(6)]
+    responses = engine(model).generate(group, Sampling(max_tokens=70), seed=2)
+    lengths = [len(response.token_ids) for response in responses]
+    assert min(lengths) <= 16  # the first stage
+    assert max(lengths) > 32
+    for prompt, response in zip(group, responses, strict=True):
+        assert (response.finish_reason == "stop") == (response.token_ids[-1] == EOS)
+        logprobs, entropy = scored(model, prompt, response, 1.0)
+        torch.testing.assert_close(torch.tensor(response.logprobs), logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(response.entropy), entropy, atol=1e-4, rtol=0)
+
+
+def test_logits_that_are_not_finite_stop_the_run(tiny_model):
+    with torch.no_grad():
+        tiny_model.lm_head.weight[9].fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            engine(tiny_model).generate(prompts(3), Sampling(max_tokens=2, temperature=temperature), seed=0)
 
 
 def test_samples_follow_the_distribution(make_model):

@@ -12,7 +12,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopPLogitsWarper,
+)
 
 from edge_kernels import token_stats
 
@@ -20,6 +27,7 @@ from ..model import unwrap
 from ..types import Provenance, Response, Sampling
 
 _IGNORED = -100  # the target of a row that has ended
+_STAGE = 16  # tokens between two looks at which rows have ended
 
 
 class TransformersEngine:
@@ -30,6 +38,9 @@ class TransformersEngine:
     sampling temperature, before ``top_p`` cuts it, because that is what a loss recomputes; greedy ones are recorded at
     temperature 1. The model's own generation defaults (top_k, repetition penalty and the like) are not used: they would
     make the sampled distribution another than the recorded one.
+
+    Equal prompts, as in a group, are read once. Rows that have ended leave the batch every few tokens, so that one long
+    response does not cost as much as a batch of them.
     """
 
     def __init__(
@@ -52,15 +63,22 @@ class TransformersEngine:
         self.autocast_dtype = autocast_dtype
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
-        """Return one response per prompt, in order; see ``RolloutEngine``. The global random state is left alone."""
+        """Return one response per prompt, in order; see ``RolloutEngine``. The global random state is not used.
+
+        What a prompt gets depends on the seed and on its place in ``prompts``, not on ``batch_size`` or its neighbours,
+        up to rounding. Raises FloatingPointError when the policy's logits are not finite.
+        """
         _check(prompts, sampling)
+        randomness = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(prompts), sampling.max_tokens, generator=randomness, dtype=torch.float64)
         # Longest first: the batch that needs most memory fails at once, not at the end of a long rollout.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         responses: dict[int, Response] = {}
-        with self._generating(seed):
+        with self._generating():
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                responses.update(zip(batch, self._sample([prompts[index] for index in batch], sampling), strict=True))
+                sampled = self._sample([prompts[index] for index in batch], uniforms[batch], sampling)
+                responses.update(zip(batch, sampled, strict=True))
         return [responses[index] for index in range(len(prompts))]
 
     def update_weights(self, model: nn.Module) -> None:
@@ -70,66 +88,118 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
-    def _sample(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[Response]:
+    def _sample(self, prompts: Sequence[Sequence[int]], uniforms: Tensor, sampling: Sampling) -> list[Response]:
+        """Return one response for each prompt of a batch, drawn with ``uniforms`` (B, T) in [0, 1)."""
         device = self.model.device
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        starts = torch.tensor([longest - len(prompt) for prompt in prompts])
-        mask = (torch.arange(longest) >= starts[:, None]).long()
-        recorder = _Recorder(torch.tensor(self.eos_token_ids, device=device), sampling.temperature or 1.0)
-        tokens = self.model.generate(  # type: ignore[operator]  # a mixin's method, which nn.Module's stubs hide
-            inputs=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([recorder]),
-        )
-        assert isinstance(tokens, Tensor)
-        tokens = tokens[:, longest:]  # (B, T), padded on the right after the end of a sequence
-        logprobs, entropy = recorder.finish(tokens[:, -1])
-        ended = torch.isin(tokens, recorder.eos_token_ids)
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-        rows = zip(*(values.tolist() for values in (tokens, logprobs, entropy, lengths, ended.any(1))), strict=True)
+        uniforms = uniforms.to(device)
+        eos = torch.tensor(self.eos_token_ids, device=device)
+        # Other caches can neither drop rows nor repeat them.
+        staged: bool = self.model._supports_default_dynamic_cache()  # type: ignore[operator]
+        ids, mask, cache = self._read_prompts(prompts, share=staged)
+        tokens = torch.full(uniforms.shape, self.pad_token_id, device=device)
+        logprobs, entropy = torch.zeros(2, *uniforms.shape, device=device)
+        lengths = torch.full((len(prompts),), sampling.max_tokens, device=device)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        rows = torch.arange(len(prompts), device=device)  # those that have not ended
+        start = 0
+        while start < sampling.max_tokens and len(rows):
+            steps = min(_STAGE, sampling.max_tokens - start) if staged else sampling.max_tokens
+            sampler = _Sampler(uniforms[rows, start : start + steps], sampling, eos)
+            output = self.model.generate(  # type: ignore[operator]  # a mixin's method, which nn.Module's stubs hide
+                inputs=ids,
+                attention_mask=mask,
+                **({} if cache is None else {"past_key_values": cache}),
+                generation_config=self._generation_config(steps),
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+            new = output.sequences[:, ids.shape[1] :]  # (rows, steps or fewer), padded after a row's end
+            span = slice(start, start + new.shape[1])
+            tokens[rows, span] = new
+            logprobs[rows, span] = torch.stack(sampler.logprobs, 1)
+            entropy[rows, span] = torch.stack(sampler.entropy, 1)
+            is_end = torch.isin(new, eos)
+            ended = is_end.any(1)
+            lengths[rows[ended]] = start + is_end[ended].int().argmax(1) + 1
+            stopped[rows[ended]] = True
+            start = span.stop
+            going = (~ended).nonzero().squeeze(1)
+            if staged and start < sampling.max_tokens and len(going):
+                ids, mask = output.sequences[going], torch.cat([mask, torch.ones_like(new)], 1)[going]
+                cache = output.past_key_values
+                if len(going) < len(rows):
+                    cache.batch_select_indices(going)
+            rows = rows[going]
+        if not (logprobs.isfinite().all() and entropy.isfinite().all()):
+            raise FloatingPointError(
+                "the policy's logits are not finite; training diverged, or the weights are damaged"
+            )
         return [
             Response(
                 token_ids=tuple(row_tokens[:length]),
                 logprobs=tuple(row_logprobs[:length]),
                 entropy=tuple(row_entropy[:length]),
                 provenance=(Provenance.SAMPLED,) * length,
-                finish_reason="stop" if stopped else "length",
+                finish_reason="stop" if row_stopped else "length",
             )
-            for row_tokens, row_logprobs, row_entropy, length, stopped in rows
+            for row_tokens, row_logprobs, row_entropy, length, row_stopped in zip(
+                *(values.tolist() for values in (tokens, logprobs, entropy, lengths, stopped)), strict=True
+            )
         ]
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        config = GenerationConfig(
-            do_sample=sampling.temperature > 0,
-            max_new_tokens=sampling.max_tokens,
+    def _read_prompts(
+        self, prompts: Sequence[Sequence[int]], *, share: bool
+    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """Return left-padded ids and mask (B, L), and a cache of all but the last column where prompts repeat."""
+        device = self.model.device
+        longest = max(map(len, prompts))
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        padding = [longest - len(prompt) for prompt in unique]
+        ids = torch.tensor(
+            [[self.pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, unique, strict=True)]
+        )
+        mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
+        ids, mask = ids.to(device), mask.to(device)
+        if len(unique) == len(prompts):
+            return ids, mask, None
+        place = {prompt: index for index, prompt in enumerate(unique)}
+        repeat = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+        cache = None
+        if share and longest > 1:
+            cache = DynamicCache(config=self.model.config)
+            self.model.get_decoder()(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache.batch_select_indices(repeat)
+        return ids[repeat], mask[repeat], cache
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,  # _Sampler chooses and leaves one candidate
+            max_new_tokens=max_new_tokens,
             eos_token_id=list(self.eos_token_ids),
             pad_token_id=self.pad_token_id,
             use_cache=True,
+            return_dict_in_generate=True,
         )
-        if config.do_sample:
-            config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)  # generate's default is 50
-        return config
 
     @contextmanager
-    def _generating(self, seed: int) -> Iterator[None]:
-        """Seeded, without gradients, dropout or the model's generation defaults; everything as before afterwards."""
+    def _generating(self) -> Iterator[None]:
+        """Without gradients, dropout or the model's generation defaults; everything as before afterwards."""
         model = self.model
-        device = model.device
         training = [module for module in model.modules() if module.training]
         defaults = model.generation_config
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            accelerators = [] if device.type == "cpu" else [device]
-            stack.enter_context(torch.random.fork_rng(accelerators, device_type=_fork_type(device)))
             if self.autocast_dtype is not None:
-                stack.enter_context(torch.autocast(device.type, self.autocast_dtype))
+                stack.enter_context(torch.autocast(model.device.type, self.autocast_dtype))
             try:
                 # generate fills whatever a passed configuration leaves open from the model's own one.
                 model.generation_config = GenerationConfig()
                 model.eval()  # this also turns off activation checkpointing, which would forbid the cache
-                torch.manual_seed(seed)
                 yield
             finally:
                 model.generation_config = defaults
@@ -137,49 +207,48 @@ class TransformersEngine:
                     module.training = True
 
 
-class _Recorder(LogitsProcessor):
-    """Notes the logprob and entropy of each sampled token, one step behind, holding one step's logits at a time.
+class _Sampler(LogitsProcessor):
+    """Chooses each step's tokens from the raw logits and notes their logprob and entropy; keeps no logits.
 
-    ``generate`` runs custom processors before its own temperature and top_p warpers and in the absence of other
-    options nothing runs before them, so this sees the model's raw logits, in float32. Which token was chosen from them
-    is known at the next call, as the last input id, or in ``finish``.
+    ``generate`` calls custom processors last but for the warpers of ``do_sample``, and without other options there is
+    nothing before them: what arrives here are the model's own logits, in float32. What leaves allows one token a row.
+    Drawing by inverse distribution function takes one random number a row. ``torch.multinomial``, which ``generate``
+    would use, takes one for each of V candidates, from one state for all rows, so that each draw hangs on the others.
     """
 
-    def __init__(self, eos_token_ids: Tensor, temperature: float) -> None:
+    def __init__(self, uniforms: Tensor, sampling: Sampling, eos_token_ids: Tensor) -> None:
+        self.uniforms = uniforms  # (B, steps)
+        self.temperature = sampling.temperature
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
         self.eos_token_ids = eos_token_ids
-        self.temperature = temperature
-        self.logits: Tensor | None = None  # (B, V)
-        self.ended: Tensor | None = None  # (B,) bool: rows that only receive padding now
-        self.logprobs: list[Tensor] = []
+        self.ended = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)  # rows given padding only
+        self.logprobs: list[Tensor] = []  # (B,) for each step, 0 where a row has ended
         self.entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids[:, -1])
-        self.logits = scores
-        return scores
-
-    def finish(self, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logprobs and entropy (B, T) once the tokens of the last step are known; 0 after a row's end."""
-        self._record(last_tokens)
-        return torch.stack(self.logprobs, 1), torch.stack(self.entropy, 1)
-
-    def _record(self, chosen: Tensor) -> None:
-        if self.logits is None:  # the first call: the last id belongs to the prompt
-            return
-        if self.ended is None:
-            self.ended = torch.zeros_like(chosen, dtype=torch.bool)
+        chosen = self._choose(input_ids, scores)
         stats = token_stats(
-            self.logits, chosen.masked_fill(self.ended, _IGNORED), temperature=self.temperature, ignore_index=_IGNORED
+            scores,
+            chosen.masked_fill(self.ended, _IGNORED),
+            temperature=self.temperature or 1.0,
+            ignore_index=_IGNORED,
         )
         self.logprobs.append(stats.logprobs)
         self.entropy.append(stats.entropy)
         self.ended = self.ended | torch.isin(chosen, self.eos_token_ids)
-        self.logits = None
+        return scores.fill_(-math.inf).scatter_(1, chosen[:, None], 0.0)  # a copy that generate made for us
 
-
-def _fork_type(device: torch.device) -> str:
-    # fork_rng always saves the CPU's state; it insists on an accelerator type even when there is none to save.
-    return "cuda" if device.type == "cpu" else device.type
+    def _choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return scores.argmax(-1)
+        scaled = scores / self.temperature
+        if self.top_p is not None:
+            scaled = self.top_p(input_ids, scaled)
+        cumulated = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+        # The first token beyond the drawn share of the whole: one of positive probability, since the draw is below 1.
+        drawn = self.uniforms[:, len(self.logprobs), None] * cumulated[:, -1:]
+        chosen = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
+        return chosen.clamp(max=scores.shape[-1] - 1)  # NaN logits point past the end; generate reports them
 
 
 def _check(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
