@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 # GNU's runtime, or LLVM's and Intel's, which answer to the same entry points.
-_RUNTIME = re.compile(r"lib(gomp|omp|iomp5)[-.][^/]*so[^/]*$|lib(gomp|omp|iomp5)\.so[^/]*$")
+_RUNTIME = re.compile(r"/lib(gomp|omp|iomp5)[-.][^/]*so[^/]*$")
 
 
 def openmp_runtimes() -> list[str]:

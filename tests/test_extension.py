@@ -504,6 +504,15 @@ print(json.dumps([_extension.openmp_runtimes(), counts]))
     assert counts == [0, 2, 2, 4]
 
 
+def test_openmp_runtimes_are_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names that distributions, torch wheels, LLVM and Intel give them, and nothing that looks alike."""
+    runtimes = ["/usr/lib/libgomp.so.1", "/v/torch/lib/libgomp-a34b3233.so.1", "/l/libomp.so.5", "/i/libiomp5.so"]
+    others = ["/usr/lib/libompi.so", "/usr/lib/libgomp_helper.so", "/x/gomp.so", "[heap]"]
+    lines = [f"7f00-7f01 r-xp 00000000 fe:00 12 {path}" for path in (*runtimes, *others, runtimes[0])]
+    monkeypatch.setattr(Path, "read_text", lambda self: "\n".join(lines))
+    assert _extension.openmp_runtimes() == sorted(runtimes)
+
+
 def test_names_no_openmp_library() -> None:
     """A name recorded here would map a second runtime wherever torch's copy is called otherwise."""
     binary = Path(_C.__file__).read_bytes()
