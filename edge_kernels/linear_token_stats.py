@@ -32,8 +32,8 @@ from edge_kernels.token_stats import (
 from edge_kernels.types import TokenStats
 
 # The logits of one tile take at most this many bytes, counted in float32 at least: a CPU without 16-bit products
-# converts the tile to multiply it. Each tile reads the whole weight, so fewer rows cost bandwidth: V = 151,936 leaves 110
-# rows, at which the products are still bound by arithmetic.
+# converts the tile to multiply it. Each tile reads the whole weight, so fewer rows cost bandwidth: V = 151,936 leaves
+# 110 rows, at which the products are still bound by arithmetic.
 TILE_BYTES = 64 * 2**20
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -27,11 +27,12 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size, length = draw(st.integers(1, 12)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     groups = torch.tensor(draw(st.lists(st.sampled_from([-7, 0, 3, 10**12]), min_size=size, max_size=size)))
-    rewards = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, -0.5]), min_size=size, max_size=size)))
+    rewards = draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, -0.5]), min_size=size, max_size=size))
     entropy = torch.rand(size, length, generator=generator, dtype=torch.float64) * 3 + 0.01
     mask = torch.rand(size, length, generator=generator) < 0.7
-    mask[:, 0] |= torch.rand(size, generator=generator) < 0.9  # a response without any token stays possible
-    return rewards.double(), entropy.masked_fill(~mask, math.nan), mask, groups
+    mask[torch.rand(size, generator=generator) < 0.2] = False  # a response without any token is possible
+    rewards = torch.tensor(rewards, dtype=torch.float64)  # 0.1 in it: three of them do not sum to 0.3
+    return rewards, entropy.masked_fill(~mask, math.nan), mask, groups
 
 
 @given(batches())
@@ -107,6 +108,13 @@ def test_preserve_scale_keeps_the_mean_magnitude_of_each_group(batch: tuple[Tens
     for group in groups.unique():
         members = groups == group
         torch.testing.assert_close(after[members].abs().mean(), before[members].abs().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_zero_however_their_mean_rounds(dtype: torch.dtype) -> None:
+    for size in range(1, 20):
+        rewards, groups = torch.full((size,), 0.1, dtype=dtype), torch.zeros(size, dtype=torch.long)
+        assert (group_advantages(rewards, groups) == 0).all()
 
 
 def test_a_response_of_entropy_zero_gets_the_greatest_weight_not_infinity() -> None:

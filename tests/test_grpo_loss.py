@@ -446,6 +446,24 @@ class TestSpecialValues:
         assert out.loss.item() == pytest.approx(-(1.2 + 0 + 1) / 3)
         assert torch.autograd.grad(out.loss, logits)[0].isfinite().all()
 
+    def test_a_ratio_beyond_what_float32_holds_is_capped_and_moves_nothing(self) -> None:
+        logits = torch.tensor([[[0.3, -0.2]]], requires_grad=True)
+        targets, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+        old = torch.tensor([[-2e4]])
+        out = edge_grpo_loss(logits, targets, mask, advantages=torch.tensor([-1.0]), old_logprobs=old)
+        assert out.loss.item() == pytest.approx(math.exp(80), rel=1e-5)
+        assert (torch.autograd.grad(out.loss, logits)[0] == 0).all()
+
+    @pytest.mark.parametrize("path", ALL_PATHS)
+    def test_tokens_at_the_quantile_act(self, path: Path) -> None:
+        batch = make_batch()
+        with torch.no_grad():
+            batch.weight.zero_()
+            batch.bias.zero_()  # every token has the same entropy
+        config = config_of(top_entropy_quantile=0.5, entropy_coef=0.1)
+        expected = path(batch, advantages=batch.advantages, config=config_of(entropy_coef=0.1))
+        torch.testing.assert_close(path(batch, advantages=batch.advantages, config=config).loss, expected.loss)
+
     def test_forbidden_tokens(self) -> None:
         batch = make_batch()
         logits = F.linear(batch.hidden, batch.weight, batch.bias).detach()
