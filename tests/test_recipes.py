@@ -162,3 +162,5 @@ def test_smollm2_recipe_holds_out_every_eval_problem():
     train = {example.problem for example in load_examples(config.data.train, {}, limit=490)}
     held_out = [example.problem for example in load_examples(config.data.eval, {}, limit=config.data.eval_size)]
     assert not train & set(held_out)
+    assert config.data.system_prompt  # its examples are no held-out problems either
+    assert not any(shown in problem for problem in held_out for shown in ("7 + 8", "8 + 7", "20 - 6"))
