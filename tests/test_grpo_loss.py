@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +40,15 @@ from edge_kernels.token_loss import token_loss_op
 B, T, D, V = 4, 6, 5, 13
 LOSS_TYPES = LossType.__args__
 MODULE = sys.modules["edge_kernels.grpo_loss"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A few hundred numbers a tensor: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> SimpleNamespace:

@@ -17,6 +17,7 @@ import itertools
 import math
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,15 @@ TEMPERATURE = 0.7
 MAX_COMPLETION_LENGTH = 16
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A few hundred numbers a tensor: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_batch(seed: int, dtype: torch.dtype) -> SimpleNamespace:
