@@ -7,7 +7,8 @@
 
 namespace edge {
 
-// Per-token tensors are contiguous, of the statistics' type (injected: one byte). Null means what TokenTerms defaults to.
+// Per-token tensors are contiguous, of the statistics' type (injected: one byte). Null means what TokenTerms defaults
+// to.
 struct GrpoSweep {
     TokenRows rows;
     TokenLossRule rule;

@@ -1,5 +1,5 @@
-// The derivatives of a token's GRPO loss by its log-probability and entropy, in the order of edge_kernels/token_loss.py,
-// which is their specification. Plain arithmetic: no memory, no header of Python or torch.
+// The derivatives of a token's GRPO loss by its log-probability and entropy, in the order of
+// edge_kernels/token_loss.py, which is their specification. Plain arithmetic: no memory, no header of Python or torch.
 #pragma once
 
 #include <cmath>

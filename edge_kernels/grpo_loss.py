@@ -530,7 +530,7 @@ class _InplaceLoss(torch.autograd.Function):
         return loss, metrics, logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient, *none = _hand_out(ctx, *grads)
         return None if gradient is None else gradient.detach(), *none
 

@@ -1,5 +1,5 @@
-// Rows of logits as the drivers see them: which kernels serve them, their blocks, how threads share them, how block sums
-// merge into a row's statistics. For files compiled without AVX flags only (blocks.h says why).
+// Rows of logits as the drivers see them: which kernels serve them, their blocks, how threads share them, how block
+// sums merge into a row's statistics. For files compiled without AVX flags only (blocks.h says why).
 #pragma once
 
 #include <omp.h>
