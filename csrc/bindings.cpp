@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "grpo_sweep.h"
 #include "token_stats.h"
 #ifdef EDGE_KERNELS_CUDA
 #include "cuda/devices.h"
@@ -61,6 +62,19 @@ void check_threads(int threads) {
     if (threads < 0) reject("threads", "at least 1, or 0 for OpenMP's setting", std::to_string(threads));
 }
 
+void check_gradient_rows(Address grad_logits, std::int64_t grad_row_stride, Address logits, std::int64_t row_stride,
+                         std::int64_t rows, std::int64_t vocab) {
+    require_address("grad_logits", grad_logits, rows);
+    if (rows > 1 && grad_row_stride < vocab) {
+        reject("grad_row_stride", "at least vocab (" + std::to_string(vocab) + "), so that no two rows share memory",
+               std::to_string(grad_row_stride));
+    }
+    if (rows > 1 && grad_logits == logits && grad_row_stride != row_stride) {
+        reject("grad_row_stride", "row_stride (" + std::to_string(row_stride) + ") in place",
+               std::to_string(grad_row_stride));
+    }
+}
+
 void token_stats_forward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
                          Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
                          double logit_scale, Address logprobs, Address entropy, Address logsumexp,
@@ -95,18 +109,61 @@ void token_stats_backward(int dtype, Address logits, std::int64_t row_stride, st
     if (targets == 0 && grad_logprobs != 0) reject("grad_logprobs", "0 where there are no targets", "an address");
     require_address("entropy", entropy, rows);
     require_address("logsumexp", logsumexp, rows);
-    require_address("grad_logits", grad_logits, rows);
-    if (rows > 1 && grad_row_stride < vocab) {
-        reject("grad_row_stride", "at least vocab (" + std::to_string(vocab) + "), so that no two rows share memory",
-               std::to_string(grad_row_stride));
-    }
-    if (rows > 1 && grad_logits == logits && grad_row_stride != row_stride) {
-        reject("grad_row_stride", "row_stride (" + std::to_string(row_stride) + ") in place",
-               std::to_string(grad_row_stride));
-    }
+    check_gradient_rows(grad_logits, grad_row_stride, logits, row_stride, rows, vocab);
     check_threads(threads);
     const py::gil_scoped_release unlocked;
     edge::cpu::token_stats_backward(call, threads);
+}
+
+void grpo_sweep(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
+                Address targets, std::int64_t ignore_index, double inv_temperature, double softcap, double logit_scale,
+                Address logprobs, Address entropy, Address grad_logits, std::int64_t grad_row_stride, Address weight,
+                Address advantages, Address old_logprobs, Address ref_logprobs, Address sampler_ratio,
+                Address sampling_logprobs, Address injected, bool cispo, double epsilon_low, double epsilon_high,
+                double delta, double beta, double sampler_cap, double sampler_floor, bool sampler_masks,
+                int injected_treatment, double sft_weight, double shaped_gamma, double max_log_ratio,
+                double entropy_threshold, double bonus_weight, int threads) {
+    if (injected_treatment < 0 || injected_treatment > 2) {
+        reject("injected_treatment", "0 (none), 1 (sft) or 2 (shaped)", std::to_string(injected_treatment));
+    }
+    edge::TokenLossRule rule;
+    rule.objective = cispo ? edge::Objective::kCispo : edge::Objective::kClipped;
+    rule.epsilon_low = epsilon_low;
+    rule.epsilon_high = epsilon_high;
+    rule.delta = delta;
+    rule.beta = beta;
+    rule.sampler_cap = sampler_cap;
+    rule.sampler_floor = sampler_floor;
+    rule.sampler_masks = sampler_masks;
+    rule.injected = static_cast<edge::Injected>(injected_treatment);
+    rule.sft_weight = sft_weight;
+    rule.shaped_gamma = shaped_gamma;
+    rule.max_log_ratio = max_log_ratio;
+    rule.entropy_threshold = entropy_threshold;
+    rule.bonus_weight = bonus_weight;
+    const edge::GrpoSweep call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
+                                          inv_temperature, softcap, logit_scale),
+                               rule,
+                               pointer(weight),
+                               pointer(advantages),
+                               pointer(old_logprobs),
+                               pointer(ref_logprobs),
+                               pointer(sampler_ratio),
+                               pointer(sampling_logprobs),
+                               static_cast<const std::uint8_t*>(pointer(injected)),
+                               pointer(logprobs),
+                               pointer(entropy),
+                               pointer(grad_logits),
+                               grad_row_stride};
+    require_address("targets", targets, rows);
+    require_address("logprobs", logprobs, rows);
+    require_address("entropy", entropy, rows);
+    require_address("weight", weight, rows);
+    require_address("advantages", advantages, rows);
+    check_gradient_rows(grad_logits, grad_row_stride, logits, row_stride, rows, vocab);
+    check_threads(threads);
+    const py::gil_scoped_release unlocked;
+    edge::cpu::grpo_sweep(call, threads);
 }
 
 py::dict cpu_features() {
@@ -195,4 +252,13 @@ PYBIND11_MODULE(_C, module) {
                "entropy"_a, "logsumexp"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad_logsumexp"_a, "grad_logits"_a,
                "grad_row_stride"_a, "logsumexp_low"_a = 0, "threads"_a = 0,
                "Writes the gradient of the logits; see csrc/token_stats.h.");
+    module.def("grpo_sweep", &grpo_sweep, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a, "rows"_a, "vocab"_a,
+               "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a, "logprobs"_a,
+               "entropy"_a, "grad_logits"_a, "grad_row_stride"_a, "weight"_a, "advantages"_a, "old_logprobs"_a = 0,
+               "ref_logprobs"_a = 0, "sampler_ratio"_a = 0, "sampling_logprobs"_a = 0, "injected"_a = 0,
+               "cispo"_a = false, "epsilon_low"_a = 0.2, "epsilon_high"_a = 0.2, "delta"_a = HUGE_VAL, "beta"_a = 0.0,
+               "sampler_cap"_a = HUGE_VAL, "sampler_floor"_a = 0.0, "sampler_masks"_a = false,
+               "injected_treatment"_a = 0, "sft_weight"_a = 1.0, "shaped_gamma"_a = 0.1, "max_log_ratio"_a = HUGE_VAL,
+               "entropy_threshold"_a = -HUGE_VAL, "bonus_weight"_a = 0.0, "threads"_a = 0,
+               "Writes statistics and the gradient of a GRPO loss in one sweep; see csrc/grpo_sweep.h.");
 }

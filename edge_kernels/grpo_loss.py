@@ -19,6 +19,7 @@ from edge_kernels._checks import (
     stats_dtype,
 )
 from edge_kernels.advantages import entropy_driven_advantages
+from edge_kernels.backend import extension, get_backend
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.linear_token_stats import (
     Head,
@@ -26,10 +27,9 @@ from edge_kernels.linear_token_stats import (
     check_head,
     fake_head_gradient,
     linear_token_stats,
-    none_if_unwanted,
     tiles,
 )
-from edge_kernels.reference import tokens_above_quantile
+from edge_kernels.reference import MAX_LOG_RATIO, tokens_above_quantile
 from edge_kernels.token_loss import (
     METRICS,
     LossRule,
@@ -41,11 +41,16 @@ from edge_kernels.token_loss import (
 from edge_kernels.token_stats import (
     StatsGradients,
     Transform,
+    address,
+    check_writable_rows,
+    describe_rows,
     inplace_token_stats,
     refuse_second_derivative,
+    row_blocks,
     run_backward,
     run_forward,
     token_stats,
+    with_unit_stride,
 )
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
@@ -266,6 +271,115 @@ def _output(
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)
 
 
+def _run_sweep(
+    logits: Tensor,  # (B, T, V)
+    targets: Tensor,  # (B, T)
+    terms: TokenTerms,
+    rule: LossRule,
+    transform: Transform,
+    *,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the loss's gradient into ``out`` (may be the logits) and return logprobs and entropy: one read, one write.
+
+    For rules under which a token's derivatives depend on its own statistics alone.
+    """
+    if get_backend(logits) == "reference":
+        stats = run_forward(logits, targets, transform)
+        part = token_loss(stats.logprobs, stats.entropy, terms, rule)
+        d_entropy = None if terms.bonus_weight is None else part.d_entropy
+        run_backward(logits, targets, stats, StatsGradients(part.d_logprobs, d_entropy, None), transform, out=out)
+        return stats.logprobs, stats.entropy
+    dtype = stats_dtype(logits.dtype)
+    logprobs, entropy = (torch.empty(targets.shape, dtype=dtype) for _ in range(2))
+    per_token = {
+        name: None if value is None else value.to(torch.uint8 if name == "injected" else dtype).contiguous()
+        for name, value in terms._asdict().items()
+        if name not in ("mask", "entropy_threshold", "bonus_weight")
+    }
+    targets = targets.contiguous()
+    infinity = float("inf")
+    options = {
+        "cispo": rule.loss_type == "cispo",
+        "epsilon_low": rule.epsilon_low,
+        "epsilon_high": rule.epsilon_high,
+        "delta": infinity if rule.delta is None else rule.delta,
+        "beta": rule.beta,
+        "sampler_cap": infinity if rule.sampler_cap is None else rule.sampler_cap,
+        "sampler_floor": rule.sampler_floor,
+        "sampler_masks": rule.sampler_mode.endswith("mask"),
+        "injected_treatment": {"sft": 1, "shaped": 2}.get(rule.injected, 0),
+        "sft_weight": rule.sft_weight,
+        "shaped_gamma": rule.shaped_gamma,
+        "max_log_ratio": MAX_LOG_RATIO,
+        "entropy_threshold": -infinity if terms.entropy_threshold is None else float(terms.entropy_threshold),
+        "bonus_weight": 0.0 if terms.bonus_weight is None else float(terms.bonus_weight),
+    }
+    for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):
+        extension().grpo_sweep(
+            **describe_rows(block, targets, start),
+            logprobs=address(logprobs, start),
+            entropy=address(entropy, start),
+            grad_logits=out_block.data_ptr(),
+            grad_row_stride=out_block.stride(0),
+            **{name: address(value, start) for name, value in per_token.items()},
+            **options,
+            **transform.for_extension(),
+        )
+    return logprobs, entropy
+
+
+@torch.library.custom_op("edge_kernels::grpo_loss", mutates_args=())
+def grpo_loss_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    mask: Tensor,
+    loss_weight: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_ratio: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    injected: Tensor | None,
+    entropy_threshold: Tensor | None,
+    bonus_weight: Tensor | None,
+    loss_type: str,
+    level: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    beta: float,
+    sampler_cap: float | None,
+    sampler_floor: float,
+    sampler_mode: str,
+    injected_treatment: str,
+    sft_weight: float,
+    shaped_gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, metrics, logprobs, entropy and the gradient of the logits, from one sweep over them."""
+    check_targets_in_range(targets, logits.shape[-1], ignore_index)
+    recorded = (old_logprobs, ref_logprobs, sampler_ratio, sampling_logprobs)
+    terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
+    clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
+    rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    logprobs, entropy = _run_sweep(with_unit_stride(logits), targets, terms, rule, transform, out=out)
+    loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
+    return loss, metrics, logprobs, entropy, out
+
+
+@grpo_loss_op.register_fake
+def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    logprobs, entropy = (torch.empty_like(targets, dtype=stats_dtype(logits.dtype)) for _ in range(2))
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), logprobs, entropy, gradient
+
+
 @torch.library.custom_op("edge_kernels::linear_grpo_loss", mutates_args=())
 def linear_grpo_loss_op(
     hidden: Tensor,
@@ -352,33 +466,88 @@ def _(
     return loss, metrics, *per_token, *fake_head_gradient(hidden, weight, bias, wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[4:])
-    ctx.mark_non_differentiable(*output[1:])
+def _keep_gradients(ctx: Any, gradients: tuple[Tensor, ...], wanted: tuple[bool, ...], num_inputs: int) -> None:
+    ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.wanted = inputs[4:7]
-    ctx.num_inputs = len(inputs)
+    ctx.wanted = wanted
+    ctx.num_inputs = num_inputs
     ctx.is_spent = False
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * ctx.num_inputs
+def _hand_out(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the first inputs, made in the forward pass, times the loss's own."""
     if grad_loss is None:
-        return none
+        return (None,) * ctx.num_inputs
     if torch.is_grad_enabled():
         refuse_second_derivative()
     if ctx.is_spent:
         raise RuntimeError(
-            "linear_edge_grpo_loss makes its gradient in the forward pass and hands it out once; "
+            "this loss makes its gradient in the forward pass and hands it out once; "
             "call it again for a second backward pass, or combine the losses before calling backward"
         )
     ctx.is_spent = True
-    # Scaled where they lie: a second V x D would otherwise be allocated. A tracer's tensors cannot be written.
-    scaled = (g.mul_(grad_loss) if type(g) is Tensor else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-    return *none_if_unwanted(tuple(scaled), ctx.wanted), *none[3:]
+    gradients = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    scaled = (_scaled(gradient, grad_loss) if want else None for gradient, want in gradients)
+    return *scaled, *(None,) * (ctx.num_inputs - len(ctx.wanted))
 
 
-linear_grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return ``gradient * factor``, scaled where it lies: another V x D, or N x V, would otherwise be allocated."""
+    if type(gradient) is not Tensor:  # a tracer's tensors cannot be written
+        return gradient * factor.to(gradient.dtype)
+    if factor.device.type == "cpu" and float(factor) == 1:
+        return gradient
+    return gradient.mul_(factor)
+
+
+def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_gradients(ctx, output[4:], (True,), len(inputs))
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_gradients(ctx, output[4:], inputs[4:7], len(inputs))
+    ctx.mark_non_differentiable(*output[1:])
+
+
+class _InplaceLoss(torch.autograd.Function):
+    """``grpo_loss_op`` with the gradient written over the logits, in the forward pass.
+
+    The version counter is raised by hand, as autograd does not see that write: whoever saved these logits for a
+    backward pass gets autograd's "modified by an inplace operation" instead of a wrong gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        transform, terms, rule = _unpack(options)
+        check_targets_in_range(targets, logits.shape[-1], transform.ignore_index)
+        out = logits.detach()
+        logprobs, entropy = _run_sweep(out, targets, terms, rule, transform, out=out)
+        torch.autograd.graph.increment_version(logits)
+        loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
+        _keep_gradients(ctx, (logits,), (True,), 2 + len(options))
+        ctx.mark_non_differentiable(metrics, logprobs, entropy)
+        return loss, metrics, logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient, *none = _hand_out(ctx, *grads)
+        return None if gradient is None else gradient.detach(), *none
+
+
+def _unpack(options: tuple[Any, ...]) -> tuple[Transform, TokenTerms, LossRule]:
+    """Return the trailing arguments of ``grpo_loss_op`` as what they were made from."""
+    first, second = len(Transform._fields), len(Transform._fields) + len(TokenTerms._fields)
+    return Transform(*options[:first]), TokenTerms(*options[first:second]), LossRule(*options[second:])
+
+
+grpo_loss_op.register_autograd(_hand_out, setup_context=_setup_logits)
+linear_grpo_loss_op.register_autograd(_hand_out, setup_context=_setup_linear)
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+
 
 # --- public -----------------------------------------------------------------------------------------------------------
 
@@ -441,16 +610,20 @@ def edge_grpo_loss(
                        ``num_items`` counts the tokens that have a loss.
     entropy_threshold  nats: replaces the quantile of this batch where ``top_entropy_quantile`` < 1. A bonus with
                        ``num_items`` then counts the tokens above the quantile from ``num_items``, without ties.
-    inplace            True: the backward pass writes the gradient over the logits instead of into a new tensor. Regard
+    inplace            True: the gradient is written over the logits instead of into a new tensor. Regard
                        the logits as undefined from this call on. Their version counter is raised, so that another
                        function that saved them for its backward pass raises autograd's "modified by an inplace
                        operation" instead of using a gradient for logits. Rows must not overlap, and their elements must
                        be adjacent. Under ``torch.compile``, which plans buffers itself, it has no effect.
 
+    One sweep where a token's coefficient is known once its own statistics are: each row is read once, and its gradient
+    written while it is in cache, in the forward pass; the backward pass scales it and hands it out once. Two sweeps,
+    statistics and then the gradient, where ``linear_edge_grpo_loss`` takes two.
+
     Returns a scalar loss, float32 (float64 for float64 logits), and detached logprobs and entropy in nats, (B, T), 0
     outside the mask; ``metrics``: see ``GRPOLossOutput``. A batch in which nothing counts has loss 0 and gradient 0. A
-    NaN in a row that counts gives a NaN loss. Two sweeps over the logits: statistics, then the gradient. Differentiable
-    once. Raises TypeError or ValueError for wrong dtypes, shapes, targets and missing arguments.
+    NaN in a row that counts gives a NaN loss. Differentiable once. Raises TypeError or ValueError for wrong dtypes,
+    shapes, targets and missing arguments.
     """
     check_float("logits", logits, least_dims=3)
     if logits.dim() != 3:
@@ -472,6 +645,18 @@ def edge_grpo_loss(
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
+    if batch.advantages is not None and not batch.needs_statistics_first and _wants_gradient(logits):
+        is_inplace = inplace and not torch.compiler.is_compiling()
+        if is_inplace:
+            check_writable_rows(logits)
+        loss, metrics, logprobs, entropy, *_ = (_InplaceLoss.apply if is_inplace else grpo_loss_op)(
+            logits,
+            batch.targets,
+            *batch.transform,
+            *batch.terms(batch.advantages, None),
+            *LossRule.of(batch.config),
+        )
+        return _output(loss, metrics, logprobs, entropy, batch.advantages, batch)
     if inplace:
         stats = inplace_token_stats(logits, batch.targets, batch.transform)
     else:
@@ -537,7 +722,7 @@ def linear_edge_grpo_loss(
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    wanted = [_wants_gradient(t) for t in (hidden, weight, bias)]
     if batch.advantages is None or batch.needs_statistics_first or not any(wanted):
         stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
         return _loss_of_stats(stats, batch)

@@ -74,13 +74,13 @@ def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) ->
     if targets is None:
         out.logprobs.zero_()
     targets = None if targets is None else targets.contiguous()
-    for start, block in _row_blocks(_with_unit_stride(logits)):
+    for start, block in row_blocks(with_unit_stride(logits)):
         extension().token_stats_forward(
-            **_describe_rows(block, targets, start),
-            logprobs=_address(None if targets is None else out.logprobs, start),
-            entropy=_address(out.entropy, start),
-            logsumexp=_address(out.logsumexp, start),
-            logsumexp_low=_address(out.logsumexp_low, start),
+            **describe_rows(block, targets, start),
+            logprobs=address(None if targets is None else out.logprobs, start),
+            entropy=address(out.entropy, start),
+            logsumexp=address(out.logsumexp, start),
+            logsumexp_low=address(out.logsumexp_low, start),
             **transform.for_extension(),
         )
     return out
@@ -104,16 +104,16 @@ def run_backward(
     targets = None if targets is None else targets.contiguous()
     dtype = stats_dtype(logits.dtype)
     gradients = StatsGradients(*(None if g is None else g.to(dtype).contiguous() for g in gradients))
-    source = out if out is logits else _with_unit_stride(logits)
-    for (start, block), (_, out_block) in zip(_row_blocks(source), _row_blocks(out, like=source), strict=True):
+    source = out if out is logits else with_unit_stride(logits)
+    for (start, block), (_, out_block) in zip(row_blocks(source), row_blocks(out, like=source), strict=True):
         extension().token_stats_backward(
-            **_describe_rows(block, targets, start),
-            entropy=_address(stats.entropy, start),
-            logsumexp=_address(stats.logsumexp, start),
-            logsumexp_low=_address(stats.logsumexp_low, start),
-            grad_logprobs=_address(gradients.logprobs, start),
-            grad_entropy=_address(gradients.entropy, start),
-            grad_logsumexp=_address(gradients.logsumexp, start),
+            **describe_rows(block, targets, start),
+            entropy=address(stats.entropy, start),
+            logsumexp=address(stats.logsumexp, start),
+            logsumexp_low=address(stats.logsumexp_low, start),
+            grad_logprobs=address(gradients.logprobs, start),
+            grad_entropy=address(gradients.entropy, start),
+            grad_logsumexp=address(gradients.logsumexp, start),
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
             **transform.for_extension(),
@@ -124,12 +124,12 @@ def _new_stats(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape[:-1], dtype=stats_dtype(logits.dtype), device=logits.device)
 
 
-def _with_unit_stride(logits: Tensor) -> Tensor:
+def with_unit_stride(logits: Tensor) -> Tensor:
     """Return the logits, copied only if a row's elements are not next to each other."""
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+def row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
     """Yield (number of the first row, (rows, V) view) of blocks with one row stride each, without copying.
 
     ``logits[:, :-1]`` of (B, T, V) is B such blocks: its sequences do not follow each other. ``like`` gives another
@@ -147,7 +147,7 @@ def _row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> I
     else:
         rows = like[0, ..., 0].numel()
         for i in range(like.shape[0]):
-            yield from _row_blocks(logits[i], start + i * rows, like[i])
+            yield from row_blocks(logits[i], start + i * rows, like[i])
 
 
 def _is_one_block(logits: Tensor) -> bool:
@@ -158,18 +158,18 @@ def _is_one_block(logits: Tensor) -> bool:
     return True
 
 
-def _describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
+def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
     return {
         "dtype": _DTYPE_CODES[block.dtype],
         "logits": block.data_ptr(),
         "row_stride": block.stride(0),
         "rows": block.shape[0],
         "vocab": block.shape[1],
-        "targets": _address(targets, start),
+        "targets": address(targets, start),
     }
 
 
-def _address(tensor: Tensor | None, start: int) -> int:
+def address(tensor: Tensor | None, start: int) -> int:
     """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
 
@@ -342,6 +342,12 @@ def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -
     """
     if torch.compiler.is_compiling():
         return token_stats(logits, targets, **transform._asdict())
+    check_writable_rows(logits)
+    return TokenStats(*_checked(logits, targets, *transform, inplace=True)[:3])
+
+
+def check_writable_rows(logits: Tensor) -> None:
+    """Require logits whose rows a gradient can be written over."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"inplace=True needs logits whose last dimension is contiguous; got strides {logits.stride()}; "
@@ -352,7 +358,6 @@ def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -
             f"inplace=True needs logits without overlapping rows; got strides {logits.stride()} for shape "
             f"{tuple(logits.shape)}; pass logits.contiguous(), or inplace=False"
         )
-    return TokenStats(*_checked(logits, targets, *transform, inplace=True)[:3])
 
 
 def _checked(

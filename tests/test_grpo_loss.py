@@ -34,7 +34,7 @@ from edge_kernels import (
     use_backend,
 )
 from edge_kernels.config import ImportanceLevel, InjectedTreatment, LossType, SamplerRatioMode
-from edge_kernels.grpo_loss import linear_grpo_loss_op
+from edge_kernels.grpo_loss import grpo_loss_op, linear_grpo_loss_op
 from edge_kernels.token_loss import token_loss_op
 
 B, T, D, V = 4, 6, 5, 13
@@ -556,13 +556,15 @@ class TestMachinery:
     def test_opcheck(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Checks the ops on the very arguments that the public functions give them."""
         batch = make_batch(dtype=torch.float32)
-        for op, name, path in (
-            (linear_grpo_loss_op, "linear_grpo_loss_op", from_hidden),
-            (token_loss_op, "token_loss_op", from_logits),
+        for op, name, path, level in (
+            (linear_grpo_loss_op, "linear_grpo_loss_op", from_hidden, "token"),
+            (grpo_loss_op, "grpo_loss_op", from_logits, "token"),
+            (token_loss_op, "token_loss_op", from_logits, "sequence"),
         ):
             calls: list[tuple] = []
             monkeypatch.setattr(MODULE, name, lambda *args, op=op, calls=calls: (calls.append(args), op(*args))[1])
-            path(batch, **inputs_for(batch, config_of(beta=0.04, entropy_coef=0.1)))
+            config = config_of(beta=0.04, entropy_coef=0.1, importance_sampling_level=level)
+            path(batch, **inputs_for(batch, config))
             arguments = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in calls[0]]
             torch.library.opcheck(op, tuple(arguments))
 

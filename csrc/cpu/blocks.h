@@ -45,9 +45,19 @@ using ForwardBlock = BlockSums (*)(const void* logits, std::int64_t count, const
 using BackwardBlock = void (*)(const void* logits, void* grad_logits, std::int64_t count, const Transform& transform,
                                const RowGradient& row);
 
+// The same in one exponential per element, for linear transforms and a block that is read three times while in cache:
+// its maximum; e = exp((x - max) * slope) with the sums, max being the whole row's; grad = e * factor. e may lie where
+// x or grad does if those are of its type, float (double for float64).
+using MaxBlock = double (*)(const void* logits, std::int64_t count);
+using ExpBlock = BlockSums (*)(const void* logits, void* e, std::int64_t count, double max, double slope);
+using ScaleBlock = void (*)(const void* e, void* grad_logits, std::int64_t count, double factor);
+
 struct BlockKernels {
     ForwardBlock forward;
     BackwardBlock backward;
+    MaxBlock max;
+    ExpBlock exp;
+    ScaleBlock scale;
 };
 
 struct InstructionSet {

@@ -86,9 +86,10 @@ struct Curve {
     }
 };
 
-// Sums over y[0, count), y being in cache already. ahead is what will be read next.
-template <class V, class Y>
-inline BlockSums sums_below(const Y* y, std::int64_t count, double max, double slope_, const Y* ahead) {
+// Sums over y[0, count), y being in cache already. ahead is what will be read next. Each exponential goes to
+// keep(index, vector, how many of its elements count).
+template <class V, class Y, class Keep>
+inline BlockSums sums_below(const Y* y, std::int64_t count, double max, double slope_, const Y* ahead, Keep keep) {
     using Scalar = typename V::Scalar;
     const V top = V::broadcast(static_cast<Scalar>(max));
     const V slope = V::broadcast(static_cast<Scalar>(slope_));
@@ -101,17 +102,19 @@ inline BlockSums sums_below(const Y* y, std::int64_t count, double max, double s
         const V e = bounded_exp(d);
         sum[k] = sum[k] + e;
         weighted[k] = V::fmadd(e, d, weighted[k]);
+        return e;
     };
     std::int64_t i = 0;
     for (; i + kUnroll * V::kWidth <= count; i += kUnroll * V::kWidth) {
         for (int k = 0; k < kUnroll; ++k) {
-            __builtin_prefetch(ahead + i + k * V::kWidth);
-            add(k, V::load(y + i + k * V::kWidth));
+            const std::int64_t at = i + k * V::kWidth;
+            __builtin_prefetch(ahead + at);
+            keep(at, add(k, V::load(y + at)), V::kWidth);
         }
     }
-    for (; i + V::kWidth <= count; i += V::kWidth) add(0, V::load(y + i));
+    for (; i + V::kWidth <= count; i += V::kWidth) keep(i, add(0, V::load(y + i)), V::kWidth);
     const V lowest = V::broadcast(static_cast<Scalar>(-__builtin_inf()));
-    if (i < count) add(0, V::load_partial(y + i, count - i, lowest));
+    if (i < count) keep(i, add(0, V::load_partial(y + i, count - i, lowest)), count - i);
     BlockSums out{max, 0, 0};
     for (int k = 0; k < kUnroll; ++k) {
         out.sum += V::reduce_add(sum[k]);
@@ -138,7 +141,8 @@ inline double max_of(const E* x, std::int64_t count) {
 template <class V, class Y>
 inline BlockSums sums_of(const Y* y, std::int64_t count, double max, double slope, const Y* ahead) {
     const bool empty = max == -__builtin_inf();
-    BlockSums out = sums_below<V>(y, count, empty ? 0.0 : max, slope, ahead);
+    const auto forget = [](std::int64_t, V, std::int64_t) {};
+    BlockSums out = sums_below<V>(y, count, empty ? 0.0 : max, slope, ahead, forget);
     out.max = max;
     return out;
 }
@@ -202,8 +206,39 @@ void backward_block(const void* logits, void* grad_logits, std::int64_t count, c
 }
 
 template <class V, class E>
+double max_block(const void* logits, std::int64_t count) {
+    return max_of<V>(static_cast<const E*>(logits), count);
+}
+
+template <class V, class E>
+BlockSums exp_block(const void* logits, void* e_, std::int64_t count, double max, double slope) {
+    const E* x = static_cast<const E*>(logits);
+    auto* e = static_cast<typename V::Scalar*>(e_);
+    return sums_below<V>(x, count, max, slope, x + count, [e](std::int64_t at, V value, std::int64_t valid) {
+        if (valid == V::kWidth) {
+            V::store(e + at, value);
+        } else {
+            V::store_partial(e + at, value, valid);
+        }
+    });
+}
+
+template <class V, class E>
+void scale_block(const void* e_, void* grad_logits, std::int64_t count, double factor_) {
+    using Scalar = typename V::Scalar;
+    const Scalar* e = static_cast<const Scalar*>(e_);
+    E* grad = static_cast<E*>(grad_logits);
+    const V factor = V::broadcast(static_cast<Scalar>(factor_));
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth) V::store(grad + i, V::load(e + i) * factor);
+    if (i < count) {
+        V::store_partial(grad + i, V::load_partial(e + i, count - i, V::broadcast(Scalar(0))) * factor, count - i);
+    }
+}
+
+template <class V, class E>
 constexpr BlockKernels block_kernels() {
-    return {&forward_block<V, E>, &backward_block<V, E>};
+    return {&forward_block<V, E>, &backward_block<V, E>, &max_block<V, E>, &exp_block<V, E>, &scale_block<V, E>};
 }
 
 }  // namespace

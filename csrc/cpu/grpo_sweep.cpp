@@ -1,0 +1,175 @@
+// The one-sweep loss: a row's blocks pass three times while the row is in cache. Where only the log-probability has a
+// gradient and the transform is linear, exp is taken once per element: maximum; exp and sums; one multiplication.
+#include "../grpo_sweep.h"
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "rows.h"
+
+namespace edge::cpu {
+namespace {
+
+// One row's work, in phases whose blocks are independent of each other.
+class Sweep {
+  public:
+    Sweep(const GrpoSweep& call, const Grid& grid)
+        : call_(call),
+          grid_(grid),
+          kernels_(kernels_for(call.rows.dtype)),
+          transform_(prepare(call.rows.transform)),
+          keeps_powers_(transform_.linear && call.rule.bonus_weight == 0.0) {}
+
+    // Whether exp(z - max) needs memory apart from the gradient's: 16-bit elements cannot hold it.
+    bool needs_scratch() const {
+        return keeps_powers_ && call_.rows.dtype != DType::kFloat32 && call_.rows.dtype != DType::kFloat64;
+    }
+
+    template <class ForBlocks>
+    void row(std::int64_t row, float* scratch, std::vector<BlockSums>& parts, const ForBlocks& for_blocks) const {
+        char* grad = static_cast<char*>(call_.grad_logits) + row * call_.grad_row_stride * grid_.bytes;
+        const DType dtype = call_.rows.dtype;
+        const auto at = [&](std::int64_t block) { return grid_.at(row, block * kBlock); };
+        const auto grad_at = [&](std::int64_t block) { return grad + block * kBlock * grid_.bytes; };
+        const auto clear = [&](std::int64_t block) {
+            std::memset(grad_at(block), 0, static_cast<std::size_t>(grid_.count(block) * grid_.bytes));
+        };
+        if (grid_.ignored(row)) {
+            write_stat(dtype, call_.logprobs, row, 0.0);
+            write_stat(dtype, call_.entropy, row, 0.0);
+            for_blocks(clear);
+            return;
+        }
+
+        const std::int64_t target = grid_.target(row);
+        const double target_x = target >= 0 ? read_element(dtype, grid_.at(row, target), 0) : kNaN;
+        const double target_y = target >= 0 ? kernels_.forward(grid_.at(row, target), 1, transform_).max : kNaN;
+        Merger merger{transform_.slope};
+        void* const powers = scratch != nullptr ? static_cast<void*>(scratch) : grad;
+        const std::int64_t power_bytes = dtype == DType::kFloat64 ? 8 : 4;
+        const auto powers_at = [&](std::int64_t block) {
+            return static_cast<char*>(powers) + block * kBlock * power_bytes;
+        };
+        bool has_powers = false;
+        if (keeps_powers_) {
+            for_blocks([&](std::int64_t block) {
+                parts[static_cast<std::size_t>(block)].max = kernels_.max(at(block), grid_.count(block));
+            });
+            double max = -kInfinity;
+            for (const BlockSums& part : parts) max = std::max(max, part.max);
+            // Without a maximum, or with an infinite one, the row is NaN, which the other kernels say correctly.
+            has_powers = std::isfinite(max);
+            if (has_powers) {
+                for_blocks([&](std::int64_t block) {
+                    parts[static_cast<std::size_t>(block)] =
+                        kernels_.exp(at(block), powers_at(block), grid_.count(block), max, transform_.slope);
+                });
+                merger.total = {max, 0.0, 0.0};
+                for (const BlockSums& part : parts) {
+                    merger.total.sum += part.sum;
+                    merger.total.weighted += part.weighted;
+                }
+            }
+        }
+        if (!has_powers) {
+            for_blocks([&](std::int64_t block) {
+                parts[static_cast<std::size_t>(block)] = kernels_.forward(at(block), grid_.count(block), transform_);
+            });
+            for (const BlockSums& part : parts) merger.add(part);
+        }
+
+        const RowStats stats = row_stats(merger.total, transform_.slope, target >= 0, target_y);
+        write_stat(dtype, call_.logprobs, row, stats.logprob);
+        write_stat(dtype, call_.entropy, row, stats.entropy);
+        const TokenDerivatives d = token_derivatives(call_.rule, terms(row), stats.logprob, stats.entropy);
+        if (d.logprob == 0.0 && d.entropy == 0.0) {
+            for_blocks(clear);
+            return;
+        }
+        const StatGradients grads{d.logprob, d.entropy, 0.0};
+        const RowGradient gradient = row_gradient(dtype, transform_, stats.logsumexp, stats.entropy, grads);
+        // The target stands in the row's sum like any other element, so only a gradient of its own makes it special.
+        const bool has_own = target >= 0 && d.logprob != 0.0;
+        const double own =
+            has_own ? target_gradient(call_.rows.transform, transform_, gradient, target_x, stats.entropy, grads) : 0.0;
+        if (has_powers) {
+            const double factor = -d.logprob * transform_.slope / merger.total.sum;
+            for_blocks([&](std::int64_t block) {
+                kernels_.scale(powers_at(block), grad_at(block), grid_.count(block), factor);
+            });
+        } else {
+            for_blocks([&](std::int64_t block) {
+                kernels_.backward(at(block), grad_at(block), grid_.count(block), transform_, gradient);
+            });
+        }
+        if (has_own) write_element(dtype, grad, target, own);
+    }
+
+  private:
+    TokenTerms terms(std::int64_t row) const {
+        const DType dtype = call_.rows.dtype;
+        const auto read = [&](const void* base, double absent) {
+            return base == nullptr ? absent : read_stat(dtype, base, row);
+        };
+        TokenTerms out;
+        out.weight = read(call_.weight, 0.0);
+        out.advantage = read(call_.advantages, 0.0);
+        out.old_logprob = read(call_.old_logprobs, kNaN);
+        out.ref_logprob = read(call_.ref_logprobs, kNaN);
+        out.sampler_ratio = read(call_.sampler_ratio, 1.0);
+        out.sampling_logprob = read(call_.sampling_logprobs, kNaN);
+        out.has_sampling = call_.sampling_logprobs != nullptr;
+        out.injected = call_.injected != nullptr && call_.injected[row] != 0;
+        return out;
+    }
+
+    const GrpoSweep& call_;
+    const Grid& grid_;
+    const BlockKernels& kernels_;
+    const Transform transform_;
+    const bool keeps_powers_;
+};
+
+}  // namespace
+
+void grpo_sweep(const GrpoSweep& call, int threads) {
+    const Grid grid(call.rows);
+    const Sharing sharing(grid, threads);
+    const Sweep sweep(call, grid);
+    const std::int64_t rows = call.rows.rows;
+    const auto scratch = [&] {
+        return std::unique_ptr<float[]>(sweep.needs_scratch() ? new float[static_cast<std::size_t>(call.rows.vocab)]
+                                                              : nullptr);
+    };
+    const std::vector<BlockSums> no_parts(static_cast<std::size_t>(grid.blocks));
+
+    // Too few rows to occupy the threads: all of them share each row, phase by phase.
+    if (sharing.threads > 1 && rows < 2 * sharing.threads) {
+        std::vector<BlockSums> parts = no_parts;
+        const auto memory = scratch();
+        const auto shared_blocks = [&](const auto& task) {
+            parallel_for(grid.blocks, kBlocksAtOnce, sharing.threads, task);
+        };
+        for (std::int64_t row = 0; row < rows; ++row) sweep.row(row, memory.get(), parts, shared_blocks);
+        return;
+    }
+    // A thread's scratch is written again and again, so it stays in that thread's cache.
+    std::atomic<std::int64_t> next{0};
+#pragma omp parallel num_threads(sharing.threads)
+    {
+        const auto memory = scratch();
+        std::vector<BlockSums> parts = no_parts;
+        const auto all_blocks = [&](const auto& task) {
+            for (std::int64_t block = 0; block < grid.blocks; ++block) task(block);
+        };
+        for (std::int64_t begin; (begin = next.fetch_add(sharing.rows_at_once, std::memory_order_relaxed)) < rows;) {
+            const std::int64_t end = std::min(begin + sharing.rows_at_once, rows);
+            for (std::int64_t row = begin; row < end; ++row) {
+                sweep.row(row, memory.get(), parts, all_blocks);
+            }
+        }
+    }
+}
+
+}  // namespace edge::cpu
