@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,15 @@ from edge_grpo.trainer import Trainer, _LossTotals, train
 from edge_kernels import EDAConfig, GRPOLossConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: waking a second thread costs more than it does, and more yet on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -252,7 +262,8 @@ def test_a_run_leaves_its_whole_record(config, tmp_path):
     ids=["checkpointing", "mixed", "bfloat16"],
 )
 def test_memory_and_precision_options_train(config, model, tmp_path):
-    train(replace(config, model=model, steps=1))
+    hard = replace(config.data, train="arithmetic:3")  # solutions are right, most reflections are not: unequal rewards
+    train(replace(config, model=model, data=hard, steps=1))
     (record,) = records(tmp_path / "run")
     assert math.isfinite(record["loss"])
     assert record["grad/norm"] > 0
