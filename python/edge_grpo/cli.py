@@ -221,6 +221,13 @@ def _shown(value: Any) -> str:
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
 
+def _quieten_loading() -> None:
+    """Turn off transformers' bars for the reading and writing of weights, which take a moment and bury our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _train_config(options, overrides)
     output = Path(config.output)
@@ -229,6 +236,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         _claim(output, overwrite=options.overwrite)
 
     from .report import read_run, write_report
+
+    _quieten_loading()
     from .trainer import train
 
     if is_main:
@@ -312,6 +321,8 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from .data import load_examples, render_prompts
     from .evaluate import evaluate
+
+    _quieten_loading()
     from .model import load_model
     from .rewards import Rewarder
     from .rollout import build_engine
