@@ -222,7 +222,7 @@ def _shown(value: Any) -> str:
 
 
 def _quieten_loading() -> None:
-    """Turn off transformers' bars for the reading and writing of weights, which take a moment and bury our own lines."""
+    """Turn off transformers' bars for reading and writing weights: they take a moment and bury our own lines."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -321,14 +321,13 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from .data import load_examples, render_prompts
     from .evaluate import evaluate
-
-    _quieten_loading()
     from .model import load_model
     from .rewards import Rewarder
     from .rollout import build_engine
     from .seeding import derive_seed
     from .types import Sampling
 
+    _quieten_loading()
     assert config.data.eval is not None
     examples = load_examples(config.data.eval, config.data.columns, seed=config.seed, limit=config.data.eval_size)
     model, tokenizer = load_model(config.model)
