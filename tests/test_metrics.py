@@ -108,6 +108,18 @@ def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
     ]
 
 
+def test_log_keeps_completions_with_line_separators(tmp_path):
+    """U+2028 ends a line for str.splitlines but not in JSONL, where it may stand inside a string."""
+    sample = two_groups()[0]
+    with log_to(tmp_path, 0) as log:
+        log.completions(1, [sample], lambda ids: "a\u2028b")
+    before = (tmp_path / "completions.jsonl").read_text()
+    with log_to(tmp_path, 1):
+        pass
+    assert (tmp_path / "completions.jsonl").read_text() == before
+    assert json.loads(before)["segments"] == [["sampled", "a\u2028b"]]
+
+
 def test_seeds_depend_on_the_whole_place():
     places = [(), ("rollout", 1, 0), ("rollout", 0, 1), ("rollout", 1), ("correction", 1, 0), ("rollout", 10)]
     seeds = {derive_seed(seed, *place) for seed in (0, 1) for place in places}
