@@ -451,12 +451,13 @@ class Trainer:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         per_step, per_process = self.config.rollout.num_prompts, self.config.rollout.num_prompts // processes
         start = (step - 1) * per_step + rank * per_process
-        return [self._prompt_at(position) for position in range(start, start + per_process)]
+        places = [divmod(position, len(self.prompts)) for position in range(start, start + per_process)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [self.prompts[int(orders[epoch][offset])] for epoch, offset in places]
 
-    def _prompt_at(self, position: int) -> Prompt:
-        epoch, offset = divmod(position, len(self.prompts))
+    def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
-        return self.prompts[int(torch.randperm(len(self.prompts), generator=generator)[offset])]
+        return torch.randperm(len(self.prompts), generator=generator)
 
     def _load_prompts(self, spec: str, columns: Mapping[str, str], *, limit: int | None = None) -> list[Prompt]:
         data = self.config.data
