@@ -1,11 +1,17 @@
 // The Python module edge_kernels._C: integer addresses in, checked, and the kernels run without the interpreter's lock.
 #include <pybind11/pybind11.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/blocks.h"
 #include "cpu/dispatch.h"
 #include "grpo_sweep.h"
 #include "token_stats.h"
@@ -166,6 +172,26 @@ void grpo_sweep(int dtype, Address logits, std::int64_t row_stride, std::int64_t
     edge::cpu::grpo_sweep(call, threads);
 }
 
+void exponentials(Address x, Address out, std::int64_t count, double slope) {
+    if (count < 1 || count > edge::cpu::kBlock) {
+        reject("count", "in [1, " + std::to_string(edge::cpu::kBlock) + "]", std::to_string(count));
+    }
+    require_address("x", x, count);
+    require_address("out", out, count);
+    edge::cpu::instruction_set().float32.powers(pointer(x), pointer(out), count, slope);
+}
+
+// The pages that lie in [begin, begin + bytes) entirely, and are not there yet, are to be huge ones. A wish: where the
+// system has none, nothing changes.
+void want_huge_pages(Address begin, std::int64_t bytes) {
+#ifdef __linux__
+    constexpr Address kHugePage = Address{2} << 20;
+    const Address first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const Address last = (begin + static_cast<Address>(std::max<std::int64_t>(bytes, 0))) / kHugePage * kHugePage;
+    if (last > first) madvise(pointer(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 py::dict cpu_features() {
     py::dict out;
     for (const auto& [name, present] : edge::cpu::features()) out[py::str(name)] = present;
@@ -232,6 +258,10 @@ PYBIND11_MODULE(_C, module) {
     using namespace pybind11::literals;
     module.doc() = "The compiled kernels. Addresses are unchecked: call them through edge_kernels.";
 
+    module.def("exponentials", &exponentials, py::kw_only(), "x"_a, "out"_a, "count"_a, "slope"_a,
+               "Writes exp((x - max(x)) * slope) of a block of float32, as the sweep computes it; for tests.");
+    module.def("want_huge_pages", &want_huge_pages, "address"_a, "bytes"_a,
+               "Asks for huge pages under memory that is about to be written for the first time.");
     module.def("cpu_features", &cpu_features, "What this CPU offers, by name.");
     module.def("instruction_sets", &instruction_sets, "The instruction sets that can run here, lowest first.");
     module.def(

@@ -217,6 +217,37 @@ def test_probabilities_are_relatively_exact(isa: str) -> None:
     assert ((p - wanted).abs() / wanted <= 1.2e-7 * (3 + log_p)).all()
 
 
+def test_exponential_over_every_exponent(isa: str) -> None:
+    """Relative error of exp(d * slope) for d of every binary exponent from the denormals to where exp is 0."""
+    generator = torch.Generator().manual_seed(0)
+    mantissas = 1 + torch.rand(200, generator=generator, dtype=torch.float64)
+    d = -(mantissas[:, None] * 2.0 ** torch.arange(-140, 128)).float().flatten()
+    edges = -torch.linspace(80, 90, 4001)  # where the result leaves the normal numbers
+    special = torch.tensor([-0.0, -float("inf"), -3.4028234663852886e38])
+    for slope in (1.0, 0.6**-1, 0.01, 37.0):
+        x = torch.cat([d, edges / slope, special])
+        got = torch.full_like(x, float("nan"))
+        for start in range(0, len(x), 4095):  # each block led by the maximum, 0
+            block = torch.cat([torch.zeros(1), x[start : start + 4095]])
+            out = torch.full_like(block, float("nan"))
+            _C.exponentials(x=block.data_ptr(), out=out.data_ptr(), count=len(block), slope=slope)
+            assert out[0] == 1
+            got[start : start + 4095] = out[1:]
+        z = x.double() * slope
+        wanted = z.exp()
+        is_normal = wanted > 2.0**-126
+        error = (got.double() - wanted).abs() / wanted
+        # A portable build may lack fused multiply-add, and then rounds d * slope before it is reduced.
+        bound = 1.6e-7 + (1e-7 if isa == "portable" else 6e-8) * z.abs()
+        assert (error <= bound)[is_normal].all(), (slope, error[is_normal].max())
+        assert (got.double() <= 2.0**-125)[~is_normal].all()
+        assert (got[z < -88.1] == 0).all()
+    poisoned = torch.tensor([0.0, float("nan"), -1.0])
+    out = torch.zeros(3)
+    _C.exponentials(x=poisoned.data_ptr(), out=out.data_ptr(), count=3, slope=1.0)
+    assert out.isnan().tolist() == [False, True, False]
+
+
 def test_long_rows_lose_nothing(isa: str) -> None:
     """A uniform row of 151,936: float32 sums that ran through the whole row would be off in the fifth digit."""
     vocab = 151936

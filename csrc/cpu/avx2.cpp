@@ -58,7 +58,9 @@ struct Vec8 {
     static Vec8 copysign(Vec8 magnitude, Vec8 sign) {
         return {_mm256_or_ps(magnitude.v, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign.v))};
     }
-    static Vec8 exp_scale(Vec8 biased) {
+    static constexpr bool kFused = true;
+    static constexpr int kSteps = 1;
+    static Vec8 power_of_two(Vec8 biased) {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased.v), 23))};
     }
     static double reduce_max(Vec8 x) {

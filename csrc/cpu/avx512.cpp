@@ -62,8 +62,20 @@ struct Vec16 {
     static Vec16 copysign(Vec16 magnitude, Vec16 sign) {
         return {_mm512_or_ps(magnitude.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), sign.v))};
     }
-    static Vec16 exp_scale(Vec16 biased) {
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased.v), 23))};
+    static constexpr bool kFused = true;
+    // 2^(n / 32) from a table of 32 steps, whose entries lack what the shift of their own number will add to them.
+    static constexpr int kSteps = 32;
+    static Vec16 power_of_two(Vec16 biased) {
+        alignas(64) static constexpr std::uint32_t kTable[kSteps] = {
+            0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+            0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+            0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+            0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
+        };
+        const __m512i number = _mm512_castps_si512(biased.v);
+        const __m512i step =
+            _mm512_permutex2var_epi32(_mm512_load_si512(kTable), number, _mm512_load_si512(kTable + 16));
+        return {_mm512_castsi512_ps(_mm512_add_epi32(step, _mm512_slli_epi32(number, 18)))};
     }
     static double reduce_max(Vec16 x) { return static_cast<double>(_mm512_reduce_max_ps(x.v)); }
     static double reduce_add(Vec16 x) {
@@ -75,6 +87,62 @@ struct Vec16 {
     friend Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Vec16 operator*(Vec16 a, Vec16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
     friend Vec16 operator/(Vec16 a, Vec16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+};
+
+// A 32-bit lane of packed bfloat16 holds an even element below and an odd one above: two vectors without a permutation.
+template <>
+struct Pairs<Vec16, BFloat16> {
+    static void load(const BFloat16* x, Vec16& even, Vec16& odd) {
+        const __m512i both = _mm512_loadu_si512(x);
+        even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+        odd = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+    static void store(BFloat16* x, Vec16 even, Vec16 odd) {
+        const __m512i low = _mm512_srli_epi32(rounded(even), 16);
+        _mm512_storeu_si512(x, _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded(odd)));
+    }
+    // The upper half of the result is the nearest bfloat16, ties to even. A NaN stays one: constant_of and bfloat16
+    // inputs leave no payload in the lower half, which is where a carry would have to start.
+    static __m512i rounded(Vec16 x) {
+        const __m512i bits = _mm512_castps_si512(x.v);
+        const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+        const __m512i half = _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fff), is_odd, _mm512_set1_epi32(0x8000));
+        return _mm512_add_epi32(bits, half);
+    }
+};
+
+// As 16-bit integers, positive bfloat16 are ordered as they are and negative ones in reverse: the largest integer is
+// the maximum if any element is positive, and the smallest one otherwise. Half the instructions of widening them.
+template <>
+struct Maximum<Vec16, BFloat16> {
+    static double of(const BFloat16* x, std::int64_t count) {
+        __m512i largest[2] = {_mm512_set1_epi16(-32768), _mm512_set1_epi16(-32768)};
+        __m512i smallest[2] = {_mm512_set1_epi16(32767), _mm512_set1_epi16(32767)};
+        const auto add = [&](int k, __m512i both) {
+            largest[k] = _mm512_max_epi16(largest[k], both);
+            smallest[k] = _mm512_min_epi16(smallest[k], both);
+        };
+        std::int64_t i = 0;
+        for (; i + 64 <= count; i += 64) {
+            add(0, _mm512_loadu_si512(x + i));
+            add(1, _mm512_loadu_si512(x + i + 32));
+        }
+        const __m512i lowest = _mm512_set1_epi16(static_cast<short>(0xff80));  // -inf
+        for (; i < count; i += 32) {
+            const std::uint32_t valid = count - i >= 32 ? ~0u : (1u << (count - i)) - 1u;
+            add(0, _mm512_mask_loadu_epi16(lowest, valid, x + i));
+        }
+        alignas(64) std::int16_t lanes[2][32];
+        _mm512_store_si512(lanes[0], _mm512_max_epi16(largest[0], largest[1]));
+        _mm512_store_si512(lanes[1], _mm512_min_epi16(smallest[0], smallest[1]));
+        std::int16_t most = lanes[0][0];
+        std::int16_t least = lanes[1][0];
+        for (int k = 1; k < 32; ++k) {
+            most = lanes[0][k] > most ? lanes[0][k] : most;
+            least = lanes[1][k] < least ? lanes[1][k] : least;
+        }
+        return static_cast<double>(to_float(BFloat16{static_cast<std::uint16_t>(most >= 0 ? most : least)}));
+    }
 };
 
 }  // namespace

@@ -45,18 +45,17 @@ using ForwardBlock = BlockSums (*)(const void* logits, std::int64_t count, const
 using BackwardBlock = void (*)(const void* logits, void* grad_logits, std::int64_t count, const Transform& transform,
                                const RowGradient& row);
 
-// The same in one exponential per element, for linear transforms and a block that is read three times while in cache:
-// its maximum; e = exp((x - max) * slope) with the sums, max being the whole row's; grad = e * factor. e may lie where
-// x or grad does if those are of its type, float (double for float64).
-using MaxBlock = double (*)(const void* logits, std::int64_t count);
-using ExpBlock = BlockSums (*)(const void* logits, void* e, std::int64_t count, double max, double slope);
-using ScaleBlock = void (*)(const void* e, void* grad_logits, std::int64_t count, double factor);
+// The same in one exponential per element, for linear transforms: exp((x - the block's max) * slope) is written to
+// powers, of type float (double for float64), and later turned into the gradient, powers * factor, each block having a
+// factor of its own. powers may lie where x or grad does if those are of its type; nobody else may read them, since
+// their order is the kernel's.
+using PowersBlock = BlockSums (*)(const void* logits, void* powers, std::int64_t count, double slope);
+using ScaleBlock = void (*)(const void* powers, void* grad_logits, std::int64_t count, double factor);
 
 struct BlockKernels {
     ForwardBlock forward;
     BackwardBlock backward;
-    MaxBlock max;
-    ExpBlock exp;
+    PowersBlock powers;
     ScaleBlock scale;
 };
 

@@ -2,41 +2,127 @@
 // then includes this. No standard library here, and internal linkage throughout: blocks.h says why.
 //
 // V provides: Scalar, kWidth; broadcast, load(const E*), load_partial(const E*, count, fill), store(E*, v),
-// store_partial(E*, v, count) for each element type E; fmadd(a, b, c) = a * b + c; max(a, b) = a > b ? a : b, which is
-// b when either is NaN; abs; copysign(magnitude, sign); select_less(a, b, yes, no); exp_scale(n_plus_magic) = 2^n;
-// reduce_max(v) and reduce_add(v) -> double; the operators + - * /.
-
+// store_partial(E*, v, count) for each element type E; fmadd(a, b, c) = a * b + c, and kFused: whether it rounds once;
+// max(a, b) = a > b ? a : b, which is b when either is NaN; abs; copysign(magnitude, sign); select_less(a, b, yes, no);
+// kSteps and power_of_two(biased), as Exponential needs them; reduce_max(v) and reduce_add(v) -> double; the operators
+// + - * /. It may specialize Pairs and Maximum for element types that it can take two vectors at a time.
 #include "blocks.h"
 
 namespace edge::cpu {
 namespace {
 
-// exp of d in [-inf, 88] within 2 ulp; exactly 0 below -87.7, so that -inf neither makes a NaN (0 * inf) nor leaves a
-// trace, and no denormal slows the sums down. NaN stays NaN. d is replaced by its clamped, finite self.
+// While it lives, results too small for a normal number are 0. A peaked row is full of probabilities near 1e-38, and a
+// hundred cycles for each vector of denormals would be the price of digits that nobody can see.
+class NoDenormals {
+  public:
+#ifdef __SSE__
+    NoDenormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8000u); }
+    ~NoDenormals() { __builtin_ia32_ldmxcsr(before_); }
+    NoDenormals(const NoDenormals&) = delete;
+    NoDenormals& operator=(const NoDenormals&) = delete;
+
+  private:
+    unsigned before_;
+#else
+    NoDenormals() {}
+#endif
+};
+
+// exp(d * slope) for d in [-inf, 0] or a little above; the relative error is below 1.6e-7 + 6e-8 |d * slope| (1e-7
+// without fused products), which tests/test_extension.py holds over every exponent. Below 2^-127 the result is exactly
+// 0, so that a logit of -inf neither makes a NaN (0 * inf) nor leaves a trace. NaN stays NaN. d is replaced by its
+// clamped, finite self.
+//
+// With u = d * slope * log2(e) split into n, a multiple of 1 / kSteps, and the rest f: 2^u = 2^n * (1 + f * q(f)).
+// Adding 1.5 * 2^23 / kSteps rounds to n; with the exponent's bias added as well, the sum's low bits are those of n's
+// exponent field (and, below it, the number of the step), which power_of_two shifts into place.
 template <class V>
-inline V bounded_exp(V& d) {
-    if constexpr (sizeof(typename V::Scalar) == 8) {
-        d = V::max(V::broadcast(-800.0), d);
-        return V::exp(d);
-    } else {
-        // Adding 1.5 * 2^23 rounds to an integer; with the exponent's bias added as well, the low bits of the sum are
-        // already the exponent field of 2^n. The clamp makes n = -127, whose field is that of zero.
-        const V magic = V::broadcast(12582912.0f + 127.0f);
-        d = V::max(V::broadcast(-88.0f), d);
-        const V biased = V::fmadd(d, V::broadcast(1.44269504088896341f), magic);
-        const V n = biased - magic;
-        V r = V::fmadd(n, V::broadcast(-0.693359375f), d);
-        r = V::fmadd(n, V::broadcast(2.12194440054690581e-4f), r);
-        V p = V::broadcast(1.9875691500e-4f);
-        p = V::fmadd(p, r, V::broadcast(1.3981999507e-3f));
-        p = V::fmadd(p, r, V::broadcast(8.3334519073e-3f));
-        p = V::fmadd(p, r, V::broadcast(4.1665795894e-2f));
-        p = V::fmadd(p, r, V::broadcast(1.6666665459e-1f));
-        p = V::fmadd(p, r, V::broadcast(5.0000001201e-1f));
-        p = V::fmadd(p, r * r, r) + V::broadcast(1.0f);
-        return p * V::exp_scale(biased);
+class Exponential {
+  public:
+    explicit Exponential(double slope_) : slope(V::broadcast(static_cast<Scalar>(slope_))) {
+        constexpr double kLog2E = 1.44269504088896340736;
+        constexpr double kFurthest = sizeof(Scalar) == 8 ? -800.0 : -127.0;
+        constexpr double kLeast = sizeof(Scalar) == 8 ? -1.7976931348623157e308 : -3.4028234663852886e38;
+        const double least = kFurthest / (sizeof(Scalar) == 8 ? slope_ : slope_ * kLog2E);
+        lowest_ = V::broadcast(static_cast<Scalar>(least < kLeast ? kLeast : least));
+        gain_ = V::broadcast(static_cast<Scalar>(slope_ * kLog2E));
     }
+
+    V operator()(V& d) const {
+        d = V::max(lowest_, d);
+        if constexpr (sizeof(Scalar) == 8) {
+            return V::exp(d * slope);
+        } else {
+            constexpr float kMagic = 12582912.0f / V::kSteps + (V::kSteps == 1 ? 127.0f : 0.0f);
+            const V magic = V::broadcast(kMagic);
+            const V biased = V::fmadd(d, gain_, magic);
+            V f = V::fmadd(d, gain_, magic - biased);
+            if constexpr (!V::kFused) {
+                // The product above was rounded before n cancelled it. Here n * ln(2), in two parts, is exact.
+                const V n = biased - magic;
+                const V natural = V::fmadd(n, V::broadcast(-0.693359375f), d * slope);
+                f = V::fmadd(n, V::broadcast(2.12194440054690581e-4f), natural) * V::broadcast(1.44269504088896341f);
+            }
+            const V power = V::power_of_two(biased);
+            V q;
+            if constexpr (V::kSteps == 32) {
+                q = V::fmadd(f, V::broadcast(0x1.ebfbdep-3f), V::broadcast(0x1.62e584p-1f));
+            } else {
+                q = V::broadcast(0x1.41fbbcp-13f);
+                q = V::fmadd(q, f, V::broadcast(0x1.5f3e54p-10f));
+                q = V::fmadd(q, f, V::broadcast(0x1.3b2d4cp-7f));
+                q = V::fmadd(q, f, V::broadcast(0x1.c6aee8p-5f));
+                q = V::fmadd(q, f, V::broadcast(0x1.ebfbdcp-3f));
+                q = V::fmadd(q, f, V::broadcast(0x1.62e430p-1f));
+            }
+            if constexpr (!V::kFused) return power * (q * f + V::broadcast(1.0f));
+            return V::fmadd(power, q * f, power);
+        }
+    }
+
+    const V slope;
+
+  private:
+    using Scalar = typename V::Scalar;
+    V gain_;
+    V lowest_;
+};
+
+// A NaN comes out as the quiet one without a payload, which rounding to 16 bits cannot carry over into a number.
+template <class V>
+inline V constant_of(double value) {
+    return V::broadcast(static_cast<typename V::Scalar>(value != value ? __builtin_nan("") : value));
 }
+
+// Two vectors of elements. Which of the 2 * kWidth elements lies where is the pair's own affair.
+template <class V, class E>
+struct Pairs {
+    static void load(const E* x, V& a, V& b) {
+        a = V::load(x);
+        b = V::load(x + V::kWidth);
+    }
+    static void store(E* x, V a, V b) {
+        V::store(x, a);
+        V::store(x + V::kWidth, b);
+    }
+};
+
+template <class V, class E>
+struct Maximum {
+    static double of(const E* x, std::int64_t count) {
+        const V lowest = V::broadcast(static_cast<typename V::Scalar>(-__builtin_inf()));
+        constexpr int kUnroll = 4;
+        V top[kUnroll] = {lowest, lowest, lowest, lowest};
+        std::int64_t i = 0;
+        for (; i + kUnroll * V::kWidth <= count; i += kUnroll * V::kWidth) {
+#pragma GCC unroll 4
+            for (int k = 0; k < kUnroll; ++k) top[k] = V::max(V::load(x + i + k * V::kWidth), top[k]);
+        }
+        for (; i + V::kWidth <= count; i += V::kWidth) top[0] = V::max(V::load(x + i), top[0]);
+        if (i < count) top[0] = V::max(V::load_partial(x + i, count - i, lowest), top[0]);
+        return V::reduce_max(V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
+    }
+};
 
 // tanh within 3 ulp: an odd polynomial near 0, where 1 - exp(-2|u|) would cancel, and the exponential elsewhere.
 template <class V>
@@ -52,8 +138,8 @@ inline V tanh(V u) {
         q = V::fmadd(q, square, V::broadcast(1.33314422036e-1f));
         q = V::fmadd(q, square, V::broadcast(-3.33332819422e-1f));
         const V near = V::fmadd(q * square, size, size);
-        V exponent = size * V::broadcast(-2.0f);
-        const V e = bounded_exp(exponent);
+        V minus_size = V::broadcast(0.0f) - size;
+        const V e = Exponential<V>(2.0)(minus_size);
         const V one = V::broadcast(1.0f);
         const V far = (one - e) / (one + e);
         return V::copysign(V::select_less(size, V::broadcast(0.625f), near, far), u);
@@ -86,71 +172,68 @@ struct Curve {
     }
 };
 
-// Sums over y[0, count), y being in cache already. ahead is what will be read next. Each exponential goes to
-// keep(index, vector, how many of its elements count).
-template <class V, class Y, class Keep>
-inline BlockSums sums_below(const Y* y, std::int64_t count, double max, double slope_, const Y* ahead, Keep keep) {
+// Sums over y[0, count), y being in cache already and max its largest. Each pair of exponentials goes to
+// keep(index, a, b), those at the end to keep_some(index, vector, how many of its elements count). What lies at next is
+// read next: meanwhile it moves into the L1 cache, and what follows it into L2, since memory is further away.
+template <class V, class Y, class Keep, class KeepSome>
+inline BlockSums sums_below(const Y* y, std::int64_t count, double max, double slope, const Y* next, Keep keep,
+                            KeepSome keep_some) {
     using Scalar = typename V::Scalar;
-    const V top = V::broadcast(static_cast<Scalar>(max));
-    const V slope = V::broadcast(static_cast<Scalar>(slope_));
+    // Without a maximum above -inf the reference is 0, every term is exp(-inf) = 0, and only NaN leaves a trace.
+    const V top = V::broadcast(static_cast<Scalar>(max == -__builtin_inf() ? 0.0 : max));
     const V zero = V::broadcast(Scalar(0));
-    constexpr int kUnroll = 4;  // independent sums: one would wait for the adder's latency at each step
-    V sum[kUnroll] = {zero, zero, zero, zero};
-    V weighted[kUnroll] = {zero, zero, zero, zero};
+    const Exponential<V> exponential(slope);
+    const NoDenormals guard;
+    V sum[4] = {zero, zero, zero, zero};  // independent: one sum would wait for the adder's latency at each step
+    V weighted[4] = {zero, zero, zero, zero};
     const auto add = [&](int k, V value) {
-        V d = (value - top) * slope;
-        const V e = bounded_exp(d);
+        V d = value - top;
+        const V e = exponential(d);
         sum[k] = sum[k] + e;
         weighted[k] = V::fmadd(e, d, weighted[k]);
         return e;
     };
+    constexpr int kPair = 2 * V::kWidth;
+    constexpr std::int64_t kLine = 64 / sizeof(Y);
     std::int64_t i = 0;
-    for (; i + kUnroll * V::kWidth <= count; i += kUnroll * V::kWidth) {
-        for (int k = 0; k < kUnroll; ++k) {
-            const std::int64_t at = i + k * V::kWidth;
-            __builtin_prefetch(ahead + at);
-            keep(at, add(k, V::load(y + at)), V::kWidth);
+    for (; i + 2 * kPair <= count; i += 2 * kPair) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 2; ++k) {
+            const std::int64_t at = i + k * kPair;
+            for (std::int64_t line = at; line < at + kPair; line += kLine) {
+                __builtin_prefetch(next + line, 0, 3);
+                __builtin_prefetch(next + kBlock + line, 0, 2);
+            }
+            V a, b;
+            Pairs<V, Y>::load(y + at, a, b);
+            a = add(2 * k, a);
+            b = add(2 * k + 1, b);
+            keep(at, a, b);
         }
     }
-    for (; i + V::kWidth <= count; i += V::kWidth) keep(i, add(0, V::load(y + i)), V::kWidth);
+    for (; i + V::kWidth <= count; i += V::kWidth) keep_some(i, add(0, V::load(y + i)), V::kWidth);
     const V lowest = V::broadcast(static_cast<Scalar>(-__builtin_inf()));
-    if (i < count) keep(i, add(0, V::load_partial(y + i, count - i, lowest)), count - i);
+    if (i < count) keep_some(i, add(0, V::load_partial(y + i, count - i, lowest)), count - i);
     BlockSums out{max, 0, 0};
-    for (int k = 0; k < kUnroll; ++k) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
         out.sum += V::reduce_add(sum[k]);
-        out.weighted += V::reduce_add(weighted[k]);
+        out.weighted += V::reduce_add(weighted[k]) * slope;
     }
     return out;
 }
 
-template <class V, class E>
-inline double max_of(const E* x, std::int64_t count) {
-    const V lowest = V::broadcast(static_cast<typename V::Scalar>(-__builtin_inf()));
-    constexpr int kUnroll = 4;
-    V top[kUnroll] = {lowest, lowest, lowest, lowest};
-    std::int64_t i = 0;
-    for (; i + kUnroll * V::kWidth <= count; i += kUnroll * V::kWidth) {
-        for (int k = 0; k < kUnroll; ++k) top[k] = V::max(V::load(x + i + k * V::kWidth), top[k]);
-    }
-    for (; i + V::kWidth <= count; i += V::kWidth) top[0] = V::max(V::load(x + i), top[0]);
-    if (i < count) top[0] = V::max(V::load_partial(x + i, count - i, lowest), top[0]);
-    return V::reduce_max(V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
-}
-
-// Without a maximum above -inf the reference is 0, every term is exp(-inf) = 0, and only NaN leaves a trace.
 template <class V, class Y>
-inline BlockSums sums_of(const Y* y, std::int64_t count, double max, double slope, const Y* ahead) {
-    const bool empty = max == -__builtin_inf();
-    const auto forget = [](std::int64_t, V, std::int64_t) {};
-    BlockSums out = sums_below<V>(y, count, empty ? 0.0 : max, slope, ahead, forget);
-    out.max = max;
-    return out;
+inline BlockSums sums_of(const Y* y, std::int64_t count, double max, double slope, const Y* next) {
+    const auto forget = [](std::int64_t, V, V) {};
+    const auto forget_some = [](std::int64_t, V, std::int64_t) {};
+    return sums_below<V>(y, count, max, slope, next, forget, forget_some);
 }
 
 template <class V, class E>
 BlockSums forward_block(const void* logits, std::int64_t count, const Transform& transform) {
     const E* x = static_cast<const E*>(logits);
-    if (transform.linear) return sums_of<V>(x, count, max_of<V>(x, count), transform.slope, x + count);
+    if (transform.linear) return sums_of<V>(x, count, Maximum<V, E>::of(x, count), transform.slope, x + count);
     using Scalar = typename V::Scalar;
     const V lowest = V::broadcast(static_cast<Scalar>(-__builtin_inf()));
     const Curve<V> curve(transform);
@@ -174,10 +257,11 @@ BlockSums forward_block(const void* logits, std::int64_t count, const Transform&
 template <class V, class E>
 void backward_block(const void* logits, void* grad_logits, std::int64_t count, const Transform& transform,
                     const RowGradient& row) {
-    using Scalar = typename V::Scalar;
     const E* x = static_cast<const E*>(logits);
     E* grad = static_cast<E*>(grad_logits);
-    const auto constant = [](double value) { return V::broadcast(static_cast<Scalar>(value)); };
+    const auto constant = [](double value) { return constant_of<V>(value); };
+    const Exponential<V> exponential(1.0);
+    const NoDenormals guard;
     const V slope = constant(transform.slope);
     const V reference = constant(row.reference);
     const V minus_remainder = constant(-row.remainder);
@@ -185,11 +269,17 @@ void backward_block(const void* logits, void* grad_logits, std::int64_t count, c
     const V minus_entropy_grad = constant(-row.entropy_grad * transform.slope);
     const auto gradient = [&](V y) {
         V logp = V::fmadd(y - reference, slope, minus_remainder);
-        const V p = bounded_exp(logp);
+        const V p = exponential(logp);
         return p * V::fmadd(logp, minus_entropy_grad, base);
     };
     const auto sweep = [&](auto&& of) {
+        constexpr int kPair = 2 * V::kWidth;
         std::int64_t i = 0;
+        for (; i + kPair <= count; i += kPair) {
+            V a, b;
+            Pairs<V, E>::load(x + i, a, b);
+            Pairs<V, E>::store(grad + i, of(a), of(b));
+        }
         for (; i + V::kWidth <= count; i += V::kWidth) V::store(grad + i, of(V::load(x + i)));
         if (i < count) V::store_partial(grad + i, of(V::load_partial(x + i, count - i, constant(0.0))), count - i);
     };
@@ -206,30 +296,40 @@ void backward_block(const void* logits, void* grad_logits, std::int64_t count, c
 }
 
 template <class V, class E>
-double max_block(const void* logits, std::int64_t count) {
-    return max_of<V>(static_cast<const E*>(logits), count);
-}
-
-template <class V, class E>
-BlockSums exp_block(const void* logits, void* e_, std::int64_t count, double max, double slope) {
+BlockSums powers_block(const void* logits, void* powers, std::int64_t count, double slope) {
     const E* x = static_cast<const E*>(logits);
-    auto* e = static_cast<typename V::Scalar*>(e_);
-    return sums_below<V>(x, count, max, slope, x + count, [e](std::int64_t at, V value, std::int64_t valid) {
+    auto* e = static_cast<typename V::Scalar*>(powers);
+    const auto keep = [e](std::int64_t at, V a, V b) {
+        V::store(e + at, a);
+        V::store(e + at + V::kWidth, b);
+    };
+    const auto keep_some = [e](std::int64_t at, V value, std::int64_t valid) {
         if (valid == V::kWidth) {
             V::store(e + at, value);
         } else {
             V::store_partial(e + at, value, valid);
         }
-    });
+    };
+    return sums_below<V>(x, count, Maximum<V, E>::of(x, count), slope, x + count, keep, keep_some);
 }
 
+// Walks the elements in the pairs of sums_below, which put them where they lie.
 template <class V, class E>
-void scale_block(const void* e_, void* grad_logits, std::int64_t count, double factor_) {
+void scale_block(const void* powers, void* grad_logits, std::int64_t count, double factor_) {
     using Scalar = typename V::Scalar;
-    const Scalar* e = static_cast<const Scalar*>(e_);
+    constexpr int kPair = 2 * V::kWidth;
+    const Scalar* e = static_cast<const Scalar*>(powers);
     E* grad = static_cast<E*>(grad_logits);
-    const V factor = V::broadcast(static_cast<Scalar>(factor_));
+    const V factor = constant_of<V>(factor_);
+    const NoDenormals guard;
     std::int64_t i = 0;
+    for (; i + 2 * kPair <= count; i += 2 * kPair) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 2; ++k) {
+            const Scalar* at = e + i + k * kPair;
+            Pairs<V, E>::store(grad + i + k * kPair, V::load(at) * factor, V::load(at + V::kWidth) * factor);
+        }
+    }
     for (; i + V::kWidth <= count; i += V::kWidth) V::store(grad + i, V::load(e + i) * factor);
     if (i < count) {
         V::store_partial(grad + i, V::load_partial(e + i, count - i, V::broadcast(Scalar(0))) * factor, count - i);
@@ -238,7 +338,7 @@ void scale_block(const void* e_, void* grad_logits, std::int64_t count, double f
 
 template <class V, class E>
 constexpr BlockKernels block_kernels() {
-    return {&forward_block<V, E>, &backward_block<V, E>, &max_block<V, E>, &exp_block<V, E>, &scale_block<V, E>};
+    return {&forward_block<V, E>, &backward_block<V, E>, &powers_block<V, E>, &scale_block<V, E>};
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
-// The one-sweep loss: a row's blocks pass three times while the row is in cache. Where only the log-probability has a
-// gradient and the transform is linear, exp is taken once per element: maximum; exp and sums; one multiplication.
+// The one-sweep loss: a row's blocks pass twice while the row is in cache. Where only the log-probability has a
+// gradient and the transform is linear, exp is taken once per element: first each block's maximum, exp and sums; then,
+// with the row's statistics known, one multiplication, whose factor makes up for the block's maximum not being the
+// row's.
 #include "../grpo_sweep.h"
 
 #include <cstring>
@@ -51,33 +53,12 @@ class Sweep {
         const auto powers_at = [&](std::int64_t block) {
             return static_cast<char*>(powers) + block * kBlock * power_bytes;
         };
-        bool has_powers = false;
-        if (keeps_powers_) {
-            for_blocks([&](std::int64_t block) {
-                parts[static_cast<std::size_t>(block)].max = kernels_.max(at(block), grid_.count(block));
-            });
-            double max = -kInfinity;
-            for (const BlockSums& part : parts) max = std::max(max, part.max);
-            // Without a maximum, or with an infinite one, the row is NaN, which the other kernels say correctly.
-            has_powers = std::isfinite(max);
-            if (has_powers) {
-                for_blocks([&](std::int64_t block) {
-                    parts[static_cast<std::size_t>(block)] =
-                        kernels_.exp(at(block), powers_at(block), grid_.count(block), max, transform_.slope);
-                });
-                merger.total = {max, 0.0, 0.0};
-                for (const BlockSums& part : parts) {
-                    merger.total.sum += part.sum;
-                    merger.total.weighted += part.weighted;
-                }
-            }
-        }
-        if (!has_powers) {
-            for_blocks([&](std::int64_t block) {
-                parts[static_cast<std::size_t>(block)] = kernels_.forward(at(block), grid_.count(block), transform_);
-            });
-            for (const BlockSums& part : parts) merger.add(part);
-        }
+        for_blocks([&](std::int64_t block) {
+            parts[static_cast<std::size_t>(block)] =
+                keeps_powers_ ? kernels_.powers(at(block), powers_at(block), grid_.count(block), transform_.slope)
+                              : kernels_.forward(at(block), grid_.count(block), transform_);
+        });
+        for (const BlockSums& part : parts) merger.add(part);
 
         const RowStats stats = row_stats(merger.total, transform_.slope, target >= 0, target_y);
         write_stat(dtype, call_.logprobs, row, stats.logprob);
@@ -93,9 +74,12 @@ class Sweep {
         const bool has_own = target >= 0 && d.logprob != 0.0;
         const double own =
             has_own ? target_gradient(call_.rows.transform, transform_, gradient, target_x, stats.entropy, grads) : 0.0;
-        if (has_powers) {
-            const double factor = -d.logprob * transform_.slope / merger.total.sum;
+        if (keeps_powers_) {
+            const double scale = -d.logprob * transform_.slope / merger.total.sum;
             for_blocks([&](std::int64_t block) {
+                const double below = (parts[static_cast<std::size_t>(block)].max - merger.total.max) * transform_.slope;
+                // A row that is NaN in one block is NaN in all; a block of -inf has only zeros, and a shift of -inf.
+                const double factor = std::isnan(stats.logsumexp) ? kNaN : scale * std::exp(below);
                 kernels_.scale(powers_at(block), grad_at(block), grid_.count(block), factor);
             });
         } else {
@@ -138,37 +122,34 @@ void grpo_sweep(const GrpoSweep& call, int threads) {
     const Sharing sharing(grid, threads);
     const Sweep sweep(call, grid);
     const std::int64_t rows = call.rows.rows;
-    const auto scratch = [&] {
-        return std::unique_ptr<float[]>(sweep.needs_scratch() ? new float[static_cast<std::size_t>(call.rows.vocab)]
-                                                              : nullptr);
+    const std::int64_t workers = sharing.threads > 1 && rows < 2 * sharing.threads ? 1 : sharing.threads;
+    // A worker's scratch is written again and again, so it stays in its cache.
+    const std::int64_t scratch_size = sweep.needs_scratch() ? call.rows.vocab : 0;
+    const std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(workers * scratch_size)]);
+    std::vector<std::vector<BlockSums>> parts(static_cast<std::size_t>(workers));
+    for (auto& of_worker : parts) of_worker.resize(static_cast<std::size_t>(grid.blocks));
+    const auto scratch_of = [&](std::int64_t worker) {
+        return scratch_size > 0 ? scratch.get() + worker * scratch_size : nullptr;
     };
-    const std::vector<BlockSums> no_parts(static_cast<std::size_t>(grid.blocks));
 
-    // Too few rows to occupy the threads: all of them share each row, phase by phase.
-    if (sharing.threads > 1 && rows < 2 * sharing.threads) {
-        std::vector<BlockSums> parts = no_parts;
-        const auto memory = scratch();
+    if (workers < sharing.threads) {  // too few rows to occupy the threads: all of them share each row
         const auto shared_blocks = [&](const auto& task) {
             parallel_for(grid.blocks, kBlocksAtOnce, sharing.threads, task);
         };
-        for (std::int64_t row = 0; row < rows; ++row) sweep.row(row, memory.get(), parts, shared_blocks);
+        for (std::int64_t row = 0; row < rows; ++row) sweep.row(row, scratch_of(0), parts[0], shared_blocks);
         return;
     }
-    // A thread's scratch is written again and again, so it stays in that thread's cache.
-    std::atomic<std::int64_t> next{0};
+    const auto all_blocks = [&](const auto& task) {
+        for (std::int64_t block = 0; block < grid.blocks; ++block) task(block);
+    };
+    Counter counter(rows, sharing.rows_at_once);
+    std::atomic<std::int64_t> next_worker{0};
 #pragma omp parallel num_threads(sharing.threads)
     {
-        const auto memory = scratch();
-        std::vector<BlockSums> parts = no_parts;
-        const auto all_blocks = [&](const auto& task) {
-            for (std::int64_t block = 0; block < grid.blocks; ++block) task(block);
-        };
-        for (std::int64_t begin; (begin = next.fetch_add(sharing.rows_at_once, std::memory_order_relaxed)) < rows;) {
-            const std::int64_t end = std::min(begin + sharing.rows_at_once, rows);
-            for (std::int64_t row = begin; row < end; ++row) {
-                sweep.row(row, memory.get(), parts, all_blocks);
-            }
-        }
+        const std::int64_t worker = next_worker.fetch_add(1, std::memory_order_relaxed);
+        counter.serve([&](std::int64_t row) {
+            sweep.row(row, scratch_of(worker), parts[static_cast<std::size_t>(worker)], all_blocks);
+        });
     }
 }
 

@@ -43,7 +43,13 @@ struct Vec4 {
         const Int sign_bits = bit_cast<Int>(sign.v) & ~0x7fffffff;
         return {bit_cast<Float>(bit_cast<Int>(magnitude.v) | sign_bits)};
     }
-    static Vec4 exp_scale(Vec4 biased) { return {bit_cast<Float>(bit_cast<Int>(biased.v) << 23)}; }
+#ifdef __FP_FAST_FMAF
+    static constexpr bool kFused = true;
+#else
+    static constexpr bool kFused = false;
+#endif
+    static constexpr int kSteps = 1;
+    static Vec4 power_of_two(Vec4 biased) { return {bit_cast<Float>(bit_cast<Int>(biased.v) << 23)}; }
     static double reduce_max(Vec4 x) {
         float top = x.v[0];
         for (int i = 1; i < kWidth; ++i) top = x.v[i] > top ? x.v[i] : top;

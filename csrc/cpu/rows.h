@@ -105,17 +105,33 @@ struct Grid {
     std::int64_t count(std::int64_t block) const { return std::min(kBlock, rows.vocab - block * kBlock); }
 };
 
-// Calls task(i) for i in [0, count), at_once neighbours at a time to whichever thread is free. A counter of our own
-// instead of a schedule clause: the only symbol then needed of the OpenMP runtime, which is torch's and may be older
-// than this compiler, is the one that torch itself needs.
+// Hands out [0, count) in pieces of at_once neighbours, to whichever thread asks first. A counter of our own instead of
+// a schedule clause: the only symbol then needed of the OpenMP runtime, which is torch's and may be older than this
+// compiler, is the one that torch itself needs.
+class Counter {
+  public:
+    Counter(std::int64_t count, std::int64_t at_once) : count_(count), at_once_(at_once) {}
+
+    template <class Task>
+    void serve(const Task& task) {
+        for (std::int64_t begin; (begin = next_.fetch_add(at_once_, std::memory_order_relaxed)) < count_;) {
+            const std::int64_t end = std::min(begin + at_once_, count_);
+            for (std::int64_t i = begin; i < end; ++i) task(i);
+        }
+    }
+
+  private:
+    std::atomic<std::int64_t> next_{0};
+    std::int64_t count_;
+    std::int64_t at_once_;
+};
+
+// Calls task(i) for i in [0, count).
 template <class Task>
 void parallel_for(std::int64_t count, std::int64_t at_once, int threads, const Task& task) {
-    std::atomic<std::int64_t> next{0};
+    Counter counter(count, at_once);
 #pragma omp parallel num_threads(threads)
-    for (std::int64_t begin; (begin = next.fetch_add(at_once, std::memory_order_relaxed)) < count;) {
-        const std::int64_t end = std::min(begin + at_once, count);
-        for (std::int64_t i = begin; i < end; ++i) task(i);
-    }
+    counter.serve(task);
 }
 
 inline constexpr std::int64_t kBlocksAtOnce = 4;
@@ -134,7 +150,7 @@ struct Sharing {
         const int limit = asked > 0 ? asked : omp_get_max_threads();
         threads = static_cast<int>(std::min(static_cast<double>(limit), useful));
         by_block = threads > 1 && grid.rows.rows < 8 * static_cast<std::int64_t>(threads);
-        rows_at_once = std::max<std::int64_t>(1, kWorthAThread / grid.rows.vocab);
+        rows_at_once = std::max<std::int64_t>({1, kWorthAThread / grid.rows.vocab, grid.rows.rows / (threads * 16)});
     }
 };
 
