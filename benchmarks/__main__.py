@@ -1,0 +1,94 @@
+"""Run every benchmark and sum them up: against the best peer and against the floor. The last line is JSON.
+
+Takes 10 to 15 minutes on two cores; ``--quick`` a minute and a half. Pictures and the JSON go to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import plots
+from benchmarks.harness import COMPILED, OURS, Result, WrongError, clean, describe, machine, run_all, select, title
+
+SCRIPTS = ("accuracy", "logits", "head", "memory", "end_to_end")
+QUICK = ("accuracy", "logits", "head")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"a small selection of {', '.join(QUICK)}")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the pictures"
+    )
+    options = parser.parse_args()
+    start = time.perf_counter()
+    where = machine()
+    print(describe(where), flush=True)
+    results: list[Result] = []
+    try:
+        for script in QUICK if options.quick else SCRIPTS:
+            module = importlib.import_module(f"benchmarks.{script}")
+            results += run_all(script, select(module.configs, quick=options.quick))
+    except WrongError as error:
+        print(f"{OURS} is wrong: {error}")
+        return 1
+    print("\n" + "\n".join(summary(results)))
+    print("\n" + "\n".join(more_exact(results)))
+    written = [] if options.quick else plots.draw(results, options.output)
+    message = clean({"machine": where, "seconds": time.perf_counter() - start, "results": results})
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "results.json").write_text(json.dumps(message, indent=1))
+    print(f"\n{message['seconds']:.0f} s; {', '.join(map(str, [*written, options.output / 'results.json']))}")
+    print(json.dumps(message))
+    return int(any("failed" in result for result in results))
+
+
+def summary(results: Sequence[Result]) -> Iterator[str]:
+    """Lines: ours, how many times as long torch.compile and the fastest peer take, how many times the floor ours is."""
+    yield f"{'':72} {'ours':>10} {'compile':>8}  {'best peer':40} floor"
+    for result in results:
+        for suffix in ("", ", accumulated"):
+            rows = {
+                name.removesuffix(suffix): row["median_ms"]
+                for name, row in result.get("contenders", {}).items()
+                if "median_ms" in row and name.endswith(suffix) and (suffix or "accumulated" not in name)
+            }
+            if OURS not in rows:
+                continue
+            ours = rows[OURS]
+            peers = {name: time for name, time in rows.items() if not name.startswith(OURS)}
+            compiled = f"{peers[COMPILED] / ours:.2f}" if COMPILED in peers else ""
+            best = min(peers, key=lambda name: peers[name], default=None)
+            against = "" if best is None else f"{peers[best] / ours:.2f} {best}"
+            limits = {name: row for name, row in result.get("limits", {}).items() if name.startswith(result["floor"])}
+            floors = [f"{ours / row['median_ms']:.2f} {name}" for name, row in limits.items() if "median_ms" in row]
+            label = title(result).replace(" pages", "") + suffix
+            yield f"{label:72} {ours:7.1f} ms {compiled:>8}  {against:40} {', '.join(floors)}"
+    for result in results:
+        extra = {n: r["extra_bytes"] for n, r in result.get("contenders", {}).items() if r.get("extra_bytes")}
+        if result["work"].startswith("memory") and OURS in extra:
+            yield f"{title(result):72} {', '.join(f'{name} {size / 1e6:,.0f} MB' for name, size in extra.items())}"
+
+
+def more_exact(results: Sequence[Result]) -> list[str]:
+    """Lines: where a peer errs less than ours by more than half of it and more than float32's rounding."""
+    lines = []
+    for result in results:
+        rows = {name: row["errors"] for name, row in result.get("contenders", {}).items() if row.get("errors")}
+        for kind, ours in rows.get(OURS, {}).items():
+            errors = {name: errors[kind] for name, errors in rows.items() if kind in errors}
+            for name, error in errors.items():
+                if math.isfinite(error) and ours > 1.5 * error + 1e-6:
+                    lines.append(f"more exact than ours: {name}, {kind}: {error:.1e} to {ours:.1e} ({title(result)})")
+    return lines or ["No contender is more exact than ours, by a margin of half and 1e-6."]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""How a benchmark runs: a fresh process per configuration, contenders taking turns, medians, spread, peak memory.
+
+What is timed is peers.py's and limits.py's; which configurations, the scripts'. Tables and JSON are printed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Config = dict[str, Any]  # what a script's ``measure`` takes: JSON
+Configs = Callable[[bool], Sequence[Config]]  # a script's selection; the flag: a small one
+Result = dict[str, Any]  # one row of the tables, with its contenders: JSON
+OURS = "edge_kernels"
+SIZES = (("V", "vocab"), ("N", "rows"), ("D", "hidden"))
+COMPILED = "torch.compile"
+SLOW_SECONDS = (0.5, 1.5, 4.0)  # from each on a contender runs fewer times: all of them, 5, 3, 2
+TIMEOUT_SECONDS = 900
+
+
+# --- in the fresh process ---------------------------------------------------------------------------------------------
+
+
+class WrongError(Exception):
+    """Ours is less exact than it has to be: nothing is timed."""
+
+
+class Run(NamedTuple):
+    """``run`` is timed; what it returns is freed after the clock has stopped. ``prepare`` comes before, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    own_bytes: int = 0  # of what it returns or leaves behind, not counted as extra memory
+
+
+def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
+    """Return times in milliseconds and peak memory in bytes of each contender, run in turns with cold caches.
+
+    The first round is not timed: it warms up, decides from the time taken how many rounds follow, and measures memory.
+    """
+    flush = torch.ones(_last_level_cache_bytes() // 4)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds, peaks, failed = dict.fromkeys(runs, repetitions), {}, {}
+    for turn in range(repetitions + 1):
+        # Every other round backwards, so that nobody always follows the same one.
+        for name in list(runs)[:: 1 if turn % 2 else -1]:
+            if name in failed or turn > rounds[name]:
+                continue
+            try:
+                runs[name].prepare()
+                flush.sum()
+                if turn == 0:
+                    extra, seconds = _peak_bytes(runs[name].run)
+                    peaks[name] = max(0, extra - runs[name].own_bytes)
+                    rounds[name] = min(repetitions, (repetitions, 5, 3, 2)[sum(seconds > s for s in SLOW_SECONDS)])
+                    continue
+                start = time.perf_counter()
+                result = runs[name].run()
+                times[name].append((time.perf_counter() - start) * 1e3)
+                del result
+            except Exception as error:  # a peer's failure is a result, whatever it is
+                failed[name] = explain(error)
+    answers: dict[str, Result] = {name: {"failed": reason} for name, reason in failed.items()}
+    for name, values in times.items():
+        if name not in failed:
+            spread = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+            answers[name] = {**spread, "repetitions": len(values), "extra_bytes": peaks[name]}
+    return answers
+
+
+def explain(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _last_level_cache_bytes() -> int:
+    """A little more than the largest cache that the machine admits to, within reason."""
+    sizes = [64 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return min(512 << 20, max(sizes) * 5 // 4)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def _peak_bytes(run: Callable[[], object]) -> tuple[float, float]:
+    """Return how much the resident set grew at its highest (NaN where /proc does not tell), and the seconds taken."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier run freed but kept would hide this run's need
+    before = math.nan
+    with suppress(OSError, StopIteration):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return (math.nan if math.isnan(before) else _status("VmHWM") - before), seconds
+
+
+def machine() -> dict[str, Any]:
+    from edge_kernels import info
+
+    about = info.collect()
+    return {
+        "cpu": about["cpu"]["name"],
+        "threads": about["cpu"]["threads"],
+        "instruction_set": about["cpu"]["instruction_set"],
+        "torch": about["packages"]["torch"],
+        "python": about["python"],
+    }
+
+
+def child() -> None:
+    """What the fresh process does: one ``measure(config)``, whose results go to the file it was told."""
+    module, config, answer = sys.argv[1:]
+    try:
+        message = {"results": importlib.import_module(module).measure(json.loads(config))}
+    except WrongError as error:
+        message = {"wrong": str(error)}
+    Path(answer).write_text(json.dumps(message))
+
+
+# --- in the process that asks -----------------------------------------------------------------------------------------
+
+
+def fresh(script: str, config: Config) -> list[Result]:
+    """Return what ``benchmarks.<script>.measure(config)`` returns in a process of its own, threads pinned.
+
+    ``config["pages"]`` is "huge" (PyTorch asks for transparent huge pages, for everybody alike) or "ordinary".
+    ``OMP_NUM_THREADS``, where set, is obeyed. Raises WrongError where ours failed its check.
+    """
+    # A measurement that starts processes is itself bound to one core.
+    cpus = json.loads(os.environ.get("BENCHMARK_CPUS", "null")) or sorted(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(cpus)))
+    root = Path(__file__).resolve().parent.parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads),
+        "BENCHMARK_CPUS": json.dumps(cpus),
+        "THP_MEM_ALLOC_ENABLE": "1" if config["pages"] == "huge" else "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers that lives on beside what is timed
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
+    if threads == len(cpus):
+        environment |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
+    # The affinity first: torch's OpenMP runtime reads it once, and binds the main thread to the first of the cores.
+    code = f"import os; os.sched_setaffinity(0, {cpus}); from benchmarks.harness import child; child()"
+    command = [sys.executable, "-W", "ignore", "-c", code, f"benchmarks.{script}", json.dumps(config)]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        try:
+            options: Any = {"env": environment, "stdout": sys.stderr, "cwd": root, "timeout": TIMEOUT_SECONDS}
+            status = subprocess.run([*command, str(answer)], check=False, **options).returncode
+            text = answer.read_text()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = explain(error) if isinstance(error, subprocess.TimeoutExpired) else f"its process ended: {status}"
+            where = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages") if key in config}
+            return [{"work": script, **where, "failed": reason}]
+    message = json.loads(text)
+    if "wrong" in message:
+        raise WrongError(message["wrong"])
+    return message["results"]
+
+
+def run_all(script: str, configs: Iterable[Config]) -> list[Result]:
+    """Run, print as they come, and return the results of every configuration."""
+    results = []
+    for config in configs:
+        for result in fresh(script, config):
+            print(table(result), flush=True)
+            results.append(result)
+    return results
+
+
+def main(script: str, about: str | None, configs: Configs) -> int:
+    """The command line of one script: its table, JSON as the last line; 1 where ours is wrong or a process failed."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{script}", description=(about or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small selection")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
+    parser.add_argument("--pages", choices=["huge", "ordinary"], help="only these")
+    parser.add_argument("--vocab", type=int, help="instead of the selection's")
+    parser.add_argument("--rows", type=int, help="instead of the selection's")
+    parser.add_argument("--repetitions", type=int, help="timed, of fast contenders (default: 7)")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), help="names, comma-separated")
+    options = vars(parser.parse_args())
+    chosen = select(configs, **options)
+    print(describe(machine()), flush=True)
+    try:
+        results = run_all(script, chosen)
+    except WrongError as error:
+        print(f"{OURS} is wrong: {error}")
+        return 1
+    print(json.dumps(clean({"machine": machine(), "results": results})))
+    return int(any("failed" in result for result in results))
+
+
+def select(
+    configs: Configs, *, quick: bool, dtype: str | None = None, pages: str | None = None, **given: Any
+) -> list[Config]:
+    """Return a script's configurations of this dtype and these pages, with what is given put in."""
+    chosen: dict[str, Config] = {}
+    for config in configs(quick):
+        if dtype in (None, config["dtype"]) and pages in (None, config["pages"]):
+            changed = {**config, **{key: value for key, value in given.items() if value is not None}}
+            chosen[json.dumps(changed)] = changed  # what is given may make two of them one
+    return list(chosen.values())
+
+
+def clean(value: Any) -> Any:
+    """Return ``value`` with NaN and infinities as None: JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def describe(where: Mapping[str, Any]) -> str:
+    return (
+        f"{where['cpu']}, {where['threads']} threads, {where['instruction_set']}, torch {where['torch']}\n"
+        "Times: median (smallest to largest) with cold caches. Extra: peak memory beyond inputs and gradients.\n"
+        "Errors against float64: logprob and entropy absolute (nats), gradients relative to their largest element."
+    )
+
+
+def title(result: Result) -> str:
+    parts = [result["work"], result.get("dtype", "")]
+    parts += [f"{key} = {result[name]:,}" for key, name in SIZES if name in result]
+    return ", ".join([*filter(None, parts), f"{result['pages']} pages"])
+
+
+def table(result: Result) -> str:
+    """Lines for one result: its contenders, fastest first, then the limits, then who is missing."""
+    lines = ["", title(result)]
+    if "failed" in result:
+        return "\n".join([*lines, f"  FAILED: {result['failed']}"])
+    for group in ("contenders", "limits"):
+        rows = result.get(group, {})
+        ours = rows.get(OURS, result["contenders"].get(OURS, {})).get("median_ms")
+        for name, row in sorted(rows.items(), key=lambda item: item[1].get("median_ms", math.inf)):
+            lines.append(f"  {name:38} {_cells(row, ours)}")
+    lines += [f"  {name:38} left out: {reason}" for name, reason in result.get("missing", {}).items()]
+    return "\n".join(lines)
+
+
+def _cells(row: Result, ours: float | None) -> str:
+    cells = []
+    if "median_ms" in row:
+        cells.append(f"{row['median_ms']:9.2f} ms ({row['min_ms']:.2f} to {row['max_ms']:.2f})".ljust(40))
+        cells.append(f"{row['median_ms'] / ours:6.2f} x ours" if ours else " " * 13)
+    if "extra_bytes" in row:
+        cells.append(f"{row['extra_bytes'] / 1e6:7.0f} MB extra")
+    if "gigabytes_per_second" in row:
+        cells.append(f"{row['gigabytes_per_second']:6.1f} GB/s")
+    if "gigaflops" in row:
+        cells.append(f"{row['gigaflops']:6.0f} GF/s")
+    if row.get("errors"):
+        cells.append("errors " + ", ".join(f"{name} {value:.0e}" for name, value in row["errors"].items()))
+    if "values" in row:
+        cells.append(", ".join(f"{name} {value:.6g}" for name, value in row["values"].items()))
+    cells += [row["note"]] if row.get("note") else []
+    cells += [f"FAILED: {row['failed']}"] if "failed" in row else []
+    return "  ".join(cells).rstrip()

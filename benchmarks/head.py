@@ -1,0 +1,140 @@
+"""The fused LM head, loss and gradient from hidden states: correctness, then time and memory, against its peers.
+
+Every contender starts without gradients (``zero_grad(set_to_none=True)``); "accumulated" ones add to those that exist.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import limits, peers
+from benchmarks.harness import COMPILED, OURS, Config, Result, Run, explain, main, take_turns
+
+ACCUMULATED = (OURS, COMPILED)
+WORK = "loss from hidden states"
+MAX_EXACT_ROWS = 1024  # with more, the weight's gradient would take longer to check than to make
+
+
+def configs(quick: bool) -> Sequence[Config]:
+    base: Config = {"repetitions": 7, "contenders": None, "pages": "huge"}
+    few = {"contenders": [COMPILED, peers.TRL_HEAD]}
+    dtypes = [{**base, "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    small = [{**config, "vocab": 49_152, "hidden": 576, "rows": 256} for config in dtypes]
+    if quick:
+        return [{**config, **few, "rows": 32, "repetitions": 3} for config in small]
+    large = [{**config, "vocab": 151_936, "hidden": 896, "rows": 128} for config in dtypes]
+    wide = [{**config, **few, "hidden": 1536} for config in large]
+    ordinary = [{**config, "contenders": [COMPILED], "pages": "ordinary"} for config in large]
+    return [*large, *wide, *small, *ordinary]
+
+
+def make_head(rows: int, vocab: int, hidden: int, dtype: torch.dtype, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, D) and weight (V, D) whose logits resemble a language model's, targets among the likely."""
+    generator = torch.Generator().manual_seed(vocab + hidden)
+    weight = torch.randn(vocab, hidden, generator=generator).mul_(2.5 / hidden**0.5)
+    states = torch.randn(rows, hidden, generator=generator) + 2 * weight[targets.flatten()]
+    return states.view(*targets.shape, hidden).to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+
+
+def measure(config: Config) -> list[Result]:
+    rows, vocab, dtype = config["rows"], config["vocab"], getattr(torch, config["dtype"])
+    batch = peers.make_batch(*peers.split(rows), vocab)
+    hidden, weight = make_head(rows, vocab, config["hidden"], dtype, batch.targets)
+    found, missing = peers.available(peers.HEADS, config["contenders"])
+    if config.get("skip_plain"):  # memory's limits: plain PyTorch's logits may not fit
+        found.pop(peers.PLAIN)
+
+    def drop() -> None:
+        hidden.grad = weight.grad = None
+
+    def call(loss: peers.HeadLoss) -> peers.Answer:
+        out = loss(hidden, weight, batch)
+        out.loss.backward()
+        return out
+
+    calls = {name: lambda f=loss: call(f) for name, loss in found.items()}
+    errors, failed = check(calls, drop, hidden, weight, batch)
+    if peers.PLAIN in found:
+        peers.require_exact(errors, WORK)
+    own = hidden.nbytes + weight.nbytes
+    runs = {name: Run(run, drop, own) for name, run in calls.items() if name not in failed}
+    floors: dict[str, Run] = {}
+    if not config.get("memory_only"):
+        kept = torch.zeros_like(weight)
+
+        def keep() -> None:
+            hidden.grad, weight.grad = None, kept
+
+        for name in ACCUMULATED:
+            if name in runs:
+                runs[f"{name}, accumulated"] = Run(calls[name], keep, hidden.nbytes)
+        floors = limits.products(hidden.flatten(0, 1), weight) | limits.square_product(dtype)
+    times = take_turns({**runs, **floors}, config["repetitions"])
+    measured = {name: times.pop(name) for name in floors}
+    for name, row in times.items():
+        row |= {"errors": errors[name]} if name in errors else {}
+        row |= {"note": peers.NOTES[name]} if name in peers.NOTES else {}
+    times |= {name: {"failed": reason} for name, reason in failed.items()}
+    where = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages")}
+    floor_of = limits.rates(measured, num_flops=6.0 * rows * vocab * config["hidden"])
+    return [{"work": WORK, **where, "floor": "3 products", "contenders": times, "limits": floor_of, "missing": missing}]
+
+
+def check(
+    calls: dict[str, Callable[[], peers.Answer]],
+    drop: Callable[[], None],
+    hidden: Tensor,  # (B, T, D)
+    weight: Tensor,  # (V, D)
+    batch: peers.Batch,
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Return each contender's errors against float64, and why some failed. It is also everybody's warm-up.
+
+    The weight's gradient is compared in every 37th row and those of some targets; from ``MAX_EXACT_ROWS`` hidden states
+    on not at all, and the rest in as many rows.
+    """
+    targets = batch.targets.flatten()
+    states, matrix = hidden.detach().flatten(0, 1), weight.detach().double()
+    is_whole = len(targets) <= MAX_EXACT_ROWS
+    rows = torch.linspace(0, len(targets) - 1, min(64, len(targets))).long()
+    if is_whole:
+        rows = torch.arange(len(targets))
+    columns = torch.cat([torch.arange(0, len(weight), 37), targets[:64]]).unique()
+    d_weight = torch.zeros(len(columns), states.shape[1], dtype=torch.float64)
+    parts = []
+    for part in rows.split(64):
+        part_states = states[part].double()
+        logprobs, entropy, p = peers.exact_statistics(part_states @ matrix.t(), targets[part])
+        coefficients = peers.exact_coefficients(entropy, batch, False)[part]
+        gradient = peers.exact_gradient(p, targets[part], coefficients)
+        parts.append((logprobs, entropy, gradient @ matrix))
+        d_weight += gradient[:, columns].t() @ part_states
+    del matrix
+    exact = [torch.cat(part) for part in zip(*parts, strict=True)]
+    errors: dict[str, dict[str, float]] = {}
+    failed = {}
+    for name, call in calls.items():
+        drop()
+        try:
+            got = call()
+        except Exception as error:
+            failed[name] = explain(error)
+            if name in (OURS, peers.PLAIN):
+                raise
+            continue
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        named = (("logprob", got.logprobs, exact[0]), ("entropy", got.entropy, exact[1]))
+        errors[name] = {kind: peers.error(a.flatten()[rows], b) for kind, a, b in named if a is not None}
+        errors[name]["d hidden"] = peers.error(hidden.grad.flatten(0, 1)[rows], exact[2], relative=True)
+        if is_whole:
+            errors[name]["d weight"] = peers.error(weight.grad[columns], d_weight, relative=True)
+    drop()
+    return errors, failed
+
+
+if __name__ == "__main__":
+    sys.exit(main("head", __doc__, configs))

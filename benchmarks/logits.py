@@ -1,0 +1,127 @@
+"""Loss and gradient from logits, and the statistics alone: correctness, then time, against peers and the memory's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import limits, peers
+from benchmarks.harness import COMPILED, OURS, Config, Result, Run, explain, main, take_turns
+
+LOSS, DRIVEN, FORWARD = "loss from logits", "EDA loss from logits", "token_stats"
+FLOORS = {LOSS: "in-place read-write", DRIVEN: "read, then in-place read-write", FORWARD: "read"}
+NUM_EXACT_ROWS = 64  # rows whose gradient is compared; logprobs and entropy are compared in all
+
+
+def configs(quick: bool) -> Sequence[Config]:
+    base: Config = {"works": list(FLOORS), "repetitions": 7, "contenders": None, "pages": "huge"}
+    if quick:
+        few = {"repetitions": 5, "works": [LOSS, FORWARD], "contenders": [COMPILED, peers.TRL]}
+        return [{**base, **few, "vocab": 49_152, "rows": 64, "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    dtypes = [{**base, "rows": 512, "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    large = [{**config, "vocab": 151_936} for config in dtypes]
+    few = {"pages": "ordinary", "contenders": [COMPILED, peers.TRL], "works": [LOSS, DRIVEN]}
+    return [*large, *({**c, "vocab": 49_152} for c in dtypes), *({**c, **few} for c in large), *sweep(base)]
+
+
+def sweep(base: Config) -> list[Config]:
+    """What the plot of time against N and V needs beside the tables."""
+    few = {**base, "dtype": "float32", "works": [LOSS], "contenders": [COMPILED, peers.TRL], "repetitions": 5}
+    sizes = [(32, 151_936), (128, 151_936), (512, 12_288), (512, 262_144)]
+    return [{**few, "rows": rows, "vocab": vocab} for rows, vocab in sizes]
+
+
+def make_logits(rows: int, vocab: int, dtype: torch.dtype, targets: Tensor) -> Tensor:
+    """Logits as a language model's, (rows, V): a wide bulk and a few likely tokens, the targets among them."""
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)).mul_(2.5)
+    logits[torch.arange(rows), targets.flatten()] += 12
+    return logits.to(dtype)
+
+
+def measure(config: Config) -> list[Result]:
+    """One configuration: every work of it, checked and timed on the same logits."""
+    rows, vocab, dtype = config["rows"], config["vocab"], getattr(torch, config["dtype"])
+    batch = peers.make_batch(*peers.split(rows), vocab)
+    pristine = make_logits(rows, vocab, dtype, batch.targets)
+    buffer = pristine.clone()
+    found, missing = peers.available(peers.LOGITS, config["contenders"])
+    logits = buffer.view(*batch.targets.shape, vocab)
+    results = []
+    for work in config["works"]:
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, (statistics, loss) in found.items():
+            if work == FORWARD and name != peers.NEW_BUFFER:
+                calls[name] = lambda f=statistics: _forward(f, logits, batch)
+            elif work != FORWARD:
+                calls[name] = lambda f=loss, driven=work == DRIVEN: with_gradient(f, logits, batch, driven)
+        refill = lambda: buffer.copy_(pristine)  # noqa: E731
+        errors, failed = check(calls, refill, pristine, batch, work)
+        peers.require_exact(errors, work)
+        own = 0 if work == FORWARD else buffer.nbytes
+        runs = {
+            name: Run(call, refill, 0 if name == OURS else own) for name, call in calls.items() if name not in failed
+        }
+        floor = {name: run._replace(prepare=refill) for name, run in limits.bandwidth(buffer).items()}
+        rows_of = take_turns({**runs, **floor, **limits.first_touch(buffer.nbytes)}, config["repetitions"])
+        floors = {name: rows_of.pop(name) for name in (*floor, "first touch")}
+        for name, row in rows_of.items():
+            row |= {"errors": errors[name]} | ({"note": peers.NOTES[name]} if name in peers.NOTES else {})
+        rows_of |= {name: {"failed": reason} for name, reason in failed.items()}
+        where = {key: config[key] for key in ("dtype", "vocab", "rows", "pages")}
+        measured = {"contenders": rows_of, "limits": limits.rates(floors, buffer.nbytes)}
+        results.append({"work": work, **where, "floor": FLOORS[work], **measured, "missing": missing})
+    return results
+
+
+def _forward(statistics: peers.Statistics, logits: Tensor, batch: peers.Batch) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return statistics(logits, batch.targets)
+
+
+def with_gradient(loss: peers.LogitsLoss, logits: Tensor, batch: peers.Batch, driven: bool) -> tuple[Tensor, ...]:
+    leaf = logits.detach().requires_grad_()
+    out = loss(leaf, batch, driven)
+    assert out.logprobs is not None
+    assert out.entropy is not None
+    return out.logprobs, out.entropy, torch.autograd.grad(out.loss, leaf)[0]
+
+
+def check(
+    calls: dict[str, Callable[[], Any]],
+    refill: Callable[[], object],
+    pristine: Tensor,  # (N, V)
+    batch: peers.Batch,
+    work: str,
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Return each contender's errors against float64, and why some failed. It is also everybody's warm-up."""
+    targets = batch.targets.flatten()
+    parts = [peers.exact_statistics(*part)[:2] for part in zip(pristine.split(64), targets.split(64), strict=True)]
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    coefficients = peers.exact_coefficients(entropy, batch, work == DRIVEN)
+    sample = torch.linspace(0, len(targets) - 1, min(NUM_EXACT_ROWS, len(targets))).long()
+    p = peers.exact_statistics(pristine[sample], targets[sample])[2]
+    gradient = peers.exact_gradient(p, targets[sample], coefficients[sample])
+    errors: dict[str, dict[str, float]] = {}
+    failed = {}
+    for name, call in calls.items():
+        refill()
+        try:
+            got = call()
+        except Exception as error:
+            failed[name] = explain(error)
+            if name in (OURS, peers.PLAIN):
+                raise
+            continue
+        errors[name] = {"logprob": peers.error(got[0], logprobs), "entropy": peers.error(got[1], entropy)}
+        if work != FORWARD and name != peers.PUBLISHED:  # whose loss is another one
+            rows = got[2].flatten(0, 1)[sample]
+            errors[name]["gradient"] = peers.error(rows, gradient, relative=True)
+    return errors, failed
+
+
+if __name__ == "__main__":
+    sys.exit(main("logits", __doc__, configs))
