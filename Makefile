@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint format bench demo smollm2 wheel sdist clean clean-venv
+.PHONY: help build test lint format bench bench-quick demo smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -61,8 +61,17 @@ format: build  ## write the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: build  ## time token_stats against PyTorch, torch.compile and TRL; under two minutes
-	$(BIN)/python benchmarks/token_stats.py
+# verl's own requirements (ray, an older transformers, ...) are not needed by the one file of it that takes part.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install -q 'edge-grpo[bench]'
+	$(BIN)/python -m pip install -q --no-deps verl==0.9.0 || echo "verl could not be installed: it will be left out"
+	touch $@
+
+bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; 15 minutes
+	$(BIN)/python -m benchmarks
+
+bench-quick: build $(VENV)/.bench  ## a selection of that; a minute and a half
+	$(BIN)/python -m benchmarks --quick
 
 demo: build  ## train the small model that is shipped; before, after, report; shorter: DEMO_ARGS='steps=3'
 	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)
