@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from edge_kernels.advantages import entropy_driven_advantages, entropy_weights, group_advantages
     from edge_kernels.backend import get_backend, set_backend, use_backend
     from edge_kernels.config import EDAConfig, GRPOLossConfig
-    from edge_kernels.grpo_loss import edge_grpo_loss, linear_edge_grpo_loss
+    from edge_kernels.grpo_loss import edge_grpo_loss
+    from edge_kernels.linear_grpo_loss import linear_edge_grpo_loss
     from edge_kernels.linear_token_stats import linear_token_stats
     from edge_kernels.token_stats import token_entropy, token_stats
     from edge_kernels.types import GRPOLossOutput, TokenStats
@@ -47,7 +48,7 @@ _MODULE_OF = {
     "entropy_weights": "advantages",
     "get_backend": "backend",
     "group_advantages": "advantages",
-    "linear_edge_grpo_loss": "grpo_loss",
+    "linear_edge_grpo_loss": "linear_grpo_loss",
     "linear_token_stats": "linear_token_stats",
     "set_backend": "backend",
     "token_entropy": "token_stats",

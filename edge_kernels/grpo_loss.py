@@ -1,6 +1,6 @@
-"""GRPO and EDGE-GRPO losses, from logits or from hidden states: options and totals of a batch, the sweeps, the ops.
+"""GRPO and EDGE-GRPO losses: options and totals of a batch, and the loss from logits.
 
-The loss of a token is token_loss.py's, its statistics are token_stats.py's, tiles are linear_token_stats.py's.
+The loss of a token is token_loss.py's, its statistics are token_stats.py's; from hidden states: linear_grpo_loss.py.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ from edge_kernels._checks import (
 from edge_kernels.advantages import entropy_driven_advantages
 from edge_kernels.backend import extension, get_backend
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.linear_token_stats import (
-    Head,
-    HeadGradient,
-    check_head,
-    fake_head_gradient,
-    linear_token_stats,
-    tiles,
-)
+from edge_kernels.memory import fresh
 from edge_kernels.reference import MAX_LOG_RATIO, tokens_above_quantile
 from edge_kernels.token_loss import (
     METRICS,
@@ -59,7 +52,7 @@ from edge_kernels.types import GRPOLossOutput, TokenStats
 Total = Tensor | float | None
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Checked arguments, in the statistics' dtype; ``mask`` is where a loss is taken."""
 
     config: GRPOLossConfig
@@ -152,7 +145,7 @@ def _entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     return entropy.masked_fill(~mask, float("nan")).flatten().nanquantile(1 - share)
 
 
-def _check_batch(
+def check_batch(
     like: Tensor,  # logits or hidden states: the batch's shape and device
     dtype: torch.dtype,
     targets: Tensor,
@@ -169,7 +162,7 @@ def _check_batch(
     num_items: Total,
     num_sequences: Total,
     entropy_threshold: Total,
-) -> _Batch:
+) -> Batch:
     if config is not None and not isinstance(config, GRPOLossConfig):
         raise TypeError(f"config must be a GRPOLossConfig; got {type(config).__name__}")
     config = config or GRPOLossConfig()
@@ -225,7 +218,7 @@ def _check_batch(
         sampling = None
     if entropy_threshold is not None:
         entropy_threshold = torch.as_tensor(entropy_threshold, dtype=stats_dtype(dtype), device=like.device).detach()
-    return _Batch(
+    return Batch(
         config=config,
         dtype=stats_dtype(dtype),
         targets=targets.masked_fill(~mask, IGNORE_INDEX),
@@ -247,7 +240,7 @@ def _check_batch(
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
-def _loss_of_stats(stats: TokenStats, batch: _Batch) -> GRPOLossOutput:
+def loss_of_stats(stats: TokenStats, batch: Batch) -> GRPOLossOutput:
     """Return the loss from statistics that carry a gradient: the second half of two sweeps."""
     advantages = batch.advantages
     if advantages is None:
@@ -257,11 +250,11 @@ def _loss_of_stats(stats: TokenStats, batch: _Batch) -> GRPOLossOutput:
         advantages = entropy_driven_advantages(rewards, stats.entropy, batch.mask, batch.group_ids, batch.config.eda)
     terms, rule = batch.terms(advantages, stats), LossRule.of(batch.config)
     loss, metrics, _, _ = token_loss_op(stats.logprobs, stats.entropy, *terms, *rule)
-    return _output(loss, metrics, stats.logprobs, stats.entropy, advantages, batch)
+    return output_of(loss, metrics, stats.logprobs, stats.entropy, advantages, batch)
 
 
-def _output(
-    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, advantages: Tensor, batch: _Batch
+def output_of(
+    loss: Tensor, metrics: Tensor, logprobs: Tensor, entropy: Tensor, advantages: Tensor, batch: Batch
 ) -> GRPOLossOutput:
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     if batch.ref_logprobs is None:
@@ -271,7 +264,7 @@ def _output(
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)
 
 
-def _run_sweep(
+def run_sweep(
     logits: Tensor,  # (B, T, V)
     targets: Tensor,  # (B, T)
     terms: TokenTerms,
@@ -366,9 +359,9 @@ def grpo_loss_op(
     terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
     clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
     rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(logits.shape, logits)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    logprobs, entropy = _run_sweep(with_unit_stride(logits), targets, terms, rule, transform, out=out)
+    logprobs, entropy = run_sweep(with_unit_stride(logits), targets, terms, rule, transform, out=out)
     loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
     return loss, metrics, logprobs, entropy, out
 
@@ -380,93 +373,7 @@ def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), logprobs, entropy, gradient
 
 
-@torch.library.custom_op("edge_kernels::linear_grpo_loss", mutates_args=())
-def linear_grpo_loss_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    dtype: torch.dtype,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    mask: Tensor,
-    loss_weight: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_ratio: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    injected: Tensor | None,
-    entropy_threshold: Tensor | None,
-    bonus_weight: Tensor | None,
-    loss_type: str,
-    level: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    sampler_cap: float | None,
-    sampler_floor: float,
-    sampler_mode: str,
-    injected_treatment: str,
-    sft_weight: float,
-    shaped_gamma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics, logprobs, entropy and the gradients of hidden, weight and bias, from one sweep of tiles."""
-    check_targets_in_range(targets, weight.shape[0], ignore_index)
-    transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    recorded = (old_logprobs, ref_logprobs, sampler_ratio, sampling_logprobs)
-    terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
-    clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
-    rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
-
-    head = Head.cast(weight, bias, dtype)
-    gradient = HeadGradient(hidden, weight, bias, head, (want_hidden, want_weight, want_bias))
-    logprobs, entropy = (torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in range(2))
-    # Without a penalty or a bonus, tokens of advantage 0 (groups of equal rewards) need their logits, no gradient.
-    learning = mask
-    if beta == 0 and bonus_weight is None and not (injected_treatment == "sft" and injected is not None):
-        learning = mask & (advantages != 0)
-    for active in (learning, mask & ~learning):
-        for tile in tiles(hidden, head, active):
-            tile_targets = targets[tile.rows]
-            stats = run_forward(tile.logits, tile_targets, transform)
-            logprobs[tile.rows], entropy[tile.rows] = stats.logprobs, stats.entropy
-            if active is not learning:
-                continue
-            part = token_loss(stats.logprobs, stats.entropy, terms.select(tile.rows), rule)
-            gradients = StatsGradients(part.d_logprobs, None if bonus_weight is None else part.d_entropy, None)
-            if any(g is not None and bool((g != 0).any()) for g in gradients):
-                run_backward(tile.logits, tile_targets, stats, gradients, transform, out=tile.logits)
-                gradient.add(tile, tile.logits)
-    loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
-    return loss, metrics, logprobs, entropy, *gradient.result()
-
-
-@linear_grpo_loss_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    dtype: torch.dtype,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    per_token = [torch.empty_like(targets, dtype=stats_dtype(dtype)) for _ in range(2)]
-    loss, metrics = per_token[0].new_empty(()), per_token[0].new_empty(len(METRICS))
-    wanted = (want_hidden, want_weight, want_bias)
-    return loss, metrics, *per_token, *fake_head_gradient(hidden, weight, bias, wanted)
-
-
-def _keep_gradients(ctx: Any, gradients: tuple[Tensor, ...], wanted: tuple[bool, ...], num_inputs: int) -> None:
+def keep_gradients(ctx: Any, gradients: tuple[Tensor, ...], wanted: tuple[bool, ...], num_inputs: int) -> None:
     ctx.save_for_backward(*gradients)
     ctx.set_materialize_grads(False)
     ctx.wanted = wanted
@@ -474,7 +381,7 @@ def _keep_gradients(ctx: Any, gradients: tuple[Tensor, ...], wanted: tuple[bool,
     ctx.is_spent = False
 
 
-def _hand_out(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def hand_out(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the first inputs, made in the forward pass, times the loss's own."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
@@ -501,12 +408,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_gradients(ctx, output[4:], (True,), len(inputs))
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_gradients(ctx, output[4:], inputs[4:7], len(inputs))
+    keep_gradients(ctx, output[4:], (True,), len(inputs))
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -522,16 +424,16 @@ class _InplaceLoss(torch.autograd.Function):
         transform, terms, rule = _unpack(options)
         check_targets_in_range(targets, logits.shape[-1], transform.ignore_index)
         out = logits.detach()
-        logprobs, entropy = _run_sweep(out, targets, terms, rule, transform, out=out)
+        logprobs, entropy = run_sweep(out, targets, terms, rule, transform, out=out)
         torch.autograd.graph.increment_version(logits)
         loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
-        _keep_gradients(ctx, (logits,), (True,), 2 + len(options))
+        keep_gradients(ctx, (logits,), (True,), 2 + len(options))
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         return loss, metrics, logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient, *none = _hand_out(ctx, *grads)
+        gradient, *none = hand_out(ctx, *grads)
         return None if gradient is None else gradient.detach(), *none
 
 
@@ -541,11 +443,10 @@ def _unpack(options: tuple[Any, ...]) -> tuple[Transform, TokenTerms, LossRule]:
     return Transform(*options[:first]), TokenTerms(*options[first:second]), LossRule(*options[second:])
 
 
-grpo_loss_op.register_autograd(_hand_out, setup_context=_setup_logits)
-linear_grpo_loss_op.register_autograd(_hand_out, setup_context=_setup_linear)
+grpo_loss_op.register_autograd(hand_out, setup_context=_setup_logits)
 
 
-def _wants_gradient(tensor: Tensor | None) -> bool:
+def wants_gradient(tensor: Tensor | None) -> bool:
     return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
@@ -628,7 +529,7 @@ def edge_grpo_loss(
     check_float("logits", logits, least_dims=3)
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape (B, T, V); got {describe(logits)}; add the dimension of sequences")
-    batch = _check_batch(
+    batch = check_batch(
         logits,
         logits.dtype,
         targets,
@@ -645,7 +546,7 @@ def edge_grpo_loss(
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
-    if batch.advantages is not None and not batch.needs_statistics_first and _wants_gradient(logits):
+    if batch.advantages is not None and not batch.needs_statistics_first and wants_gradient(logits):
         is_inplace = inplace and not torch.compiler.is_compiling()
         if is_inplace:
             check_writable_rows(logits)
@@ -656,86 +557,9 @@ def edge_grpo_loss(
             *batch.terms(batch.advantages, None),
             *LossRule.of(batch.config),
         )
-        return _output(loss, metrics, logprobs, entropy, batch.advantages, batch)
+        return output_of(loss, metrics, logprobs, entropy, batch.advantages, batch)
     if inplace:
         stats = inplace_token_stats(logits, batch.targets, batch.transform)
     else:
         stats = token_stats(logits, batch.targets, **batch.transform._asdict())
-    return _loss_of_stats(stats, batch)
-
-
-def linear_edge_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    completion_mask: Tensor,
-    bias: Tensor | None = None,
-    *,
-    advantages: Tensor | None = None,
-    rewards: Tensor | None = None,
-    group_ids: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    sampling_logprobs: Tensor | None = None,
-    injected_mask: Tensor | None = None,
-    num_items: Total = None,
-    num_sequences: Total = None,
-    entropy_threshold: Total = None,
-    config: GRPOLossConfig | None = None,
-) -> GRPOLossOutput:
-    """Return ``edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, ...)`` without all the logits.
-
-    hidden  (B, T, D): float32, bfloat16, float16 or float64.
-    weight  (V, D), and bias (V,) or None, in the dtype of ``hidden`` (under autocast in any).
-
-    Everything else as ``edge_grpo_loss``; hidden, weight and bias receive gradients, each only if it requires one.
-    Masked rows are left out before the first product.
-
-    One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
-    own statistics are: the gradient is then made in the forward pass, scaled by the incoming gradient in the backward
-    pass, and handed out once (``retain_graph`` for a second pass raises). It takes two sweeps and a fourth product
-    where coefficients depend on other tokens: with rewards instead of advantages; with
-    ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no old_logprobs; with
-    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. Without
-    gradients there is one product.
-
-    Extra memory: one tile of logits (64 MiB) and O(N), besides the gradients; that of the weight is summed in float32
-    for 16-bit products. Under ``torch.autocast`` products are in its dtype, as ``F.linear``'s.
-    """
-    dtype = check_head(hidden, weight, bias)
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must have shape (B, T, D); got {describe(hidden)}; add the dimension of sequences")
-    batch = _check_batch(
-        hidden,
-        dtype,
-        targets,
-        completion_mask,
-        config,
-        advantages=advantages,
-        rewards=rewards,
-        group_ids=group_ids,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        sampling_logprobs=sampling_logprobs,
-        injected_mask=injected_mask,
-        num_items=num_items,
-        num_sequences=num_sequences,
-        entropy_threshold=entropy_threshold,
-    )
-    wanted = [_wants_gradient(t) for t in (hidden, weight, bias)]
-    if batch.advantages is None or batch.needs_statistics_first or not any(wanted):
-        stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
-        return _loss_of_stats(stats, batch)
-    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(
-        hidden.flatten(0, 1),
-        weight,
-        bias,
-        batch.targets.flatten(),
-        *wanted,
-        dtype,
-        *batch.transform,
-        *batch.terms(batch.advantages, None).flatten(),
-        *LossRule.of(batch.config),
-    )
-    shape = batch.mask.shape
-    return _output(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)
+    return loss_of_stats(stats, batch)

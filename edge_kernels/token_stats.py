@@ -20,6 +20,7 @@ from edge_kernels._checks import (
     stats_dtype,
 )
 from edge_kernels.backend import extension, get_backend
+from edge_kernels.memory import fresh
 from edge_kernels.types import TokenStats
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def token_stats_backward_op(
     logit_scale: float,
     ignore_index: int,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = fresh(logits.shape, logits)
     stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)  # the gradient has no use for the logprobs
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
     gradients = StatsGradients(grad_logprobs, grad_entropy, grad_logsumexp)

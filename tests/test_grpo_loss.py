@@ -34,12 +34,14 @@ from edge_kernels import (
     use_backend,
 )
 from edge_kernels.config import ImportanceLevel, InjectedTreatment, LossType, SamplerRatioMode
-from edge_kernels.grpo_loss import grpo_loss_op, linear_grpo_loss_op
+from edge_kernels.grpo_loss import grpo_loss_op
+from edge_kernels.linear_grpo_loss import linear_grpo_loss_op
 from edge_kernels.token_loss import token_loss_op
 
 B, T, D, V = 4, 6, 5, 13
 LOSS_TYPES = LossType.__args__
 MODULE = sys.modules["edge_kernels.grpo_loss"]
+LINEAR = sys.modules["edge_kernels.linear_grpo_loss"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -330,11 +332,11 @@ class TestSweeps:
                 counts["logits"] += len(tile.rows)
                 yield tile
 
-        def counted_add(self: Any, tile: Any, gradient: Tensor) -> None:
+        def counted_add(self: Any, tile: Any, *scale: Any) -> None:
             counts["gradients"] += len(tile.rows)
-            add(self, tile, gradient)
+            add(self, tile, *scale)
 
-        for module in (linear, MODULE):
+        for module in (linear, LINEAR):
             monkeypatch.setattr(module, "tiles", counted_tiles)
         monkeypatch.setattr(linear.HeadGradient, "add", counted_add)
         return counts
@@ -342,6 +344,14 @@ class TestSweeps:
     rows = 12  # tokens that count in the batch; the last two have advantage 0
 
     def test_one_sweep_makes_the_logits_once(self, products: dict[str, int]) -> None:
+        batch = make_batch()
+        out = from_hidden(batch, advantages=batch.advantages)
+        assert products == {"logits": self.rows, "gradients": 0}
+        out.loss.backward()
+        assert products == {"logits": self.rows, "gradients": self.rows - 2}
+
+    def test_more_than_one_tile_makes_the_gradient_at_once(self, products: dict[str, int], monkeypatch) -> None:
+        monkeypatch.setattr(sys.modules["edge_kernels.linear_token_stats"], "TILE_BYTES", 5 * V * 8)
         batch = make_batch()
         out = from_hidden(batch, advantages=batch.advantages)
         assert products == {"logits": self.rows, "gradients": self.rows - 2}
@@ -556,13 +566,15 @@ class TestMachinery:
     def test_opcheck(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Checks the ops on the very arguments that the public functions give them."""
         batch = make_batch(dtype=torch.float32)
-        for op, name, path, level in (
-            (linear_grpo_loss_op, "linear_grpo_loss_op", from_hidden, "token"),
-            (grpo_loss_op, "grpo_loss_op", from_logits, "token"),
-            (token_loss_op, "token_loss_op", from_logits, "sequence"),
+        batch.mask[:], batch.targets = True, batch.targets.clamp(0, V - 1)  # a tile's rows for the rest stay unwritten
+        for op, module, path, level in (
+            (linear_grpo_loss_op, LINEAR, from_hidden, "token"),
+            (grpo_loss_op, MODULE, from_logits, "token"),
+            (token_loss_op, MODULE, from_logits, "sequence"),
         ):
+            name = f"{op._name}_op"
             calls: list[tuple] = []
-            monkeypatch.setattr(MODULE, name, lambda *args, op=op, calls=calls: (calls.append(args), op(*args))[1])
+            monkeypatch.setattr(module, name, lambda *args, op=op, calls=calls: (calls.append(args), op(*args))[1])
             config = config_of(beta=0.04, entropy_coef=0.1, importance_sampling_level=level)
             path(batch, **inputs_for(batch, config))
             arguments = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in calls[0]]
@@ -610,8 +622,9 @@ class TestMachinery:
             loss = from_hidden(part, advantages=part.advantages).loss
             torch.testing.assert_close(torch.autograd.grad(loss, getattr(part, wanted))[0], expected[i])
 
-    def test_a_second_backward_pass_raises_with_a_remedy(self) -> None:
+    def test_a_second_backward_pass_raises_with_a_remedy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         batch = make_batch()
+        monkeypatch.setattr(sys.modules["edge_kernels.linear_token_stats"], "TILE_BYTES", 5 * V * 8)
         loss = from_hidden(batch, advantages=batch.advantages).loss
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="hands it out once; call it again"):
