@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from benchmarks import head, logits, peers
 from benchmarks.harness import COMPILED, OURS, Config, Result, WrongError, main
 
 ROWS = ("ordinary", "forbidden", "offset", "sharp")
+HIDDEN = 256  # of the head
 
 
 def configs(quick: bool) -> Sequence[Config]:
@@ -42,68 +43,36 @@ def make_rows(kind: str, config: Config, targets: Tensor) -> Tensor:
 
 def measure(config: Config) -> list[Result]:
     """Errors from logits of every kind, and of the head with ordinary and with sharp logits."""
-    batch = peers.make_batch(*peers.split(config["rows"]), config["vocab"])
-    where = {key: config[key] for key in ("dtype", "vocab", "rows", "pages")}
-    found, missing = peers.available(peers.LOGITS, config["contenders"])
+    dtype, batch = getattr(torch, config["dtype"]), peers.make_batch(*peers.split(config["rows"]), config["vocab"])
     results = []
+    found, missing = peers.available(peers.LOGITS, config["contenders"])
     for kind in ROWS:
         pristine = make_rows(kind, config, batch.targets)
         buffer = pristine.clone()
         shaped = buffer.view(*batch.targets.shape, -1)
-        smallest: dict[str, float] = {}
-
-        def call(name: str, loss: peers.LogitsLoss, shaped: Tensor = shaped, smallest: Any = smallest) -> Any:
-            got = logits.with_gradient(loss, shaped, batch, False)
-            smallest[name] = got[1].min().item()
-            return got
-
-        calls = {name: lambda n=name, f=loss, c=call: c(n, f) for name, (_, loss) in found.items()}
-        refill: Callable[[], object] = lambda b=buffer, p=pristine: b.copy_(p)  # noqa: E731
-        errors, failed = logits.check(calls, refill, pristine, batch, logits.LOSS)
-        results.append(_result(f"errors from logits, {kind} rows", where, errors, failed, smallest, missing))
-
+        calls = {name: partial(logits.with_gradient, f, shaped, batch, False) for name, (_, f) in found.items()}
+        checked = logits.check(calls, partial(buffer.copy_, pristine), pristine, batch, logits.LOSS)
+        results.append(_result(f"errors from logits, {kind} rows", config, checked, missing))
     found, missing = peers.available(peers.HEADS, config["contenders"])
-    for kind, scale in (("ordinary", 1.0), ("sharp", 8.0)):
-        hidden, weight = head.make_head(*where_head(config), getattr(torch, config["dtype"]), batch.targets)
+    for kind, scale in (("ordinary", 1), ("sharp", 8)):
+        hidden, weight = head.make_head(config["rows"], config["vocab"], HIDDEN, dtype, batch.targets)
         hidden = (hidden.detach() * scale).requires_grad_()
-        smallest = {}
-
-        def run(name: str, loss: peers.HeadLoss, hidden: Tensor = hidden, weight: Tensor = weight) -> peers.Answer:
-            out = loss(hidden, weight, batch)
-            out.loss.backward()
-            if out.entropy is not None:
-                smallest[name] = out.entropy.min().item()  # noqa: B023
-            return out
-
-        def drop(hidden: Tensor = hidden, weight: Tensor = weight) -> None:
-            hidden.grad = weight.grad = None
-
-        head_calls = {name: lambda n=name, f=loss, r=run: r(n, f) for name, loss in found.items()}
-        errors, failed = head.check(head_calls, drop, hidden, weight, batch)
-        results.append(_result(f"errors of the head, {kind} rows", where, errors, failed, smallest, missing))
+        head_calls = {name: partial(head.with_gradient, f, hidden, weight, batch) for name, f in found.items()}
+        checked = head.check(head_calls, hidden, weight, batch)
+        results.append(_result(f"errors of the head, {kind} rows", config, checked, missing))
     return results
 
 
-def where_head(config: Config) -> tuple[int, int, int]:
-    return config["rows"], config["vocab"], 256
-
-
-def _result(
-    work: str,
-    where: dict[str, Any],
-    errors: dict[str, dict[str, float]],
-    failed: dict[str, str],
-    smallest: dict[str, float],
-    missing: dict[str, str],
-) -> Result:
-    peers.require_exact(errors, work)
-    if not smallest[OURS] >= 0:
-        raise WrongError(f"{work}: an entropy of {smallest[OURS]:.3g}")
-    rows: dict[str, Result] = {name: {"errors": values} for name, values in errors.items()}
-    for name, value in smallest.items():
-        if name in rows and value < 0:
-            rows[name]["note"] = f"NEGATIVE ENTROPY {value:.1e}"
-    rows |= {name: {"failed": reason} for name, reason in failed.items()}
+def _result(work: str, config: Config, checked: peers.Checked, missing: dict[str, str]) -> Result:
+    peers.require_exact(checked.errors, work)
+    if not checked.lowest_entropy[OURS] >= 0:
+        raise WrongError(f"{work}: an entropy of {checked.lowest_entropy[OURS]:.3g}")
+    rows: dict[str, Result] = {name: {"errors": values} for name, values in checked.errors.items()}
+    for name, entropy in checked.lowest_entropy.items():
+        if entropy < 0:
+            rows[name]["note"] = f"NEGATIVE ENTROPY {entropy:.1e}"
+    rows |= {name: {"failed": reason} for name, reason in checked.failed.items()}
+    where = {key: config[key] for key in ("dtype", "vocab", "rows", "pages")}
     return {"work": work, **where, "contenders": rows, "missing": missing}
 
 

@@ -177,7 +177,7 @@ def fresh(script: str, config: Config) -> list[Result]:
             text = answer.read_text()
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = explain(error) if isinstance(error, subprocess.TimeoutExpired) else f"its process ended: {status}"
-            where = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages") if key in config}
+            where: Config = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages") if key in config}
             return [{"work": script, **where, "failed": reason}]
     message = json.loads(text)
     if "wrong" in message:

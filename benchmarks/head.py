@@ -6,7 +6,8 @@ Every contender starts without gradients (``zero_grad(set_to_none=True)``); "acc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,28 +48,15 @@ def measure(config: Config) -> list[Result]:
     found, missing = peers.available(peers.HEADS, config["contenders"])
     if config.get("skip_plain"):  # memory's limits: plain PyTorch's logits may not fit
         found.pop(peers.PLAIN)
-
-    def drop() -> None:
-        hidden.grad = weight.grad = None
-
-    def call(loss: peers.HeadLoss) -> peers.Answer:
-        out = loss(hidden, weight, batch)
-        out.loss.backward()
-        return out
-
-    calls = {name: lambda f=loss: call(f) for name, loss in found.items()}
-    errors, failed = check(calls, drop, hidden, weight, batch)
+    calls = {name: partial(with_gradient, loss, hidden, weight, batch) for name, loss in found.items()}
+    errors, failed, _ = check(calls, hidden, weight, batch)
     if peers.PLAIN in found:
         peers.require_exact(errors, WORK)
-    own = hidden.nbytes + weight.nbytes
+    drop, own = partial(set_gradients, hidden, weight), hidden.nbytes + weight.nbytes
     runs = {name: Run(run, drop, own) for name, run in calls.items() if name not in failed}
     floors: dict[str, Run] = {}
     if not config.get("memory_only"):
-        kept = torch.zeros_like(weight)
-
-        def keep() -> None:
-            hidden.grad, weight.grad = None, kept
-
+        keep = partial(set_gradients, hidden, weight, torch.zeros_like(weight))
         for name in ACCUMULATED:
             if name in runs:
                 runs[f"{name}, accumulated"] = Run(calls[name], keep, hidden.nbytes)
@@ -84,14 +72,23 @@ def measure(config: Config) -> list[Result]:
     return [{"work": WORK, **where, "floor": "3 products", "contenders": times, "limits": floor_of, "missing": missing}]
 
 
+def set_gradients(hidden: Tensor, weight: Tensor, of_weight: Tensor | None = None) -> None:
+    hidden.grad, weight.grad = None, of_weight
+
+
+def with_gradient(loss: peers.HeadLoss, hidden: Tensor, weight: Tensor, batch: peers.Batch) -> peers.Answer:
+    out = loss(hidden, weight, batch)
+    out.loss.backward()
+    return out
+
+
 def check(
-    calls: dict[str, Callable[[], peers.Answer]],
-    drop: Callable[[], None],
+    calls: Mapping[str, Callable[[], peers.Answer]],
     hidden: Tensor,  # (B, T, D)
     weight: Tensor,  # (V, D)
     batch: peers.Batch,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Return each contender's errors against float64, and why some failed. It is also everybody's warm-up.
+) -> peers.Checked:
+    """Return each contender's errors against float64. It is also everybody's warm-up.
 
     The weight's gradient is compared in every 37th row and those of some targets; from ``MAX_EXACT_ROWS`` hidden states
     on not at all, and the rest in as many rows.
@@ -114,10 +111,9 @@ def check(
         d_weight += gradient[:, columns].t() @ part_states
     del matrix
     exact = [torch.cat(part) for part in zip(*parts, strict=True)]
-    errors: dict[str, dict[str, float]] = {}
-    failed = {}
+    errors, failed, lowest_entropy = checked = peers.Checked({}, {}, {})
     for name, call in calls.items():
-        drop()
+        set_gradients(hidden, weight)
         try:
             got = call()
         except Exception as error:
@@ -132,8 +128,10 @@ def check(
         errors[name]["d hidden"] = peers.error(hidden.grad.flatten(0, 1)[rows], exact[2], relative=True)
         if is_whole:
             errors[name]["d weight"] = peers.error(weight.grad[columns], d_weight, relative=True)
-    drop()
-    return errors, failed
+        if got.entropy is not None:
+            lowest_entropy[name] = got.entropy.min().item()
+    set_gradients(hidden, weight)
+    return checked
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from benchmarks.harness import COMPILED, OURS, Config, Result, Run, explain, mai
 
 LOSS, DRIVEN, FORWARD = "loss from logits", "EDA loss from logits", "token_stats"
 FLOORS = {LOSS: "in-place read-write", DRIVEN: "read, then in-place read-write", FORWARD: "read"}
+Call = Callable[[], tuple[Tensor, ...]]  # -> logprobs, entropy and, of a loss, the gradient
 NUM_EXACT_ROWS = 64  # rows whose gradient is compared; logprobs and entropy are compared in all
 
 
@@ -52,14 +53,14 @@ def measure(config: Config) -> list[Result]:
     logits = buffer.view(*batch.targets.shape, vocab)
     results = []
     for work in config["works"]:
-        calls: dict[str, Callable[[], Any]] = {}
+        calls: dict[str, Call] = {}
         for name, (statistics, loss) in found.items():
             if work == FORWARD and name != peers.NEW_BUFFER:
-                calls[name] = lambda f=statistics: _forward(f, logits, batch)
+                calls[name] = partial(_forward, statistics, logits, batch)
             elif work != FORWARD:
-                calls[name] = lambda f=loss, driven=work == DRIVEN: with_gradient(f, logits, batch, driven)
-        refill = lambda: buffer.copy_(pristine)  # noqa: E731
-        errors, failed = check(calls, refill, pristine, batch, work)
+                calls[name] = partial(with_gradient, loss, logits, batch, work == DRIVEN)
+        refill = partial(buffer.copy_, pristine)
+        errors, failed, _ = check(calls, refill, pristine, batch, work)
         peers.require_exact(errors, work)
         own = 0 if work == FORWARD else buffer.nbytes
         runs = {
@@ -91,13 +92,13 @@ def with_gradient(loss: peers.LogitsLoss, logits: Tensor, batch: peers.Batch, dr
 
 
 def check(
-    calls: dict[str, Callable[[], Any]],
+    calls: Mapping[str, Call],
     refill: Callable[[], object],
     pristine: Tensor,  # (N, V)
     batch: peers.Batch,
     work: str,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Return each contender's errors against float64, and why some failed. It is also everybody's warm-up."""
+) -> peers.Checked:
+    """Return each contender's errors against float64. It is also everybody's warm-up."""
     targets = batch.targets.flatten()
     parts = [peers.exact_statistics(*part)[:2] for part in zip(pristine.split(64), targets.split(64), strict=True)]
     logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -105,8 +106,7 @@ def check(
     sample = torch.linspace(0, len(targets) - 1, min(NUM_EXACT_ROWS, len(targets))).long()
     p = peers.exact_statistics(pristine[sample], targets[sample])[2]
     gradient = peers.exact_gradient(p, targets[sample], coefficients[sample])
-    errors: dict[str, dict[str, float]] = {}
-    failed = {}
+    errors, failed, lowest_entropy = checked = peers.Checked({}, {}, {})
     for name, call in calls.items():
         refill()
         try:
@@ -116,11 +116,12 @@ def check(
             if name in (OURS, peers.PLAIN):
                 raise
             continue
+        lowest_entropy[name] = got[1].min().item()
         errors[name] = {"logprob": peers.error(got[0], logprobs), "entropy": peers.error(got[1], entropy)}
         if work != FORWARD and name != peers.PUBLISHED:  # whose loss is another one
             rows = got[2].flatten(0, 1)[sample]
             errors[name]["gradient"] = peers.error(rows, gradient, relative=True)
-    return errors, failed
+    return checked
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def _ours(inplace: bool) -> tuple[Statistics, LogitsLoss]:
         return stats.logprobs, stats.entropy
 
     def loss(logits: Tensor, batch: Batch, driven: bool) -> Answer:
-        how = {"rewards": batch.rewards, "group_ids": batch.group_ids} if driven else {"advantages": batch.advantages}
+        from_rewards = {"rewards": batch.rewards, "group_ids": batch.group_ids}
+        how: dict[str, Any] = from_rewards if driven else {"advantages": batch.advantages}
         out = edge_kernels.edge_grpo_loss(logits, batch.targets, batch.mask, inplace=inplace, **how)
         return Answer(out.loss, out.logprobs, out.entropy)
 
@@ -214,7 +215,8 @@ def _verl_head() -> HeadLoss:
     function = module.FusedLinearForPPO()
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
-        return answer(*function(hidden, weight, batch.targets), batch)
+        logprobs, entropy = function(hidden, weight, batch.targets)
+        return answer(logprobs, entropy, batch)
 
     return loss
 
@@ -281,6 +283,14 @@ def exact_gradient(p: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
     gradient = p * -coefficients[:, None]
     gradient[torch.arange(len(targets)), targets] += coefficients
     return gradient
+
+
+class Checked(NamedTuple):
+    """What a check found out about each contender."""
+
+    errors: dict[str, dict[str, float]]
+    failed: dict[str, str]  # and why
+    lowest_entropy: dict[str, float]
 
 
 def error(got: Tensor | None, wanted: Tensor, *, relative: bool = False) -> float:
