@@ -30,7 +30,7 @@ Result = dict[str, Any]  # one row of the tables, with its contenders: JSON
 OURS = "edge_kernels"
 SIZES = (("V", "vocab"), ("N", "rows"), ("D", "hidden"))
 COMPILED = "torch.compile"
-SLOW_SECONDS = (0.5, 1.5, 4.0)  # from each on a contender runs fewer times: all of them, 5, 3, 2
+SLOW_SECONDS = (0.3, 1.0, 2.5)  # from each on a contender runs fewer times: all of them, 4, 3, 2
 TIMEOUT_SECONDS = 900
 
 
@@ -68,7 +68,7 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
                 if turn == 0:
                     extra, seconds = _peak_bytes(runs[name].run)
                     peaks[name] = max(0, extra - runs[name].own_bytes)
-                    rounds[name] = min(repetitions, (repetitions, 5, 3, 2)[sum(seconds > s for s in SLOW_SECONDS)])
+                    rounds[name] = min(repetitions, (repetitions, 4, 3, 2)[sum(seconds > s for s in SLOW_SECONDS)])
                     continue
                 start = time.perf_counter()
                 result = runs[name].run()

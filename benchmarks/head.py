@@ -21,14 +21,17 @@ MAX_EXACT_ROWS = 1024  # with more, the weight's gradient would take longer to c
 
 
 def configs(quick: bool) -> Sequence[Config]:
-    base: Config = {"repetitions": 7, "contenders": None, "pages": "huge"}
+    base: Config = {"repetitions": 7, "contenders": None, "pages": "huge", "accumulated": True}
     few = {"contenders": [COMPILED, peers.TRL_HEAD]}
     dtypes = [{**base, "dtype": dtype} for dtype in ("float32", "bfloat16")]
     small = [{**config, "vocab": 49_152, "hidden": 576, "rows": 256} for config in dtypes]
     if quick:
+        few["contenders"].append(peers.PLAIN)
         return [{**config, **few, "rows": 32, "repetitions": 3} for config in small]
     large = [{**config, "vocab": 151_936, "hidden": 896, "rows": 128} for config in dtypes]
-    wide = [{**config, **few, "hidden": 1536} for config in large]
+    # A product takes seconds in bfloat16 where there are no instructions for it: not everybody, then.
+    large[1]["contenders"] = [COMPILED, peers.TRL_HEAD, peers.VERL]
+    wide = [{**config, **few, "hidden": 1536, "accumulated": False} for config in large]
     ordinary = [{**config, "contenders": [COMPILED], "pages": "ordinary"} for config in large]
     return [*large, *wide, *small, *ordinary]
 
@@ -53,13 +56,15 @@ def measure(config: Config) -> list[Result]:
     if peers.PLAIN in found:
         peers.require_exact(errors, WORK)
     drop, own = partial(set_gradients, hidden, weight), hidden.nbytes + weight.nbytes
-    runs = {name: Run(run, drop, own) for name, run in calls.items() if name not in failed}
+    names = [name for name in calls if name not in failed and peers.is_timed(name, config["contenders"])]
+    runs = {name: Run(calls[name], drop, own) for name in names}
     floors: dict[str, Run] = {}
-    if not config.get("memory_only"):
+    if config.get("accumulated"):
         keep = partial(set_gradients, hidden, weight, torch.zeros_like(weight))
         for name in ACCUMULATED:
             if name in runs:
                 runs[f"{name}, accumulated"] = Run(calls[name], keep, hidden.nbytes)
+    if not config.get("memory_only"):
         floors = limits.products(hidden.flatten(0, 1), weight) | limits.square_product(dtype)
     times = take_turns({**runs, **floors}, config["repetitions"])
     measured = {name: times.pop(name) for name in floors}

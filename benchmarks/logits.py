@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ NUM_EXACT_ROWS = 64  # rows whose gradient is compared; logprobs and entropy are
 def configs(quick: bool) -> Sequence[Config]:
     base: Config = {"works": list(FLOORS), "repetitions": 7, "contenders": None, "pages": "huge"}
     if quick:
-        few = {"repetitions": 5, "works": [LOSS, FORWARD], "contenders": [COMPILED, peers.TRL]}
+        few = {"repetitions": 5, "works": [LOSS, FORWARD], "contenders": [peers.PLAIN, COMPILED, peers.TRL]}
         return [{**base, **few, "vocab": 49_152, "rows": 64, "dtype": dtype} for dtype in ("float32", "bfloat16")]
     dtypes = [{**base, "rows": 512, "dtype": dtype} for dtype in ("float32", "bfloat16")]
     large = [{**config, "vocab": 151_936} for config in dtypes]
@@ -43,6 +44,23 @@ def make_logits(rows: int, vocab: int, dtype: torch.dtype, targets: Tensor) -> T
     return logits.to(dtype)
 
 
+class Exact(NamedTuple):
+    """The float64 result."""
+
+    logprobs: Tensor  # (N,), as entropy
+    entropy: Tensor
+    sample: Tensor  # the rows whose gradient is compared
+    p: Tensor  # their probabilities
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> Exact:
+        parts = [peers.exact_statistics(*part)[:2] for part in zip(logits.split(64), targets.split(64), strict=True)]
+        sample = torch.linspace(0, len(targets) - 1, min(NUM_EXACT_ROWS, len(targets))).long()
+        p = peers.exact_statistics(logits[sample], targets[sample])[2]
+        logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(logprobs, entropy, sample, p)
+
+
 def measure(config: Config) -> list[Result]:
     """One configuration: every work of it, checked and timed on the same logits."""
     rows, vocab, dtype = config["rows"], config["vocab"], getattr(torch, config["dtype"])
@@ -51,20 +69,23 @@ def measure(config: Config) -> list[Result]:
     buffer = pristine.clone()
     found, missing = peers.available(peers.LOGITS, config["contenders"])
     logits = buffer.view(*batch.targets.shape, vocab)
+    exact = Exact.of(pristine, batch.targets.flatten())
     results = []
     for work in config["works"]:
         calls: dict[str, Call] = {}
         for name, (statistics, loss) in found.items():
             if work == FORWARD and name != peers.NEW_BUFFER:
                 calls[name] = partial(_forward, statistics, logits, batch)
-            elif work != FORWARD:
+            elif work != FORWARD and (work == DRIVEN or name != peers.PUBLISHED):
                 calls[name] = partial(with_gradient, loss, logits, batch, work == DRIVEN)
         refill = partial(buffer.copy_, pristine)
-        errors, failed, _ = check(calls, refill, pristine, batch, work)
+        errors, failed, _ = check(calls, refill, exact, batch, work)
         peers.require_exact(errors, work)
         own = 0 if work == FORWARD else buffer.nbytes
         runs = {
-            name: Run(call, refill, 0 if name == OURS else own) for name, call in calls.items() if name not in failed
+            name: Run(call, refill, 0 if name == OURS else own)
+            for name, call in calls.items()
+            if name not in failed and peers.is_timed(name, config["contenders"])
         }
         floor = {name: run._replace(prepare=refill) for name, run in limits.bandwidth(buffer).items()}
         rows_of = take_turns({**runs, **floor, **limits.first_touch(buffer.nbytes)}, config["repetitions"])
@@ -94,18 +115,14 @@ def with_gradient(loss: peers.LogitsLoss, logits: Tensor, batch: peers.Batch, dr
 def check(
     calls: Mapping[str, Call],
     refill: Callable[[], object],
-    pristine: Tensor,  # (N, V)
+    exact: Exact,
     batch: peers.Batch,
     work: str,
 ) -> peers.Checked:
     """Return each contender's errors against float64. It is also everybody's warm-up."""
-    targets = batch.targets.flatten()
-    parts = [peers.exact_statistics(*part)[:2] for part in zip(pristine.split(64), targets.split(64), strict=True)]
-    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    logprobs, entropy, sample, p = exact
     coefficients = peers.exact_coefficients(entropy, batch, work == DRIVEN)
-    sample = torch.linspace(0, len(targets) - 1, min(NUM_EXACT_ROWS, len(targets))).long()
-    p = peers.exact_statistics(pristine[sample], targets[sample])[2]
-    gradient = peers.exact_gradient(p, targets[sample], coefficients[sample])
+    gradient = peers.exact_gradient(p, batch.targets.flatten()[sample], coefficients[sample])
     errors, failed, lowest_entropy = checked = peers.Checked({}, {}, {})
     for name, call in calls.items():
         refill()

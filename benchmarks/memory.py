@@ -17,7 +17,7 @@ def configs(quick: bool) -> Sequence[Config]:
     if quick:
         return [{**base, "vocab": 49_152, "rows": 256, "contenders": [COMPILED]}]
     everybody, few = [COMPILED, peers.TRL_HEAD, peers.VERL, peers.LIGER, peers.CUT], [COMPILED, peers.TRL_HEAD]
-    sizes = [(512, everybody), (1024, few), (4096, few), (16_384, [OURS])]
+    sizes = [(512, everybody), (4096, few), (16_384, [OURS])]
     return [{**base, "rows": rows, "contenders": names} for rows, names in sizes]
 
 

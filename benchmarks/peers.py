@@ -247,6 +247,11 @@ NOTES = {
 }
 
 
+def is_timed(name: str, names: Sequence[str] | None) -> bool:
+    """Plain PyTorch is always there, to be compared with; its time is wanted only where it is named."""
+    return names is None or name in names or name.startswith(OURS)
+
+
 def available(
     makers: Mapping[str, Callable[[], Any]], names: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
