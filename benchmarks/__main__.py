@@ -67,8 +67,9 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
             compiled = f"{peers[COMPILED] / ours:.2f}" if COMPILED in peers else ""
             best = min(peers, key=lambda name: peers[name], default=None)
             against = "" if best is None else f"{peers[best] / ours:.2f} {best}"
-            named = [name for name in (result["floor"], f"{result['floor']}, float32") if name in result["limits"]]
-            floors = [f"{ours / result['limits'][name]['median_ms']:.2f} {name}" for name in named]
+            floor, limits = result.get("floor", ""), result.get("limits", {})
+            times = {name: limits.get(name, {}).get("median_ms") for name in (floor, f"{floor}, float32")}
+            floors = [f"{ours / time:.2f} {name}" for name, time in times.items() if time]
             label = title(result).replace(" pages", "") + suffix
             yield f"{label:72} {ours:7.1f} ms {compiled:>8}  {against:40} {', '.join(floors)}"
     for result in results:

@@ -67,7 +67,7 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
                 flush.sum()
                 if turn == 0:
                     extra, seconds = _peak_bytes(runs[name].run)
-                    peaks[name] = max(0, extra - runs[name].own_bytes)
+                    peaks[name] = max(extra - runs[name].own_bytes, 0)  # in this order NaN stays NaN
                     rounds[name] = min(repetitions, (repetitions, 4, 3, 2)[sum(seconds > s for s in SLOW_SECONDS)])
                     continue
                 start = time.perf_counter()
