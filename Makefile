@@ -63,7 +63,7 @@ format: build  ## write the sources as lint wants them
 
 # verl's own requirements (ray, an older transformers, ...) are not needed by the one file of it that takes part.
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install -q 'edge-grpo[bench]'
+	$(BIN)/python -m pip install -q --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m pip install -q --no-deps verl==0.9.0 || echo "verl could not be installed: it will be left out"
 	touch $@
 
