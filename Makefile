@@ -67,10 +67,10 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-deps verl==0.9.0 || echo "verl could not be installed: it will be left out"
 	touch $@
 
-bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; 15 minutes
+bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; a good 15 minutes
 	$(BIN)/python -m benchmarks
 
-bench-quick: build $(VENV)/.bench  ## a selection of that; a minute and a half
+bench-quick: build $(VENV)/.bench  ## a selection of that; a minute or two
 	$(BIN)/python -m benchmarks --quick
 
 demo: build  ## train the small model that is shipped; before, after, report; shorter: DEMO_ARGS='steps=3'
