@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, peers
-from benchmarks.harness import COMPILED, OURS, Config, Result, Run, explain, main, take_turns
+from benchmarks.harness import COMPILED, OURS, Config, Result, Run, main, take_turns
 
 LOSS, DRIVEN, FORWARD = "loss from logits", "EDA loss from logits", "token_stats"
 FLOORS = {LOSS: "in-place read-write", DRIVEN: "read, then in-place read-write", FORWARD: "read"}
@@ -126,12 +126,8 @@ def check(
     errors, failed, lowest_entropy = checked = peers.Checked({}, {}, {})
     for name, call in calls.items():
         refill()
-        try:
-            got = call()
-        except Exception as error:
-            failed[name] = explain(error)
-            if name in (OURS, peers.PLAIN):
-                raise
+        got = peers.attempt(name, call, failed)
+        if got is None:
             continue
         lowest_entropy[name] = got[1].min().item()
         errors[name] = {"logprob": peers.error(got[0], logprobs), "entropy": peers.error(got[1], entropy)}

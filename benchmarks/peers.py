@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -296,6 +296,20 @@ class Checked(NamedTuple):
     errors: dict[str, dict[str, float]]
     failed: dict[str, str]  # and why
     lowest_entropy: dict[str, float]
+
+
+T = TypeVar("T")
+
+
+def attempt(name: str, call: Callable[[], T], failed: dict[str, str]) -> T | None:
+    """Return ``call()``, or None with the reason in ``failed``; ours and plain PyTorch, the measure, must not fail."""
+    try:
+        return call()
+    except Exception as error:  # a peer's failure is a result, whatever it is
+        failed[name] = explain(error)
+        if name in (OURS, PLAIN):
+            raise
+        return None
 
 
 def error(got: Tensor | None, wanted: Tensor, *, relative: bool = False) -> float:

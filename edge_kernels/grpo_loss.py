@@ -398,11 +398,16 @@ def hand_out(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Ten
     return *scaled, *(None,) * (ctx.num_inputs - len(ctx.wanted))
 
 
+def is_one(factor: Tensor) -> bool:
+    """Whether a scalar is known to be 1: where asking costs nothing, which on a GPU it would."""
+    return factor.device.type == "cpu" and float(factor) == 1
+
+
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Return ``gradient * factor``, scaled where it lies: another V x D, or N x V, would otherwise be allocated."""
     if type(gradient) is not Tensor:  # a tracer's tensors cannot be written
         return gradient * factor.to(gradient.dtype)
-    if factor.device.type == "cpu" and float(factor) == 1:
+    if is_one(factor):
         return gradient
     return gradient.mul_(factor)
 

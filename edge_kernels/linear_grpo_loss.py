@@ -16,6 +16,7 @@ from edge_kernels.grpo_loss import (
     Total,
     check_batch,
     hand_out,
+    is_one,
     keep_gradients,
     loss_of_stats,
     output_of,
@@ -193,7 +194,7 @@ def _gradient_of_tile(
     gradient = HeadGradient(hidden, weight, bias, head, wanted, is_one_tile=True, into=into)
     rows = learning.nonzero()[:, 0]
     if len(rows):
-        scale = None if grad_loss.device.type == "cpu" and float(grad_loss) == 1 else grad_loss
+        scale = None if is_one(grad_loss) else grad_loss
         gradient.add(Tile(rows, head.convert(hidden[rows]), tile[: len(rows)]), scale)
     return gradient.result()
 
