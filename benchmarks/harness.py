@@ -57,7 +57,8 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
     """
     flush = torch.ones(_last_level_cache_bytes() // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    rounds, peaks, needed, failed = dict.fromkeys(runs, repetitions), {}, {}, {}
+    rounds, peaks, failed = dict.fromkeys(runs, repetitions), {}, {}
+    needed: dict[str, int] = {}
     for turn in range(repetitions + 1):
         # Every other round backwards, so that nobody always follows the same one.
         for name in list(runs)[:: 1 if turn % 2 else -1]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def with_unit_stride(logits: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _is_one_block(logits: Tensor) -> bool:
 
 def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
     return {
-        "dtype": _DTYPE_CODES[block.dtype],
+        "dtype": DTYPE_CODES[block.dtype],
         "logits": block.data_ptr(),
         "row_stride": block.stride(0),
         "rows": block.shape[0],
@@ -56,6 +56,6 @@ def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str
     }
 
 
-def address(tensor: Tensor | None, start: int) -> int:
+def address(tensor: Tensor | None, start: int = 0) -> int:
     """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
