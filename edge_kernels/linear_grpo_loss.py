@@ -33,6 +33,7 @@ from edge_kernels.linear_token_stats import (
     linear_token_stats,
     needs_column_pass,
     none_if_unwanted,
+    product_dtype,
     rows_per_tile,
     tile_buffer,
     tiles,
@@ -122,11 +123,11 @@ def linear_grpo_loss_op(
     stats = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
     num_rows = int(learning.sum())
     num_others = int(mask.sum()) - num_rows
-    by_columns = want_weight and not keep_tile and needs_column_pass(weight, num_rows)
+    by_columns = want_weight and not keep_tile and needs_column_pass(weight, head.products, num_rows)
     in_tiles = (want_hidden, want_weight and not by_columns, want_bias)
     gradient = None
     if not keep_tile:
-        is_one_tile = num_rows <= rows_per_tile(weight)
+        is_one_tile = num_rows <= rows_per_tile(weight, head.products)
         gradient = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile)
         buffer = tile_buffer(weight, head, max(num_rows, num_others))
     else:
@@ -298,7 +299,7 @@ def linear_edge_grpo_loss(
     Masked rows are left out before the first product.
 
     One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
-    own statistics are. A batch of one tile (``TILE_BYTES`` of float32 logits; 138 rows of V = 151,936) keeps that
+    own statistics are. A batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
     tile's gradient until the backward pass, which adds to an existing ``weight.grad`` where it lies. The gradient of a
     larger batch is made in the forward pass, scaled by the incoming one in the backward pass, and handed out once
     (``retain_graph`` for a second pass raises).
@@ -344,7 +345,7 @@ def linear_edge_grpo_loss(
         bias,
         batch.targets.flatten(),
         *wanted,
-        batch.mask.numel() <= rows_per_tile(weight),
+        batch.mask.numel() <= rows_per_tile(weight, product_dtype(dtype, weight.device)),
         dtype,
         *batch.transform,
         *batch.terms(batch.advantages, None).flatten(),
