@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import math
-import mmap
 import os
 import statistics
 import subprocess
@@ -58,7 +57,6 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
     flush = torch.ones(_last_level_cache_bytes() // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
     rounds, peaks, failed = dict.fromkeys(runs, repetitions), {}, {}
-    needed: dict[str, int] = {}
     for turn in range(repetitions + 1):
         # Every other round backwards, so that nobody always follows the same one.
         for name in list(runs)[:: 1 if turn % 2 else -1]:
@@ -66,11 +64,9 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
                 continue
             try:
                 runs[name].prepare()
-                _back_free_memory(needed.get(name, 0))
                 flush.sum()
                 if turn == 0:
                     extra, seconds = _peak_bytes(runs[name].run)
-                    needed[name] = 0 if math.isnan(extra) else int(extra)
                     peaks[name] = max(extra - runs[name].own_bytes, 0)  # in this order NaN stays NaN
                     rounds[name] = min(repetitions, (repetitions, 4, 3, 2)[sum(seconds > s for s in SLOW_SECONDS)])
                     continue
@@ -86,22 +82,6 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
             spread = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
             answers[name] = {**spread, "repetitions": len(values), "extra_bytes": peaks[name]}
     return answers
-
-
-def _back_free_memory(num_bytes: int) -> None:
-    """Write to more fresh memory than a contender will ask for, and free it again.
-
-    The host of a virtual machine takes back what the machine has freed, seconds later, and the next first write waits
-    for the host: at 1 GB/s, where 40 are usual, whoever it is that happens to make it. In huge pages, which the system
-    can also divide, and four times as much, since others are free too and may be handed out first.
-    """
-    if num_bytes <= 0:
-        return
-    with suppress(OSError, ValueError, AttributeError):
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = mmap.mmap(-1, min(4 * num_bytes, available // 2))
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 def explain(error: BaseException) -> str:
