@@ -5,6 +5,8 @@ tuning.py: block sizes by architecture; aot.py: the kernels as a compiler withou
 TRITON_INTERPRET=1 everything runs on CPU tensors, slowly, for tests.
 """
 
+from edge_kernels.triton.grpo_sweep import grpo_sweep
+from edge_kernels.triton.token_loss import token_loss
 from edge_kernels.triton.token_stats import token_stats_backward, token_stats_forward
 
-__all__ = ["token_stats_backward", "token_stats_forward"]
+__all__ = ["grpo_sweep", "token_loss", "token_stats_backward", "token_stats_forward"]
