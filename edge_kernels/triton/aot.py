@@ -126,9 +126,13 @@ def _kernel(
     )
 
 
-def kernels(capability: int) -> list[AotKernel]:
-    """Return every kernel in its main variant for each type of logits, for sm_``capability`` (80, 90, 100, 120)."""
-    device = tuning.Device(f"sm_{capability}", 32, 132, 50 * 2**20)
+def kernels(capability: int | str) -> list[AotKernel]:
+    """Return every kernel in its main variant for each type of logits.
+
+    ``capability``  80, 90, 100, 120 for sm_80 and so on; "hip" for ROCm's gfx9, whose warps have 64 lanes.
+    """
+    name, warp_size = ("hip", 64) if capability == "hip" else (f"sm_{capability}", 32)
+    device = tuning.Device(name, warp_size, multiprocessors=132, cache_bytes=50 * 2**20)
     linear = {"CAPPED": False, "NEGATIVE": False}
     rule = {
         "HAS_OLD": True, "HAS_REF": False, "HAS_BETA": False, "HAS_SAMPLER_RATIO": False, "HAS_SAMPLING": False,

@@ -36,7 +36,7 @@ from edge_kernels.triton.arithmetic import (
     shifted,
     statistics,
 )
-from edge_kernels.triton.launch import LAUNCH, float32, slope_of_x, transform_arguments
+from edge_kernels.triton.launch import LAUNCH, float32, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.triton.token_stats import target_shifted
 
 _INTERPRETED = tl.constexpr(is_interpreting())
@@ -394,6 +394,7 @@ def product_options(device: tuning.Device, dtype: torch.dtype) -> tuple[dict[str
     return {"num_warps": matrix.num_warps, **LAUNCH}, blocks
 
 
+@on_its_device
 def linear_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -431,6 +432,7 @@ def linear_forward(
     return out
 
 
+@on_its_device
 def linear_backward(
     hidden: Tensor,
     weight: Tensor,
