@@ -110,11 +110,8 @@ def _triton_unavailable() -> str | None:
 
 @cache
 def _cuda_unavailable(module: ModuleType) -> str | None:
-    if find_spec(_MODULES["cuda"]) is None:
-        return "this version of edge_kernels has no cuda kernels"
-    if module.built_with()["cuda"] is None:
-        return "the extension edge_kernels._C was built without CUDA; install nvcc and build it again"
-    return "torch is a build for ROCm" if torch.version.hip is not None else None
+    reason: str | None = importlib.import_module(_MODULES["cuda"]).unavailable(module)
+    return reason
 
 
 def is_interpreting() -> bool:
