@@ -241,10 +241,10 @@ def test_a_call_runs_on_the_tensors_device_and_leaves_the_current_one(
 def test_a_workspace_that_is_too_small_and_a_dtype_that_is_not_taken_raise(
     emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terms = {name: None for name in TokenTerms._fields}
-    terms |= {"mask": torch.ones(3, dtype=torch.bool), "weight": random(3), "advantages": random(3)}
+    mask = torch.ones(3, dtype=torch.bool)
+    terms = TokenTerms(mask, random(3), random(3), None, None, None, None, None, None, None)
     monkeypatch.setattr(cuda, "_workspace", lambda like, num_bytes: torch.empty(num_bytes - 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="workspace_bytes must be .*; 1 bytes are missing"):
-        cuda.token_loss(random(3), random(3), TokenTerms(**terms), LossRule.of(GRPOLossConfig()))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"workspace_bytes must be .*; 1 bytes are missing"):
+        cuda.token_loss(random(3), random(3), terms, LossRule.of(GRPOLossConfig()))
     with pytest.raises(ValueError, match=r"dtype 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got 3"):
         cuda.token_stats_forward(random(2, 5).double(), None, TRANSFORM)
