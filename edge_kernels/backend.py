@@ -83,7 +83,7 @@ def extension() -> ModuleType:
 def unavailable(backend: str) -> str | None:
     """Return why ``backend`` cannot run in this installation, or None if it can.
 
-    Whether there is a GPU is not asked: without one there is no tensor that would go there, but shapes may be traced.
+    "cuda" needs a driver, and a device that it was compiled for if there is any. Shapes are traced without asking here.
     """
     if backend == "reference":
         return None
