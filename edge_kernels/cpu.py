@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edge_kernels._checks import stats_dtype
 from edge_kernels.backend import extension
-from edge_kernels.reference import MAX_LOG_RATIO
 from edge_kernels.rows import DTYPE_CODES, address, describe_rows, row_blocks, with_unit_stride
 from edge_kernels.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
 from edge_kernels.token_stats import KernelStats, StatsGradients, Transform, new_stats
-
-if TYPE_CHECKING:
-    from edge_kernels._C import TokenLossRule
 
 
 def _options(transform: Transform) -> dict[str, Any]:
@@ -78,7 +75,7 @@ def grpo_sweep(
 ) -> tuple[Tensor, Tensor]:
     dtype = stats_dtype(logits.dtype)
     logprobs, entropy = (torch.empty(targets.shape, dtype=dtype) for _ in range(2))
-    per_token, targets, native_rule = _per_token(terms, dtype), targets.contiguous(), _rule(terms, rule)
+    per_token, targets, numbers = _per_token(terms, dtype), targets.contiguous(), _numbers(terms)
     for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):
         extension().grpo_sweep(
             **describe_rows(block, targets, start),
@@ -86,8 +83,9 @@ def grpo_sweep(
             entropy=address(entropy, start),
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
-            rule=native_rule,
             **{name: address(value, start) for name, value in per_token.items()},
+            **rule.for_extension(),
+            **numbers,
             **_options(transform),
         )
     return logprobs, entropy
@@ -95,22 +93,21 @@ def grpo_sweep(
 
 def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
     logprobs, entropy, mask = logprobs.contiguous(), entropy.contiguous(), terms.mask.contiguous()
-    out = TokenLoss(
-        logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), *map(torch.empty_like, (logprobs, entropy))
-    )
+    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
+    out = TokenLoss(loss, metrics, torch.empty_like(logprobs), torch.empty_like(entropy))
     per_token = _per_token(terms, logprobs.dtype)
-    length = logprobs.shape[-1]
-    extension().batch_loss(
+    extension().token_loss(
         dtype=DTYPE_CODES[logprobs.dtype],
-        sequences=logprobs.numel() // length if length else 0,
-        length=length,
+        sequences=math.prod(logprobs.shape[:-1]),
+        length=logprobs.shape[-1],
+        ratio_of_sequence=rule.level == "sequence",
+        sampler_of_sequence=rule.sampler_mode.startswith("sequence"),
         logprobs=address(logprobs),
         entropy=address(entropy),
         mask=address(mask),
-        rule=_rule(terms, rule),
-        ratio_of_sequence=rule.level == "sequence",
-        sampler_of_sequence=rule.sampler_mode.startswith("sequence"),
         **{name: address(value) for name, value in per_token.items()},
+        **rule.for_extension(),
+        **_numbers(terms),
         loss=address(out.loss),
         metrics=address(out.metrics),
         d_logprobs=address(out.d_logprobs),
@@ -128,21 +125,8 @@ def _per_token(terms: TokenTerms, dtype: torch.dtype) -> dict[str, Tensor | None
     }
 
 
-def _rule(terms: TokenTerms, rule: LossRule) -> TokenLossRule:
-    infinity = float("inf")
-    return extension().TokenLossRule(
-        cispo=rule.loss_type == "cispo",
-        epsilon_low=rule.epsilon_low,
-        epsilon_high=rule.epsilon_high,
-        delta=infinity if rule.delta is None else rule.delta,
-        beta=rule.beta,
-        sampler_cap=infinity if rule.sampler_cap is None else rule.sampler_cap,
-        sampler_floor=rule.sampler_floor,
-        sampler_masks=rule.sampler_mode.endswith("mask"),
-        injected_treatment={"sft": 1, "shaped": 2}.get(rule.injected, 0),
-        sft_weight=rule.sft_weight,
-        shaped_gamma=rule.shaped_gamma,
-        max_log_ratio=MAX_LOG_RATIO,
-        entropy_threshold=-infinity if terms.entropy_threshold is None else float(terms.entropy_threshold),
-        bonus_weight=0.0 if terms.bonus_weight is None else float(terms.bonus_weight),
-    )
+def _numbers(terms: TokenTerms) -> dict[str, float]:
+    return {
+        "entropy_threshold": -math.inf if terms.entropy_threshold is None else float(terms.entropy_threshold),
+        "bonus_weight": 0.0 if terms.bonus_weight is None else float(terms.bonus_weight),
+    }

@@ -1,5 +1,5 @@
 // One thread: thousands of tokens take less than waking a second one, and sums keep their order.
-#include "../batch_loss.h"
+#include "../token_loss.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@ namespace {
 
 class Batch {
   public:
-    explicit Batch(const BatchLoss& call) : call_(call) {}
+    explicit Batch(const TokenLoss& call) : call_(call) {}
 
     void run() {
         for (std::int64_t sequence = 0; sequence < call_.sequences; ++sequence) {
@@ -112,7 +112,7 @@ class Batch {
         return call_.old_logprobs == nullptr || !std::isnan(value_of(call_.old_logprobs, i));
     }
 
-    const BatchLoss& call_;
+    const TokenLoss& call_;
     std::int64_t begin_ = 0;
     std::int64_t end_ = 0;
     double sums_[kTokenSums] = {};
@@ -120,7 +120,7 @@ class Batch {
 
 }  // namespace
 
-void batch_loss(const BatchLoss& call) {
+void token_loss(const TokenLoss& call) {
     Batch(call).run();
 }
 
