@@ -76,11 +76,11 @@ IMPORTS = {
 # From the bottom up; a module imports others of its own layer or of those before. A package's submodules count with it.
 LAYERS = (
     ("config", "types", "text", "seeding"),
-    ("rewards", "correction", "batching", "data", "arithmetic", "metrics"),
+    ("rewards", "correction", "batching", "data", "arithmetic", "templates", "estimators", "metrics"),
     ("model", "rollout"),
-    ("evaluate", "checkpoint", "runlog", "trainer"),
+    ("evaluate", "suite", "compare", "checkpoint", "runlog", "trainer"),
     ("integrations",),
-    ("report", "cli", "__main__"),
+    ("report", "eval_cli", "cli", "__main__"),
 )
 LAYER_OF = {f"edge_grpo.{name}": level for level, names in enumerate(LAYERS) for name in names}
 
