@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from bpe import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_grpo.config import RewardConfig
+from edge_grpo.answers import Grader
 from edge_grpo.evaluate import Evaluation, ExampleResult, count_votes, evaluate
-from edge_grpo.rewards import Rewarder
 from edge_grpo.templates import TEMPLATES
 from edge_grpo.types import Example, Prompt, Provenance, Response, Sampling
 
@@ -47,9 +46,13 @@ def prompt(index: int, answer: str | None) -> Prompt:
     return Prompt(Example(index, "?", answer), "?", (100 + index,))
 
 
-def run(engine: ScriptedEngine, prompts: Sequence[Prompt], generations: int, **settings: object) -> Evaluation:
-    values = {"sampling": SAMPLING, "seed": 5, **settings}
-    return evaluate(engine, prompts, Rewarder(RewardConfig()), engine.tokenizer, generations=generations, **values)
+@pytest.fixture
+def run(grader: Grader) -> Callable[..., Evaluation]:
+    def run(engine: ScriptedEngine, prompts: Sequence[Prompt], generations: int, **settings: object) -> Evaluation:
+        values = {"sampling": SAMPLING, "seed": 5, **settings}
+        return evaluate(engine, prompts, grader, engine.tokenizer, generations=generations, **values)
+
+    return run
 
 
 def result(index: int, correct: int, generations: int) -> ExampleResult:
@@ -58,7 +61,7 @@ def result(index: int, correct: int, generations: int) -> ExampleResult:
     return ExampleResult(index, outcomes, (10,) * generations, (False,) * generations, answers)
 
 
-def test_numbers_worked_by_hand():
+def test_numbers_worked_by_hand(run):
     engine = ScriptedEngine(
         r"\boxed{1}", r"\boxed{2}", r"\boxed{1}", "1...", r"\boxed{2}", "", r"\boxed{3}", r"\boxed{2}"
     )
@@ -77,7 +80,7 @@ def test_numbers_worked_by_hand():
     assert found.mean_length == pytest.approx(sum(lengths) / 8)
 
 
-def test_the_engine_is_asked_once_for_all_generations_side_by_side():
+def test_the_engine_is_asked_once_for_all_generations_side_by_side(run):
     engine = ScriptedEngine(*["x"] * 6)
     run(engine, [prompt(0, "1"), prompt(1, "2")], 3, seed=11)
     assert engine.calls == [([(100,)] * 3 + [(101,)] * 3, SAMPLING, 11)]
@@ -116,16 +119,16 @@ def test_shares_of_different_evaluations_do_not_merge():
         Evaluation.merge([Evaluation(1, ()), Evaluation(2, ())])
 
 
-def test_an_empty_share_has_no_numbers_and_asks_nothing():
+def test_an_empty_share_has_no_numbers_and_asks_nothing(grader, run):
     engine = ScriptedEngine()
     found = run(engine, [], 2)
     assert engine.calls == []
     assert all(map(math.isnan, (found.accuracy, found.stderr, found.mean_length, found.truncated)))
-    assert all(len(values) == 0 for values in count_votes(found, Rewarder(RewardConfig())).quantities().values())
+    assert all(len(values) == 0 for values in count_votes(found, grader).quantities().values())
     assert all(map(math.isnan, found.lengths().values()))
 
 
-def test_special_tokens_are_not_part_of_the_answer():
+def test_special_tokens_are_not_part_of_the_answer(run):
     found = run(ScriptedEngine(r"\boxed{1<s>}"), [prompt(0, "1")], 1)
     assert found.accuracy == 1
 
@@ -138,7 +141,7 @@ def test_special_tokens_are_not_part_of_the_answer():
         (1, {}, None, r"1 of 1 examples have no answer .* row 4"),
     ],
 )
-def test_what_cannot_be_evaluated_is_an_error(generations, settings, answer, message):
+def test_what_cannot_be_evaluated_is_an_error(grader, run, generations, settings, answer, message):
     with pytest.raises(ValueError, match=message):
         run(ScriptedEngine("x"), [prompt(4, answer)], generations, **settings)
 
@@ -167,20 +170,20 @@ def answered(correct: str, *answers: str | None, accepted: str = "1") -> Evaluat
         ("ccw", ["x=1", "1", "4"], (1,)),  # right ones are one answer, however they are written
     ],
 )
-def test_votes_are_counted_by_value(outcomes, answers, votes):
-    found = count_votes(answered(outcomes, *answers), Rewarder(RewardConfig()))
+def test_votes_are_counted_by_value(grader, outcomes, answers, votes):
+    found = count_votes(answered(outcomes, *answers), grader)
     assert found.results[0].wrong_votes == votes
     assert found.quantities()["accuracy"][0] == pytest.approx(outcomes.count("c") / len(outcomes))
 
 
-def test_votes_of_many_problems_stay_apart():
+def test_votes_of_many_problems_stay_apart(grader):
     share = [answered("cww", "1", "2", answer).results[0] for answer in ("2", "3")]
     whole = Evaluation(3, tuple(ExampleResult(i, *list(vars(r).values())[1:]) for i, r in enumerate(share)))
-    assert [r.wrong_votes for r in count_votes(whole, Rewarder(RewardConfig())).results] == [(2,), (1, 1)]
+    assert [r.wrong_votes for r in count_votes(whole, grader).results] == [(2,), (1, 1)]
 
 
-def test_quantities_by_name_one_value_an_example():
-    found = count_votes(answered("ccww", "1", "1", "2", "3"), Rewarder(RewardConfig())).quantities()
+def test_quantities_by_name_one_value_an_example(grader):
+    found = count_votes(answered("ccww", "1", "1", "2", "3"), grader).quantities()
     assert list(found) == ["accuracy", "pass@2", "pass@4", "maj@2", "maj@4"]
     assert found["maj@4"] == [1.0]
     # Two of four: both right 1/6, one right and a tie 4/6.
@@ -204,7 +207,7 @@ def test_lengths_worked_by_hand():
     }
 
 
-def test_an_ending_ends_a_response():
+def test_an_ending_ends_a_response(run):
     """What follows </answer> is neither read nor counted, and such a response is not cut off."""
     said = " 1 </think> <answer>1</answer>"
     engine = ScriptedEngine(said, f"{said} and <answer>2</answer> ...", " <think> 1 ...")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from bpe import make_tokenizer
 
 from edge_grpo import suite
-from edge_grpo.config import RewardConfig
+from edge_grpo.answers import Grader
 from edge_grpo.data import load_examples, suite_sets
 from edge_grpo.estimators import Estimate
-from edge_grpo.rewards import Rewarder
 from edge_grpo.suite import Protocol, Result, check_sheets, data_fingerprint, gold_answer, wrong_answer
 from edge_grpo.templates import TEMPLATES
 from edge_grpo.types import Example, Prompt, Provenance, Response, Sampling
@@ -67,29 +66,35 @@ def begin(**protocol: object) -> Result:
     return suite.begin(MODEL, own, PROMPTS, {"one": "a.json", "two": "b.json"}, {"one": [], "two": [9]})
 
 
-def finish(result: Result, engine: SeededEngine, path: Path | None = None) -> list[str]:
-    chunks: list[str] = []
+@pytest.fixture
+def finish(grader: Grader) -> Callable[..., list[str]]:
+    """Return a function that runs a result to its end and returns the sets of the chunks that this took."""
 
-    def after(name: str) -> None:
-        chunks.append(name)
-        if path is not None:
-            result.save(path)
+    def finish(result: Result, engine: SeededEngine, path: Path | None = None) -> list[str]:
+        chunks: list[str] = []
 
-    suite.run(result, PROMPTS, TEMPLATE, engine, TOKENIZER, Rewarder(RewardConfig()), after_chunk=after)
-    return chunks
+        def after(name: str) -> None:
+            chunks.append(name)
+            if path is not None:
+                result.save(path)
+
+        suite.run(result, PROMPTS, TEMPLATE, engine, TOKENIZER, grader, after_chunk=after)
+        return chunks
+
+    return finish
 
 
 # ---- Running and the file
 
 
-def test_chunks_have_seeds_of_their_own():
+def test_chunks_have_seeds_of_their_own(finish):
     engine = SeededEngine()
     assert finish(begin(), engine) == ["one", "one", "one", "two"]
     assert [size for size, _ in engine.calls] == [6, 6, 2, 4]  # two generations of 3, 3, 1 and 2 problems
     assert len({seed for _, seed in engine.calls}) == 4
 
 
-def test_a_result_survives_its_file(tmp_path):
+def test_a_result_survives_its_file(finish, tmp_path):
     path = tmp_path / "deep" / "result.json"
     result = begin()
     finish(result, SeededEngine(), path)
@@ -112,7 +117,7 @@ def test_a_result_survives_its_file(tmp_path):
     assert sum(line.startswith('        {"index": ') for line in path.read_text().splitlines()) == 9
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path):
+def test_an_interrupted_evaluation_goes_on_to_the_same_result(finish, tmp_path):
     path = tmp_path / "result.json"
     whole = begin()
     finish(whole, SeededEngine())
@@ -201,22 +206,22 @@ def test_the_fingerprint_knows_rows_problems_and_all_accepted_answers():
     assert len({of(example), of(), of(example, example), *map(of, others)}) == 7
 
 
-def test_answers_are_graded_again(tmp_path):
+def test_answers_are_graded_again(grader, finish, tmp_path):
     result = begin()
     finish(result, SeededEngine())
     examples = {name: [prompt.example for prompt in own] for name, own in PROMPTS.items()}
-    assert suite.grade_again(result, examples, Rewarder(RewardConfig())) == result
+    assert suite.grade_again(result, examples, grader) == result
     # A result whose outcomes a worse grader decided.
     part = result.sets["one"].evaluation
     bad = tuple(dataclasses.replace(r, outcomes=("wrong", "wrong"), wrong_votes=()) for r in part.results)
     worse = dataclasses.replace(result.sets["one"], evaluation=dataclasses.replace(part, results=bad))
     stale = dataclasses.replace(result, sets=result.sets | {"one": worse}, grader={"math-verify": "0.1"})
-    assert suite.grade_again(stale, examples, Rewarder(RewardConfig())) == result
+    assert suite.grade_again(stale, examples, grader) == result
     with pytest.raises(ValueError, match=r"one: a\.json must hold the problems and answers that were asked"):
-        suite.grade_again(result, examples | {"one": examples["two"]}, Rewarder(RewardConfig()))
+        suite.grade_again(result, examples | {"one": examples["two"]}, grader)
 
 
-def test_estimates_of_a_whole_result():
+def test_estimates_of_a_whole_result(finish):
     result = begin()
     finish(result, SeededEngine())
     per_set, micro, macro = result.estimates()
@@ -269,30 +274,23 @@ def test_wrong_answers_are_near_where_they_can_be():
     assert gold_answer(example(0, "1", "4")) == "1"
 
 
-def test_a_sound_grader_and_what_it_reads_as_text():
+def test_a_sound_grader_and_what_it_reads_as_text(grader):
     rows = [example(0, "7"), example(1, r"\frac{1}{2}"), example(2, r"\text{even}"), example(3), example(4, "x=", "3")]
     for template in TEMPLATES.values():
-        check = check_sheets(rows, template, Rewarder(RewardConfig()))
+        check = check_sheets(rows, template, grader)
         assert check.is_sound
         assert check.gold == {"correct": 4, "wrong": 0, "unparseable": 0, "timed_out": 0}
         assert check.wrong["correct"] == 0
         assert (check.text_only, check.unanswered) == ((2,), (3,))
 
 
-class Misjudging(Rewarder):
-    """Accepts row 1's wrong answer and rejects row 0's own."""
+def test_misjudged_rows_are_named(grader):
+    def misjudging(pairs):
+        """Rejects 7 where it is right and accepts 9 where 8 is."""
+        flipped = {(("7",), "7"): "wrong", (("8",), "9"): "correct"}
+        return [flipped.get(pair, outcome) for pair, outcome in zip(pairs, grader(pairs), strict=True)]
 
-    def __call__(self, prompts, completions):
-        flipped = {(0, r"\boxed{7}"): "wrong", (1, r"\boxed{9}"): "correct"}
-        rewards = super().__call__(prompts, completions)
-        return [
-            dataclasses.replace(r, outcome=flipped.get((p.example.index, text), r.outcome))
-            for r, p, text in zip(rewards, prompts, completions, strict=True)
-        ]
-
-
-def test_misjudged_rows_are_named():
-    check = check_sheets([example(0, "7"), example(1, "8")], TEMPLATE, Misjudging(RewardConfig()))
+    check = check_sheets([example(0, "7"), example(1, "8")], TEMPLATE, misjudging)
     assert (check.rejected, check.accepted) == ((0,), (1,))
     assert not check.is_sound
 
@@ -310,9 +308,9 @@ def test_misjudged_rows_are_named():
         ("olympiad_bench", 675, (34, 73, 96)),
     ],
 )
-def test_a_perfect_and_a_wrong_sheet_on_the_papers_sets(name, size, text_only):
+def test_a_perfect_and_a_wrong_sheet_on_the_papers_sets(grader, name, size, text_only):
     examples = load_examples(suite_sets(str(SUITE))[name], {})
-    check = check_sheets(examples, TEMPLATE, Rewarder(RewardConfig()))
+    check = check_sheets(examples, TEMPLATE, grader)
     assert check.gold["correct"] == len(examples) == size
     assert check.wrong["correct"] == 0
     assert check.is_sound

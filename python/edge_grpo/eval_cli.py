@@ -11,7 +11,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import suite
+from .answers import Grader
 from .compare import Comparison, Row, compare
-from .config import RewardConfig, TrainConfig
+from .config import TrainConfig
 from .data import load_examples, suite_sets
 from .estimators import Estimate
 from .model import load_model, weights_fingerprint
-from .rewards import Rewarder
 from .rollout import build_engine
 from .suite import Protocol, Result, SheetCheck
 from .templates import Template, find_template, foreign_marks
@@ -86,14 +87,14 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
         data = dataclasses.replace(config.data, max_prompt_length=longest)
         engine = build_engine(dataclasses.replace(config, data=data, gec=False), model, tokenizer)
         try:
-            with _rewarder(config) as rewarder, _Bar(result) as bar:
+            with _grader(config) as grader, _Bar(result) as bar:
 
                 def after_chunk(set_name: str) -> None:
                     bar.show(set_name)
                     if path is not None:
                         result.save(path)
 
-                suite.run(result, prompts, template, engine, tokenizer, rewarder, after_chunk=after_chunk)
+                suite.run(result, prompts, template, engine, tokenizer, grader, after_chunk=after_chunk)
         except KeyboardInterrupt:
             if path is not None and path.is_file():
                 _say(f"\nInterrupted: what was found is in {path}; add --resume to the command to finish it")
@@ -124,8 +125,8 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
         part = saved.sets[name]
         limit = part.problems + len(part.left_out)
         examples[name] = load_examples(spec, config.data.columns, seed=saved.protocol.seed, limit=limit)
-    with _rewarder(config) as rewarder:
-        result = suite.grade_again(saved, examples, rewarder)
+    with _grader(config) as grader:
+        result = suite.grade_again(saved, examples, grader)
     pairs = [
         (before, after)
         for name in saved.sets
@@ -143,9 +144,9 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
 def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
     """Grade a perfect and a wrong answer sheet; the status is 1 if any answer is misjudged."""
     template = _template(options, config)
-    with _rewarder(config) as rewarder:
+    with _grader(config) as grader:
         checks = {
-            name: suite.check_sheets(examples, template, rewarder)
+            name: suite.check_sheets(examples, template, grader)
             for name, examples in _examples(_sources(options, config), config).items()
         }
     _print_checks(checks)
@@ -203,18 +204,13 @@ def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list
     }
 
 
-class _rewarder:  # noqa: N801 - used like a function
-    """A grader that is closed at the end: accuracy alone, whatever else the configuration rewards."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        reward: RewardConfig = dataclasses.replace(config.reward, accuracy=1.0, format=0.0, functions={})
-        self.rewarder = Rewarder(reward)
-
-    def __enter__(self) -> Rewarder:
-        return self.rewarder
-
-    def __exit__(self, *_: object) -> None:
-        self.rewarder.close()
+@contextmanager
+def _grader(config: TrainConfig) -> Iterator[Grader]:
+    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    try:
+        yield grader
+    finally:
+        grader.close()
 
 
 class _Bar:

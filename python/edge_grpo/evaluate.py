@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from .answers import Grader, accepted_answers, normalize
 from .estimators import Array, majority_at_k, pass_at_k, powers_of_two
-from .rewards import Rewarder, normalize
 from .templates import Template
 from .text import last_box
-from .types import Example, Outcome, Prompt, Response, RolloutEngine, Sampling
+from .types import Outcome, Prompt, Response, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ class Evaluation:
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
-    rewarder: Rewarder,
+    grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
     *,
     generations: int,
@@ -151,10 +151,10 @@ def evaluate(
 ) -> Evaluation:
     """Return how the engine's present weights do on ``prompts``, each answered ``generations`` times.
 
-    Correct is what the accuracy reward calls correct, whatever its weight in training. Same weights, prompts and seed:
-    same result, in the order of the prompts. ``template`` says where the answer stands and what ends a response (None:
-    in the last box, and nothing but the end of sequence). Raises ValueError for fewer than one generation, for several
-    greedy ones (they would all be the same), and for a prompt without an answer.
+    Correct is what the grader of the accuracy reward calls so; other rewards play no part. Same weights, prompts and
+    seed: same result, in the order of the prompts. ``template`` says where the answer stands and what ends a response
+    (None: in the last box, and nothing but the end of sequence). Raises ValueError for fewer than one generation, for
+    several greedy ones (they would all be the same), and for a prompt without an answer.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -171,8 +171,9 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in range(generations)]
     responses = engine.generate([prompt.token_ids for prompt in repeated], sampling, seed=seed) if repeated else []
     read = [_read(response, tokenizer, template) for response in responses]
-    texts = [text if template is None else template.boxed(text) for text, _, _ in read]
-    answers, outcomes = grade(repeated, texts, rewarder)
+    answers = [last_box(text if template is None else template.boxed(text)) for text, _, _ in read]
+    accepted = [accepted_answers(prompt.example) for prompt in repeated]
+    outcomes = grader(list(zip(accepted, answers, strict=True)))
     results = []
     for number, prompt in enumerate(prompts):
         own = slice(number * generations, (number + 1) * generations)
@@ -188,14 +189,7 @@ def evaluate(
     return Evaluation(generations, tuple(results))
 
 
-def grade(
-    prompts: Sequence[Prompt], texts: Sequence[str], rewarder: Rewarder
-) -> tuple[list[str | None], list[Outcome]]:
-    r"""Return the answer in the last ``\boxed{}`` of each text, and its outcome for the prompt beside it."""
-    return [last_box(text) for text in texts], [reward.outcome for reward in rewarder(prompts, texts)]
-
-
-def count_votes(evaluation: Evaluation, rewarder: Rewarder) -> Evaluation:
+def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
     """Return the evaluation with ``wrong_votes`` counted, by the grader's own idea of which answers are equal.
 
     Only wrong answers are compared, and only where it matters: right ones are one answer, even where a problem accepts
@@ -216,12 +210,7 @@ def count_votes(evaluation: Evaluation, rewarder: Rewarder) -> Evaluation:
         for i, second in enumerate(counts)
         for first in list(counts)[:i]
     ]
-    # One call for all, so that a pool of workers shares them.
-    _, outcomes = grade(
-        [Prompt(Example(number, "", first), "", ()) for number, first, _ in pairs],
-        [f"\\boxed{{{second}}}" for _, _, second in pairs],
-        rewarder,
-    )
+    outcomes = grader([((first,), second) for _, first, second in pairs])  # one call, so that its workers share it
     equal = {pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "correct"}
     results = []
     for number, result in enumerate(evaluation.results):

@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from .answers import Grader, accepted_answers
 from .estimators import LEVEL, RESAMPLES, Estimate, averages
-from .evaluate import Evaluation, ExampleResult, count_votes, evaluate, grade
-from .rewards import Rewarder, accepted_answers, judge
+from .evaluate import Evaluation, ExampleResult, count_votes, evaluate
 from .seeding import derive_seed
+from .text import last_box
 from .types import Example, Outcome, Prompt, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -190,7 +191,9 @@ def begin(
         )
         for name, own in prompts.items()
     }
-    return Result(model, protocol, sets, _versions(_GENERATORS) | {"python": platform.python_version()}, grader())
+    return Result(
+        model, protocol, sets, _versions(_GENERATORS) | {"python": platform.python_version()}, grader_versions()
+    )
 
 
 def resume(result: Result, saved: Result, path: Path) -> None:
@@ -213,7 +216,7 @@ def run(
     template: Template,
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
-    rewarder: Rewarder,
+    grader: Grader,
     *,
     after_chunk: Callable[[str], None],
 ) -> None:
@@ -226,18 +229,18 @@ def run(
             share = evaluate(
                 engine,
                 own[start : start + protocol.chunk],
-                rewarder,
+                grader,
                 tokenizer,
                 generations=protocol.generations,
                 sampling=sampling,
                 seed=derive_seed(protocol.seed, "eval", name, start),
                 template=template,
             )
-            part.evaluation = Evaluation.merge([part.evaluation, count_votes(share, rewarder)])
+            part.evaluation = Evaluation.merge([part.evaluation, count_votes(share, grader)])
             after_chunk(name)
 
 
-def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], rewarder: Rewarder) -> Result:
+def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], grader: Grader) -> Result:
     """Return ``saved`` with its answers graded anew for ``examples``, the problems they were given for.
 
     Raises ValueError where the problems or their accepted answers differ from those that were asked.
@@ -250,21 +253,17 @@ def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], reward
                 f"{name}: {part.data} must hold the problems and answers that were asked; got the fingerprint {found}, "
                 f"the result has {part.fingerprint}"
             )
-        by_index = {example.index: Prompt(example, "", ()) for example in asked}
+        accepted = {example.index: accepted_answers(example) for example in asked}
         results = part.evaluation.results
-        _, outcomes = grade(
-            [by_index[result.index] for result in results for _ in result.answers],
-            ["" if answer is None else f"\\boxed{{{answer}}}" for result in results for answer in result.answers],
-            rewarder,
-        )
+        outcomes = grader([(accepted[result.index], answer) for result in results for answer in result.answers])
         size = saved.protocol.generations
         graded = [
             dataclasses.replace(result, outcomes=tuple(outcomes[i * size : (i + 1) * size]))
             for i, result in enumerate(results)
         ]
-        evaluation = count_votes(Evaluation(size, tuple(graded)), rewarder)
+        evaluation = count_votes(Evaluation(size, tuple(graded)), grader)
         sets[name] = dataclasses.replace(part, evaluation=evaluation)
-    return dataclasses.replace(saved, sets=sets, grader=grader())
+    return dataclasses.replace(saved, sets=sets, grader=grader_versions())
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
@@ -275,7 +274,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def grader() -> dict[str, str]:
+def grader_versions() -> dict[str, str]:
     """The versions of what decides whether an answer is right."""
     return _versions(_GRADERS)
 
@@ -303,21 +302,24 @@ class SheetCheck:
         return not self.rejected and not self.accepted
 
 
-def check_sheets(examples: Sequence[Example], template: Template, rewarder: Rewarder) -> SheetCheck:
+def check_sheets(examples: Sequence[Example], template: Template, grader: Grader) -> SheetCheck:
     """Grade a perfect and a wrong answer sheet for ``examples``, each answer in the form that ``template`` asks for."""
     answered = [example for example in examples if accepted_answers(example)]
-    prompts = [Prompt(example, "", ()) for example in answered]
     sheets: list[list[Outcome]] = []
     for write in (gold_answer, wrong_answer):
-        texts = [template.boxed(template.answer_with(write(example))) for example in answered]
-        sheets.append(grade(prompts, texts, rewarder)[1])
+        answers = [last_box(template.boxed(template.answer_with(write(example)))) for example in answered]
+        sheets.append(grader([(accepted_answers(e), answer) for e, answer in zip(answered, answers, strict=True)]))
     gold, wrong = sheets
+    # Only against an answer that is read as mathematics is what nobody can read "unparseable".
+    probes = [(example.index, answer) for example in answered for answer in accepted_answers(example)]
+    readable = grader([((answer,), ")(") for _, answer in probes])
+    read = {index for (index, _), outcome in zip(probes, readable, strict=True) if outcome == "unparseable"}
     return SheetCheck(
         gold={outcome: gold.count(outcome) for outcome in get_args(Outcome)},
         wrong={outcome: wrong.count(outcome) for outcome in get_args(Outcome)},
         rejected=tuple(e.index for e, outcome in zip(answered, gold, strict=True) if outcome != "correct"),
         accepted=tuple(e.index for e, outcome in zip(answered, wrong, strict=True) if outcome == "correct"),
-        text_only=tuple(example.index for example in answered if not any(map(_is_read, accepted_answers(example)))),
+        text_only=tuple(example.index for example in answered if example.index not in read),
         unanswered=tuple(example.index for example in examples if not accepted_answers(example)),
     )
 
@@ -333,11 +335,6 @@ def wrong_answer(example: Example) -> str:
     if all(re.fullmatch(r"-?\d{1,18}", answer.strip()) for answer in accepted):
         return str(max(map(int, accepted)) + 1)
     return "987654321"
-
-
-def _is_read(answer: str) -> bool:
-    """Whether the grader reads ``answer`` as mathematics: only then is unreadable text "unparseable" against it."""
-    return judge([answer], ")(") == "unparseable"
 
 
 # ---- Details -------------------------------------------------------------------------------------------------------
