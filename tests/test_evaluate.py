@@ -216,3 +216,22 @@ def test_an_ending_ends_a_response(run):
     assert found.answers == ("1", "1", None)
     assert found.truncated == (False, False, True)
     assert found.num_tokens[:2] == (len(engine.tokenizer.encode(said)),) * 2
+
+
+def test_the_models_window_ends_a_response(run):
+    """Prompts that leave less room are asked apart, with what they leave; each response goes to its own prompt."""
+    engine = ScriptedEngine("x")
+    engine._response = lambda text: ScriptedEngine._response(engine, f"\\boxed{{{len(engine.calls)}}}")
+    engine.generate = lambda prompts, sampling, *, seed: (
+        engine.calls.append((prompts, sampling, seed)) or [engine._response("") for _ in prompts]
+    )
+    lengths = (30, 100, 40, 164, 60)
+    prompts = [Prompt(Example(i, "?", "1"), "?", (7,) * length) for i, length in enumerate(lengths)]
+    found = run(engine, prompts, 1, sampling=Sampling(150, 0.6), window=200)
+    asked = [([len(ids) for ids in call[0]], call[1].max_tokens) for call in engine.calls]
+    # 170, 100, 160, 36 and 140 are left: 150 is enough for two, the others get multiples of 64, or all that there is.
+    assert asked == [([30, 40], 150), ([60], 128), ([100], 64), ([164], 36)]
+    assert len({seed for _, _, seed in engine.calls}) == 4
+    assert [result.answers[0] for result in found.results] == ["1", "3", "1", "4", "2"]
+    with pytest.raises(ValueError, match="row 3 has a prompt of 164 tokens, which leaves no room within the 164"):
+        run(engine, prompts, 1, window=164)

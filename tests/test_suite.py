@@ -162,9 +162,19 @@ def test_other_weights_or_data_are_not_resumed():
     other.sets["two"].fingerprint = "0"
     with pytest.raises(ValueError, match="data of two: "):
         suite.resume(begin(), other, Path("x.json"))
+    other = begin()
+    other.versions["torch"] = "1.0"
+    with pytest.raises(ValueError, match=r"version of torch: '.*' now, '1\.0' in the file"):
+        suite.resume(begin(), other, Path("x.json"))
     moved = begin()
     moved.model = MODEL | {"name": "the same weights elsewhere"}
     suite.resume(begin(), moved, Path("x.json"))
+
+
+def test_a_problem_without_an_answer_is_an_error_before_anything_is_asked():
+    prompts = {"one": [*prompts_of(2), Prompt(Example(8, "?"), "?", (1,))]}
+    with pytest.raises(ValueError, match=r"1 of 3 examples have no answer to compare with \(the first is row 8"):
+        suite.begin(MODEL, PROTOCOL, prompts, {"one": "a.json"}, {"one": []})
 
 
 def test_a_chunk_holds_at_least_one_problem():

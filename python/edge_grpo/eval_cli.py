@@ -53,13 +53,22 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
         if left_out[set_name]:
             limit = config.data.max_prompt_length
             _say(f"{set_name}: left out {len(left_out[set_name])} prompts of more than {limit} tokens")
-    longest = max(len(prompt.token_ids) for own in prompts.values() for prompt in own)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and longest + config.rollout.max_completion_length > window:
+    max_tokens = config.rollout.max_completion_length
+    lengths = [len(prompt.token_ids) for own in prompts.values() for prompt in own]
+    window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(lengths) + max_tokens  # of prompt and response together
+    if window is not None and longest > window:
+        if max(lengths) >= window:
+            raise ValueError(
+                f"the longest prompt has {max(lengths)} tokens and leaves no room for a response within the {window} "
+                f"that the model was made for; leave such prompts out: data.max_prompt_length={window - 1}"
+            )
+        short = sum(length + max_tokens > window for length in lengths)
         _say(
-            f"warning: the longest prompt has {longest} tokens; with {config.rollout.max_completion_length} more it "
-            f"exceeds the {window} that the model was made for; lower --max-tokens"
+            f"warning: {short} of {len(lengths)} prompts leave less than {max_tokens} tokens within the {window} that "
+            "the model was made for; their responses end there"
         )
+        longest = window
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = {
         "name": name,
@@ -72,9 +81,10 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
         template=template.to_dict(),
         generations=config.eval_generations,
         temperature=config.eval_temperature,
-        max_tokens=config.rollout.max_completion_length,
+        max_tokens=max_tokens,
         seed=config.seed,
         engine=config.rollout.engine,
+        window=window,
         chunk=suite.CHUNK if options.chunk is None else options.chunk,
     )
     result = suite.begin(about, protocol, prompts, sources, left_out)
@@ -83,9 +93,7 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
     if not result.is_complete:
         module: torch.nn.Module = model
         module.to(device)
-        # An engine makes room for the longest sequence that the configuration allows.
-        data = dataclasses.replace(config.data, max_prompt_length=longest)
-        engine = build_engine(dataclasses.replace(config, data=data, gec=False), model, tokenizer)
+        engine = build_engine(_with_room_for(config, max(lengths), longest), model, tokenizer)
         try:
             with _grader(config) as grader, _Bar(result) as bar:
 
@@ -195,6 +203,13 @@ def _sources(options: argparse.Namespace, config: TrainConfig) -> dict[str, str]
     if unknown := [name for name in chosen if name not in found]:
         raise ValueError(f"{options.suite} has no set {', '.join(map(repr, unknown))}; there are {', '.join(found)}")
     return {name: found[name] for name in chosen}
+
+
+def _with_room_for(config: TrainConfig, prompt: int, whole: int) -> TrainConfig:
+    """The configuration of an engine for sequences of at most ``whole`` tokens, ``prompt`` of them the prompt's."""
+    data = dataclasses.replace(config.data, max_prompt_length=prompt)
+    rollout = dataclasses.replace(config.rollout, max_completion_length=whole - prompt)
+    return dataclasses.replace(config, data=data, rollout=rollout, gec=False)  # no correction to make room for
 
 
 def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list[Example]]:

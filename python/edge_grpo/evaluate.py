@@ -17,12 +17,15 @@ import numpy as np
 
 from .answers import Grader, accepted_answers, normalize
 from .estimators import Array, majority_at_k, pass_at_k, powers_of_two
+from .seeding import derive_seed
 from .templates import Template
 from .text import last_box
 from .types import Outcome, Prompt, Response, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ROOM_STEP = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -148,13 +151,15 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     template: Template | None = None,
+    window: int | None = None,
 ) -> Evaluation:
     """Return how the engine's present weights do on ``prompts``, each answered ``generations`` times.
 
     Correct is what the grader of the accuracy reward calls so; other rewards play no part. Same weights, prompts and
     seed: same result, in the order of the prompts. ``template`` says where the answer stands and what ends a response
-    (None: in the last box, and nothing but the end of sequence). Raises ValueError for fewer than one generation, for
-    several greedy ones (they would all be the same), and for a prompt without an answer.
+    (None: in the last box, and nothing but the end of sequence). With its prompt a response is at most ``window``
+    tokens long, which is what the model was made for. Raises ValueError for fewer than one generation, for several
+    greedy ones (they would all be the same), for a prompt without an answer, and for one that fills the window.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -162,14 +167,9 @@ def evaluate(
         raise ValueError(
             f"generations must be 1 at temperature 0, where all are the same; got {generations}; raise the temperature"
         )
-    unanswered = [prompt.example.index for prompt in prompts if prompt.example.answer is None]
-    if unanswered:
-        raise ValueError(
-            f"{len(unanswered)} of {len(prompts)} examples have no answer to compare with (the first is row "
-            f"{unanswered[0]}); name the column with data.columns.answer, or remove the rows"
-        )
+    check_answers(prompts)
     repeated = [prompt for prompt in prompts for _ in range(generations)]
-    responses = engine.generate([prompt.token_ids for prompt in repeated], sampling, seed=seed) if repeated else []
+    responses = _generate(engine, repeated, sampling, seed, window)
     read = [_read(response, tokenizer, template) for response in responses]
     answers = [last_box(text if template is None else template.boxed(text)) for text, _, _ in read]
     accepted = [accepted_answers(prompt.example) for prompt in repeated]
@@ -187,6 +187,16 @@ def evaluate(
             )
         )
     return Evaluation(generations, tuple(results))
+
+
+def check_answers(prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for prompts that cannot be graded, before any time is spent on them."""
+    unanswered = [prompt.example.index for prompt in prompts if prompt.example.answer is None]
+    if unanswered:
+        raise ValueError(
+            f"{len(unanswered)} of {len(prompts)} examples have no answer to compare with (the first is row "
+            f"{unanswered[0]}); name the column with data.columns.answer, or remove the rows"
+        )
 
 
 def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
@@ -220,6 +230,36 @@ def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
             votes[same] = votes.get(same, 0) + count
         results.append(replace(result, wrong_votes=tuple(sorted(votes.values(), reverse=True))))
     return replace(evaluation, results=tuple(results))
+
+
+def _generate(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, seed: int, window: int | None
+) -> list[Response]:
+    """One response per prompt; prompts with less room than ``sampling.max_tokens`` are asked apart, with less."""
+    rooms = [_room(prompt, sampling.max_tokens, window) for prompt in prompts]
+    responses: dict[int, Response] = {}
+    for room in sorted(set(rooms), reverse=True):
+        places = [place for place, own in enumerate(rooms) if own == room]
+        asked = engine.generate(
+            [prompts[place].token_ids for place in places],
+            replace(sampling, max_tokens=room),
+            seed=seed if room == sampling.max_tokens else derive_seed(seed, "room", room),
+        )
+        responses.update(zip(places, asked, strict=True))
+    return [responses[place] for place in range(len(prompts))]
+
+
+def _room(prompt: Prompt, max_tokens: int, window: int | None) -> int:
+    """How many tokens a response may have; within a tight window a multiple of 64, so that few lengths come up."""
+    left = max_tokens if window is None else window - len(prompt.token_ids)
+    if left < 1:
+        raise ValueError(
+            f"row {prompt.example.index} has a prompt of {len(prompt.token_ids)} tokens, which leaves no room within "
+            f"the {window} that the model was made for; leave such rows out: data.max_prompt_length={(window or 0) - 1}"
+        )
+    if left >= max_tokens:
+        return max_tokens
+    return left // _ROOM_STEP * _ROOM_STEP or left
 
 
 def _read(response: Response, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> tuple[str, int, bool]:

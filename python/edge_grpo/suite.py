@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from .answers import Grader, accepted_answers
 from .estimators import LEVEL, RESAMPLES, Estimate, averages
-from .evaluate import Evaluation, ExampleResult, count_votes, evaluate
+from .evaluate import Evaluation, ExampleResult, check_answers, count_votes, evaluate
 from .seeding import derive_seed
 from .text import last_box
 from .types import Example, Outcome, Prompt, RolloutEngine, Sampling
@@ -38,10 +38,11 @@ _GRADERS = ("edge-grpo", "math-verify", "sympy", "latex2sympy2_extended")
 
 @dataclass(frozen=True)
 class Protocol:
-    """What decides how a model is asked. ``template`` is ``Template.to_dict``; ``max_tokens`` counts tokens.
+    """What decides how a model is asked. ``template`` is ``Template.to_dict``.
 
-    ``chunk`` problems at a time are generated and saved; each chunk has a seed of its own, so another size is another
-    draw.
+    A response has at most ``max_tokens``, and with its prompt at most ``window``, what the model was made for (None:
+    not known). ``chunk`` problems at a time are generated and saved; each chunk has a seed of its own, so another size
+    is another draw.
     """
 
     template: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Protocol:
     seed: int
     engine: str
     top_p: float = 1.0
+    window: int | None = None
     chunk: int = CHUNK
 
     def __post_init__(self) -> None:
@@ -180,7 +182,9 @@ def begin(
     data: Mapping[str, str],
     left_out: Mapping[str, list[int]],
 ) -> Result:
-    """Return a result with nothing in it yet for the sets of ``prompts``."""
+    """Return a result with nothing in it yet for the sets of ``prompts``; ValueError where one has no answer."""
+    for own in prompts.values():
+        check_answers(own)
     sets = {
         name: SetResult(
             data[name],
@@ -235,6 +239,7 @@ def run(
                 sampling=sampling,
                 seed=derive_seed(protocol.seed, "eval", name, start),
                 template=template,
+                window=protocol.window,
             )
             part.evaluation = Evaluation.merge([part.evaluation, count_votes(share, grader)])
             after_chunk(name)
@@ -310,10 +315,10 @@ def check_sheets(examples: Sequence[Example], template: Template, grader: Grader
         answers = [last_box(template.boxed(template.answer_with(write(example)))) for example in answered]
         sheets.append(grader([(accepted_answers(e), answer) for e, answer in zip(answered, answers, strict=True)]))
     gold, wrong = sheets
-    # Only against an answer that is read as mathematics is what nobody can read "unparseable".
+    # What nobody can read is "wrong" against text; against mathematics it is "unparseable".
     probes = [(example.index, answer) for example in answered for answer in accepted_answers(example)]
     readable = grader([((answer,), ")(") for _, answer in probes])
-    read = {index for (index, _), outcome in zip(probes, readable, strict=True) if outcome == "unparseable"}
+    read = {index for (index, _), outcome in zip(probes, readable, strict=True) if outcome != "wrong"}
     return SheetCheck(
         gold={outcome: gold.count(outcome) for outcome in get_args(Outcome)},
         wrong={outcome: wrong.count(outcome) for outcome in get_args(Outcome)},
@@ -346,7 +351,8 @@ def _identity(result: Result) -> dict[str, Any]:
     template = protocol.pop("template")
     weights = {"weights": result.model["weights"], "precision": result.model["precision"]}
     data = {f"data of {name}": part.fingerprint for name, part in result.sets.items()}
-    return weights | {"template": template["name"], "prompt": template} | protocol | {"grader": result.grader} | data
+    versions = {f"version of {package}": version for package, version in (result.versions | result.grader).items()}
+    return weights | {"template": template["name"], "prompt": template} | protocol | data | versions
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
