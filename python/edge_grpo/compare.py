@@ -149,6 +149,9 @@ def _notes(first: Result, second: Result) -> list[str]:
             notes.append(f"{key} differs: {pair[0]} and {pair[1]}")
     if first.model["precision"] != second.model["precision"]:
         notes.append(f"precision differs: {first.model['precision']} and {second.model['precision']}")
+    for package in sorted(first.versions.keys() & second.versions.keys()):
+        if first.versions[package] != second.versions[package]:
+            notes.append(f"{package} differs: {first.versions[package]} and {second.versions[package]}")
     if first.grader != second.grader:
         notes.append("graded by different versions; grade one again: edge-grpo eval RESULT.json --json NEW.json")
     return notes
