@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import transformers
 from cuda_on_cpu import harness
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from edge_grpo.answers import Grader
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -31,6 +33,14 @@ _SIZES = {
     "eos_token_id": 1,
     "initializer_range": 0.3,  # far from uniform logits, so that a wrong position or mask shows
 }
+
+
+@pytest.fixture(scope="session")
+def grader() -> Iterator[Grader]:
+    """A grader whose processes start when a test first needs them."""
+    grader = Grader()
+    yield grader
+    grader.close()
 
 
 @pytest.fixture(scope="session")

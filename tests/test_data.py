@@ -12,11 +12,10 @@ from bpe import BOS, EOS, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_grpo.answers import accepted_answers
 from edge_grpo.arithmetic import generate
 from edge_grpo.config import DataConfig
 from edge_grpo.data import GENERATED_SIZE, load_examples, render_prompts
-from edge_grpo.rewards import accepted_answers, judge
-from edge_grpo.text import last_box
 from edge_grpo.types import Example
 
 ROWS = [
@@ -284,7 +283,7 @@ def test_arithmetic_is_the_built_in_task():
     assert len(load_examples("arithmetic", {})) == GENERATED_SIZE
 
 
-def test_reasoning_gym_is_seeded_and_its_splits_share_no_seed():
+def test_reasoning_gym_is_seeded_and_its_splits_share_no_seed(grader):
     load = {
         (split, seed): load_examples(f"reasoning_gym:chain_sum@{split}", {}, seed=seed, limit=300)
         for split in ("train", "test")
@@ -294,7 +293,8 @@ def test_reasoning_gym_is_seeded_and_its_splits_share_no_seed():
     problems = {key: {example.problem for example in examples} for key, examples in load.items()}
     # Neighbouring seeds of reasoning_gym itself share all examples but one; a few four-digit sums repeat by chance.
     assert all(len(problems[a] & problems[b]) < 10 for a in problems for b in problems if a != b)
-    assert all(judge([e.answer], e.answer) == "correct" for e in load["test", 1] if e.answer is not None)
+    answers = [e.answer for e in load["test", 1] if e.answer is not None]
+    assert set(grader([([answer], answer) for answer in answers])) == {"correct"}
     assert load["test", 0][0].extra["metadata"]["source_dataset"] == "chain_sum"
 
 
@@ -398,14 +398,11 @@ def test_the_configuration_is_validated(values, message):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of the paper's data beside the repository")
-def test_the_papers_training_set_loads_and_its_solutions_mostly_pass():
+def test_the_papers_training_set_loads():
     examples = load_examples(str(SHARED / "deepscaler_hard-1k.json"), {})
     assert len(examples) == 1000
     assert len({example.problem for example in examples}) == 990
     assert all(example.answer and example.solution for example in examples)
-    some = examples[:150]
-    rejected = [e.index for e in some if judge([e.answer or ""], last_box(e.solution or "")) != "correct"]
-    assert 0 < len(rejected) < 10  # the published grader rejects 30 of all 1000
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of the paper's data beside the repository")
@@ -419,10 +416,9 @@ def test_the_papers_training_set_loads_and_its_solutions_mostly_pass():
         ("olympiad_bench", 675, "2"),
     ],
 )
-def test_the_papers_evaluation_sets_load_and_accept_their_own_answers(split, size, first):
+def test_the_papers_evaluation_sets_load_and_accept_their_own_answers(grader, split, size, first):
     examples = load_examples(f"{SHARED / 'evaluation_suite'}@{split}", {})
     assert len(examples) == size
     assert first in (None, examples[0].answer)
-    for example in examples:
-        for answer in accepted_answers(example):
-            assert judge(accepted_answers(example), answer) == "correct"
+    accepted = [accepted_answers(example) for example in examples]
+    assert set(grader([(several, answer) for several in accepted for answer in several])) == {"correct"}

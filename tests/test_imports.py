@@ -75,12 +75,13 @@ IMPORTS = {
 
 # From the bottom up; a module imports others of its own layer or of those before. A package's submodules count with it.
 LAYERS = (
-    ("config", "types", "text", "seeding"),
-    ("rewards", "correction", "batching", "data", "arithmetic", "metrics"),
+    ("config", "types", "text", "seeding", "workers", "estimators"),
+    ("answers", "equivalence", "functions", "rewards", "correction", "batching", "data", "arithmetic", "metrics"),
+    ("templates",),
     ("model", "rollout"),
-    ("evaluate", "checkpoint", "runlog", "trainer"),
+    ("evaluate", "suite", "compare", "checkpoint", "runlog", "trainer"),
     ("integrations",),
-    ("report", "cli", "__main__"),
+    ("report", "eval_cli", "cli", "__main__"),
 )
 LAYER_OF = {f"edge_grpo.{name}": level for level, names in enumerate(LAYERS) for name in names}
 
@@ -186,6 +187,14 @@ def test_help_does_not_wait_for_heavy_libraries() -> None:
         assert heavy == []
         waiting += [found.module for found in IMPORTS[module] if found.at_top and found.module in MODULES]
     assert "edge_grpo.config" in seen
+
+
+@pytest.mark.parametrize("name", ["equivalence", "functions"])
+def test_what_runs_in_workers_is_imported_only_there(name: str) -> None:
+    """Both do what may never end; and what they import a worker waits for."""
+    module = f"edge_grpo.{name}"
+    assert [line for other in MODULES if other != module for line in imports_matching(other, module)] == []
+    assert imports_matching("edge_grpo.workers", "torch", "edge_kernels", "edge_grpo.config") == []
 
 
 def test_extension_sources_know_no_torch() -> None:

@@ -33,6 +33,7 @@ Method = Literal["edge", "grpo", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
 Precision = Literal["float32", "bfloat16", "mixed"]
 Schedule = Literal["constant", "linear", "cosine"]
+OnError = Literal["fail", "zero", "skip"]
 
 
 def _raise(problems: Iterable[str]) -> None:
@@ -120,11 +121,16 @@ class RewardConfig:
     accuracy: float = 1.0  # weight of the boxed answer being right (math-verify)
     format: float = 0.0  # weight of there being exactly one well-formed \boxed{}
     functions: dict[str, float] = field(default_factory=dict)  # package.module:function -> weight
+    workers: int = 2  # processes that compare answers, for each training process
+    timeout: float = 5.0  # seconds for comparing one answer; beyond, its outcome is timed_out
+    function_timeout: float = 60.0  # seconds for one call of a function
+    on_error: OnError = "fail"  # a function raised or overran: end the run, count it as 0, or leave the response out
 
     def __post_init__(self) -> None:
         weights = {"accuracy": self.accuracy, "format": self.format}
         weights |= {f"functions[{path!r}]": weight for path, weight in self.functions.items()}
-        problems = []
+        problems = _whole(1, workers=self.workers)
+        problems += _real("> 0", timeout=self.timeout, function_timeout=self.function_timeout)
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 problems.append(f"{name} must be a finite number; got {weight!r}")

@@ -26,36 +26,43 @@ def fill(template: str, name: str, value: str) -> str:
     return template.format(**{name: value}) if fields == {name} else template.replace(f"{{{name}}}", value)
 
 
-def boxes(text: str) -> list[str | None]:
-    r"""The content of every ``\boxed{...}`` in the order of their openings; None for one that is never closed.
+def boxes(text: str) -> list[tuple[int, int | None]]:
+    r"""Where the content of every ``\boxed{...}`` starts and stops, by opening; None for one that is never closed.
 
     Braces are matched as LaTeX does: ``\{`` and ``\}`` do not count. One pass, whatever the nesting.
     """
-    contents: list[str | None] = []
-    open_braces: list[tuple[int | None, int]] = []  # which box it opened, and where its content starts
+    spans: list[tuple[int, int | None]] = []
+    open_braces: list[int | None] = []  # which box each opened
     for match in _BOXES_AND_BRACES.finditer(text):
         if match["box"]:
-            open_braces.append((len(contents), match.end()))
-            contents.append(None)
+            open_braces.append(len(spans))
+            spans.append((match.end(), None))
         elif match["brace"] == "{":
-            open_braces.append((None, match.end()))
+            open_braces.append(None)
         elif match["brace"] == "}" and open_braces:
-            box, start = open_braces.pop()
+            box = open_braces.pop()
             if box is not None:
-                contents[box] = text[start : match.start()]
-    return contents
+                spans[box] = (spans[box][0], match.start())
+    return spans
 
 
 def last_box(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}``; None where there is none or the last one is never closed."""
-    return next(reversed(boxes(text)), None)
+    start, stop = next(reversed(boxes(text)), (0, None))
+    return None if stop is None else text[start:stop]
 
 
 def bare_answer(text: str) -> str:
     r"""An answer without what surrounds it: blanks, math delimiters (``$``, ``\(``, ``\[``), a box around all of it."""
     text = _MATH_DELIMITERS.sub(lambda match: match["escaped"] or "", text).strip()
-    while (opening := _BOX.match(text)) and (content := boxes(text)[0]) is not None:
-        if opening.end() + len(content) + 1 != len(text):
-            break  # something follows the box
-        text = content.strip()
-    return text
+    start, stop = 0, len(text)
+    for inner_start, inner_stop in boxes(text):
+        opening = _BOX.match(text, start)
+        if opening is None or (opening.end(), stop - 1) != (inner_start, inner_stop):
+            break  # something stands beside the box
+        start, stop = inner_start, stop - 1
+        while start < stop and text[start].isspace():
+            start += 1
+        while start < stop and text[stop - 1].isspace():
+            stop -= 1
+    return text[start:stop]

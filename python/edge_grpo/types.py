@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 FinishReason = Literal["stop", "length"]
 Correction = Literal["reflect", "answer", "solution"]
 Outcome = Literal["correct", "wrong", "unparseable", "timed_out"]
+FailureKind = Literal["timed_out", "out_of_memory", "died", "raised"]  # of a call in another process
 
 
 class Provenance(IntEnum):
@@ -75,11 +76,18 @@ class Response:
 
 @dataclass(frozen=True)
 class Reward:
-    """What a response earned: the weighted total, its unweighted parts by name, and the accuracy reward's verdict."""
+    """What a response earned: the weighted total, its unweighted parts by name, and the accuracy reward's verdict.
+
+    ``failures`` says which functions of the user gave nothing, and how they ended. A response that is ``skipped`` for
+    it takes no part in anything: it is not corrected, its group's advantages are formed as if it had not been sampled,
+    and it has no gradient and counts in no mean.
+    """
 
     total: float
     parts: Mapping[str, float]
     outcome: Outcome
+    failures: Mapping[str, FailureKind] = field(default_factory=dict)
+    skipped: bool = False
 
     @property
     def correct(self) -> bool:
