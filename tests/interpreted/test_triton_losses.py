@@ -62,8 +62,7 @@ def make_batch(config: GRPOLossConfig, recorded: bool) -> tuple[tuple[Tensor, Te
     return (logits, targets, mask), options
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("recorded", [True, False], ids=["old_logprobs", "on policy"])
+@pytest.mark.parametrize(("recorded", "inplace"), [(True, False), (False, True)], ids=["old_logprobs", "on policy"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_variant_from_logits(name: str, recorded: bool, inplace: bool) -> None:
     config = GRPOLossConfig(**CONFIGS[name])

@@ -50,10 +50,10 @@ def assert_exact(logits: Tensor, targets: Tensor, **options: float) -> None:
 # A lane's vector has 4 elements of float32 or 8 of 16 bits, a tile of the interpreter 256. 5: edges only. 263: a tile
 # and edges. 519: two tiles and edges. 700: vectors behind the tiles, too few for every lane.
 @pytest.mark.parametrize("vocab", [5, 263, 519, 700])
-@pytest.mark.parametrize(("offset", "padding"), [(0, 0), (1, 0), (7, 3), (3, 5), (8, 8)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_begin_anywhere(dtype: torch.dtype, offset: int, padding: int, vocab: int) -> None:
-    assert_exact(*make_rows(3, vocab, dtype, offset=offset, padding=padding))
+def test_rows_that_begin_anywhere(dtype: torch.dtype, vocab: int) -> None:
+    for offset, padding in ((0, 0), (1, 0), (7, 3), (8, 8)):
+        assert_exact(*make_rows(2, vocab, dtype, offset=offset, padding=padding))
 
 
 # 1: whole rows. 2: two or three programs a row. 9: more programs than a row has tiles.
