@@ -29,6 +29,8 @@ TRANSFORMS = [
 # which one unit in the last place is allowed.
 STATS_TOLERANCE = {torch.float64: 1e-13}
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-13}
+if INTERPRETING:  # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest
+    GRADIENT_TOLERANCE[torch.bfloat16] = 2**-7
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -127,8 +129,9 @@ def test_forbidden_tokens(dtype: torch.dtype, options: dict) -> None:
     exact = reference.token_stats(allowed, torch.zeros(5, dtype=torch.long), **options)
     torch.testing.assert_close(stats.entropy[:5].double(), exact.entropy, rtol=0, atol=1e-5)
     assert stats.logprobs[3] == -math.inf
-    assert stats.logprobs[5] == 0
-    assert stats.entropy[5] == 0
+    rounding = 1e-6 if INTERPRETING else 0  # a GPU's exp2 and log2 are not each other's exact inverse
+    assert abs(stats.logprobs[5]) <= rounding
+    assert 0 <= stats.entropy[5] <= rounding
     gradient = gradients(stats, logits)
     assert gradient.isfinite().all()
     forbidden = logits.detach().isinf()
@@ -190,7 +193,8 @@ def test_any_strides_give_what_a_contiguous_copy_gives(name: str, backend: str) 
     targets = torch.randint(10, (4, 3)).t()  # not contiguous either
     copy = logits.detach().contiguous().requires_grad_()
     stats, expected = token_stats(logits, targets), token_stats(copy, targets.contiguous())
-    tolerance = 1e-6 if backend == "reference" else 0  # PyTorch sums in the order of memory
+    # PyTorch and Triton sum in an order that depends on where in memory a row begins.
+    tolerance = 0 if backend == "cpu" else 1e-6
     torch.testing.assert_close(stats, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(gradients(stats, logits), gradients(expected, copy), rtol=0, atol=tolerance)
 

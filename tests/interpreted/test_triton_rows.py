@@ -56,15 +56,15 @@ def test_rows_that_begin_anywhere(dtype: torch.dtype, vocab: int) -> None:
         assert_exact(*make_rows(2, vocab, dtype, offset=offset, padding=padding))
 
 
-# 1: whole rows. 2: two or three programs a row. 9: more programs than a row has tiles.
+# Four programs per multiprocessor. 1: whole rows. 2: two programs a row. 9: more programs than a row has tiles.
 @pytest.mark.parametrize("multiprocessors", [1, 2, 9], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}, {"logit_scale": -0.5}], ids=str)
 def test_rows_shared_by_programs(multiprocessors: int, dtype: torch.dtype, options: dict[str, float]) -> None:
-    logits, targets = make_rows(3, 1301, dtype, offset=3)
+    logits, targets = make_rows(4, 1301, dtype, offset=3)
     targets[1] = 1300
     assert_exact(logits, targets, **options)
-    assert (tuning.programs_per_row(tuning.device_of(logits), 3, 6) > 1) == (multiprocessors > 1)
+    assert (tuning.programs_per_row(tuning.device_of(logits), 4, 6) > 1) == (multiprocessors > 1)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 9], indirect=True)
