@@ -55,5 +55,5 @@ def test_edge_grpo(tmp_path):
         )
         assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr[-2000:]}"
         ran += 1
-    assert ran == 4
+    assert ran == 7
     assert list(tmp_path.glob("**/report.html"))
