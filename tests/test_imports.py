@@ -78,6 +78,7 @@ LAYERS = (
     ("config", "types", "text", "seeding", "workers"),
     ("answers", "equivalence", "functions", "rewards", "correction", "batching", "data", "arithmetic", "metrics"),
     ("model", "rollout"),
+    ("preflight",),
     ("evaluate", "checkpoint", "runlog", "trainer"),
     ("integrations",),
     ("report", "cli", "__main__"),
