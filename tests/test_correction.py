@@ -231,6 +231,17 @@ def test_a_prompt_that_nobody_can_judge_is_left_alone():
     assert after.correction == "reflect"
 
 
+def test_a_rejected_solution_is_as_none():
+    correct = corrector("solution")
+    correct.rejected_solutions = {0}
+    before = sampled("6")
+    assert correct([prompt()], [before], [wrong()], seed=0)[0] is before
+    mixed = corrector(reflect=0, answer=0.1, solution=0.9)
+    mixed.rejected_solutions = {0}
+    assert kinds(mixed([prompt()] * 20, [before] * 20, [wrong()] * 20, seed=0)) == {"answer": 20}
+    assert not mixed.fallbacks  # it was never drawn
+
+
 def test_truncated_responses_can_be_left_alone():
     cut_off, ended = sampled("6", eos=None), sampled("6")
     after = corrector("answer", truncated=False)([prompt()] * 2, [cut_off, ended], [wrong()] * 2, seed=0)

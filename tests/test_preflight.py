@@ -12,7 +12,7 @@ from rich.console import Console
 from edge_grpo import cli
 from edge_grpo.config import load_config
 from edge_grpo.data import load_examples
-from edge_grpo.preflight import Preflight, _bins, examine, rejected_solutions, without_rejected_solutions
+from edge_grpo.preflight import Preflight, _bins, examine, rejected_solutions
 from edge_grpo.types import Example
 
 ROWS = [
@@ -83,16 +83,6 @@ def test_without_a_tokenizer_lengths_are_left_out(file, grader):
     assert found.prompt_lengths is None
     assert {finding.kind for finding in found.findings} & {"long prompt", "long solution"} == set()
     assert found.to_dict()["prompt_tokens"] is None
-
-
-def test_training_takes_off_what_the_check_finds(file, grader):
-    examples = load_examples(file, {}, allow_empty=True)
-    kept, count = without_rejected_solutions(examples, grader)
-    assert count == 2
-    assert [kept[row].solution for row in (4, 9)] == [None, None]
-    assert [e for row, e in enumerate(kept) if row not in (4, 9)] == [
-        e for row, e in enumerate(examples) if row not in (4, 9)
-    ]
 
 
 def test_a_solution_may_hold_any_accepted_answer(grader):

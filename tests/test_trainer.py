@@ -533,7 +533,8 @@ def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_pa
     trainer = Trainer(replace(config, data=DataConfig(train=str(tmp_path / "rows.json")), correction=only))
     samples = [sample for step in (1, 2, 3, 4) for sample in trainer.sample(step)]
     trainer.close()
-    assert trainer.rejected_solutions == 4
+    assert trainer.rejected_solutions == {1, 3, 5, 7}
+    assert all(sample.prompt.example.solution for sample in samples)  # reward functions still see them
     kinds = [
         {sample.response.correction for sample in samples if sample.prompt.example.index % 2 == odd} for odd in (0, 1)
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -80,8 +80,12 @@ class Corrector:
         eos_token_ids: Sequence[int],
         sampling: Sampling,
         decode: Callable[[Sequence[int]], str] | None = None,
+        rejected_solutions: Collection[int] = (),
     ) -> None:
-        """``encode`` must add no special tokens; ``sampling`` is that of the first attempt."""
+        """``encode`` must add no special tokens; ``sampling`` is that of the first attempt.
+
+        ``rejected_solutions`` are rows (``Example.index``) whose solution is not to be injected, as if there were none.
+        """
         if not eos_token_ids:
             raise ValueError("eos_token_ids must name at least one token; corrected responses have to end")
         self.config = config
@@ -90,6 +94,7 @@ class Corrector:
         self.decode = decode
         self.eos_token_ids = tuple(eos_token_ids)
         self.sampling = sampling
+        self.rejected_solutions = rejected_solutions
         self.fallbacks: Counter[tuple[Correction, Correction | None]] = Counter()
         self.num_truncated = 0
 
@@ -185,7 +190,7 @@ class Corrector:
         weights = [
             self.config.reflect,
             self.config.answer if example.answer is not None else 0.0,
-            self.config.solution if example.solution is not None else 0.0,
+            self.config.solution if self._has_solution(prompt) else 0.0,
         ]
         if not any(weights):
             return None
@@ -225,8 +230,10 @@ class Corrector:
         return None
 
     def _solution(self, prompt: Prompt, eos: int) -> list[int] | None:
-        solution = prompt.example.solution
-        return None if solution is None else [*self.encode(solution), eos]
+        return [*self.encode(prompt.example.solution or ""), eos] if self._has_solution(prompt) else None
+
+    def _has_solution(self, prompt: Prompt) -> bool:
+        return prompt.example.solution is not None and prompt.example.index not in self.rejected_solutions
 
     def _answer(self, prompt: Prompt, kept: Response, eos: int) -> list[int] | None:
         answer = prompt.example.answer

@@ -117,13 +117,6 @@ def rejected_solutions(examples: Sequence[Example], grader: Grader) -> dict[int,
     return {position: outcome for (position, *_), outcome in zip(judged, outcomes, strict=True) if outcome != "correct"}
 
 
-def without_rejected_solutions(examples: Sequence[Example], grader: Grader) -> tuple[list[Example], int]:
-    """Return the examples with rejected solutions taken off, and how many these were."""
-    rejected = rejected_solutions(examples, grader)
-    kept = [replace(e, solution=None) if position in rejected else e for position, e in enumerate(examples)]
-    return kept, len(rejected)
-
-
 def examine(
     examples: Sequence[Example], grader: Grader, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Preflight:

@@ -302,6 +302,8 @@ def _card(run: Run, index: int) -> str:
     ]
     if speeds := [value for value in run.columns.get("throughput/tokens_per_s", []) if value is not None]:
         facts.append(("Tokens per second", f"{median(speeds):,.0f}"))
+    if rejected := max((value or 0 for value in run.columns.get("correction/rejected_solutions", [])), default=0):
+        facts.append(("Solutions not injected", f"{rejected:,.0f}"))
     facts += [(name, f"{run.unjudged[key]:,}") for key, name in _UNJUDGED.items() if run.unjudged.get(key)]
     warnings = list(run.notes)
     if isinstance(planned, int) and done < planned:

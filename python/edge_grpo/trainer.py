@@ -42,7 +42,7 @@ from .data import load_examples, render_prompts
 from .evaluate import Evaluation, evaluate
 from .metrics import drift_metrics, step_metrics
 from .model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
-from .preflight import without_rejected_solutions
+from .preflight import rejected_solutions
 from .rewards import Rewarder
 from .rollout import build_engine
 from .runlog import RunLog
@@ -112,8 +112,8 @@ class Trainer:
             logit_scale=head.logit_scale,
         )
         self.rewarder = Rewarder(config.reward)
-        self.rejected_solutions = 0
-        self.prompts = self._load_prompts(config.data.train, config.data.columns, vet=True)
+        self.prompts = self._load_prompts(config.data.train, config.data.columns)
+        self.rejected_solutions = self._rejected_solutions()
         self.eval_prompts: list[Prompt] = []
         if config.data.eval is not None:
             columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
@@ -148,6 +148,7 @@ class Trainer:
                 decode=self._decode_all,
                 eos_token_ids=self.eos_token_ids,
                 sampling=self.sampling,
+                rejected_solutions=self.rejected_solutions,
             )
         self._seconds: dict[str, float] = {}
 
@@ -208,7 +209,7 @@ class Trainer:
             counts = gather_object([(self.corrector.fallbacks.total(), self.corrector.num_truncated)])
             metrics["correction/fallbacks"] = float(sum(fallbacks for fallbacks, _ in counts))
             metrics["correction/truncated"] = float(sum(truncated for _, truncated in counts))
-            metrics["correction/rejected_solutions"] = float(self.rejected_solutions)  # of the whole data
+            metrics["correction/rejected_solutions"] = float(len(self.rejected_solutions))  # of the data
         metrics |= {
             "time/total": total,
             "throughput/tokens_per_s": generated / total,
@@ -478,19 +479,23 @@ class Trainer:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
         return torch.randperm(len(self.prompts), generator=generator)
 
-    def _load_prompts(
-        self, spec: str, columns: Mapping[str, str], *, limit: int | None = None, vet: bool = False
-    ) -> list[Prompt]:
+    def _rejected_solutions(self) -> set[int]:
+        """Return the rows whose reference solution their own grader rejects, where one might be injected."""
+        if not (self.config.use_gec and self.config.correction_config.solution):
+            return set()
+        examples = [prompt.example for prompt in self.prompts]
+        rows = {examples[position].index for position in rejected_solutions(examples, self.rewarder.grader)}
+        if rows and self.accelerator.is_main_process:
+            print(
+                f"{self.config.data.train}: {len(rows)} of {len(examples)} reference solutions are not injected: "
+                "their own grader rejects them; edge-grpo check lists them",
+                file=sys.stderr,
+            )
+        return rows
+
+    def _load_prompts(self, spec: str, columns: Mapping[str, str], *, limit: int | None = None) -> list[Prompt]:
         data = self.config.data
         examples = load_examples(spec, columns, seed=self.config.seed, limit=limit)
-        if vet and self.config.use_gec and self.config.correction_config.solution:
-            examples, self.rejected_solutions = without_rejected_solutions(examples, self.rewarder.grader)
-            if self.rejected_solutions and self.accelerator.is_main_process:
-                print(
-                    f"{spec}: {self.rejected_solutions} reference solutions are not injected, because their own grader "
-                    "rejects them; edge-grpo check lists them",
-                    file=sys.stderr,
-                )
         prompts, too_long = render_prompts(examples, self.tokenizer, data)
         if too_long and self.accelerator.is_main_process:
             print(f"{spec}: left out {too_long} prompts of more than {data.max_prompt_length} tokens", file=sys.stderr)
