@@ -17,7 +17,7 @@ from edge_grpo.types import Example
 
 ROWS = [
     {"problem": "1+1?", "answer": "2", "solution": r"It is \boxed{2}.", "level": 1},
-    {"problem": "1+2?", "answer": "3", "solution": r"It is \boxed{\frac{6}{2}}.", "level": None},
+    {"problem": "1+2?", "answer": "3", "solution": r"It is \boxed{\frac{6}{2}}.", "level": None, "[/b]": 1},
     {"problem": " ", "answer": "3", "solution": r"\boxed{3}"},
     {"problem": " 1+1?\n", "answer": "2", "solution": None},
     {"problem": "1+2?", "answer": "4", "solution": r"It is \boxed{3}."},
@@ -68,7 +68,7 @@ def test_every_defect_is_found_once(found):
     assert details["rejected solution", 9] == "unparseable: its box holds nothing, the answer is '4'"
     assert details["long prompt", 10].endswith(" tokens of 40")
     assert details["long solution", 10].endswith(" tokens of 50")
-    assert found.columns == {"problem": 10, "answer": 10, "solution": 10, "level": 1}
+    assert found.columns == {"problem": 10, "answer": 10, "solution": 10, "level": 1, "[/b]": 1}
 
 
 def test_lengths_are_those_that_training_counts(found):
@@ -116,7 +116,7 @@ def test_check_prints_a_table_and_writes_json(file, tmp_path, capsys, monkeypatc
     keys = ["data.max_prompt_length=40", "rollout.max_completion_length=30", "correction.max_length=20"]
     assert cli.main(["check", *arguments, *keys, "reward.timeout=2"]) == 0
     printed = words(capsys.readouterr().out)
-    assert "11 rows; of these with problem 10, answer 10, solution 10, level 1" in printed
+    assert "11 rows; of these with problem 10, answer 10, solution 10, level 1, [/b] 1" in printed
     assert "rejected solution 2 18.2% 4, 9 not injected" in printed
     assert "long prompt 1 9.1% 10 left out" in printed
     assert "tokens of prompts: median " in printed

@@ -459,7 +459,7 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
         found = examine(examples, grader, config, tokenizer)
     finally:
         grader.close()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"{spec}: ", found.render(), sep="")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

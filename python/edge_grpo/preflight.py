@@ -85,6 +85,7 @@ class Preflight:
         """Return what the terminal shows: columns, findings by kind, and how long prompts are."""
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         columns = ", ".join(f"{name} {count:,}" for name, count in self.columns.items())
         table = Table("found", "rows", "share", "first rows", "in training", box=None, pad_edge=False)
@@ -96,7 +97,7 @@ class Preflight:
             first = ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
             share = f"{100 * count / max(self.num_rows, 1):.1f}%"
             table.add_row(kind, f"{count:,}", share, first, _CONSEQUENCES[kind], style="" if count else "dim")
-        parts: list[RenderableType] = [f"{self.num_rows:,} rows; of these with {columns}", "", table]
+        parts: list[RenderableType] = [Text(f"{self.num_rows:,} rows; of these with {columns}"), "", table]
         for name, lengths in (("prompts", self.prompt_lengths), ("solutions", self.solution_lengths)):
             if lengths:
                 parts += ["", _histogram(name, lengths)]
