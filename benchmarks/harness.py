@@ -52,7 +52,8 @@ class Run(NamedTuple):
 def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
     """Return times in milliseconds and peak memory in bytes of each contender, run in turns with cold caches.
 
-    The first round is not timed: it warms up, decides from the time taken how many rounds follow, and measures memory.
+    The first round is not timed: it warms up, decides from the time taken how many rounds follow, and measures memory;
+    0 ``repetitions`` end there.
     """
     flush = torch.ones(_last_level_cache_bytes() // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -79,8 +80,10 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
     answers: dict[str, Result] = {name: {"failed": reason} for name, reason in failed.items()}
     for name, values in times.items():
         if name not in failed:
-            spread = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-            answers[name] = {**spread, "repetitions": len(values), "extra_bytes": peaks[name]}
+            answers[name] = {"repetitions": len(values), "extra_bytes": peaks[name]}
+            if values:
+                times_ms = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+                answers[name] = {**times_ms, **answers[name]}
     return answers
 
 

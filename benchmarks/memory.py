@@ -13,7 +13,7 @@ from benchmarks.harness import COMPILED, OURS, Config, Result, main
 
 
 def configs(quick: bool) -> Sequence[Config]:
-    base: Config = {"dtype": "float32", "vocab": 151_936, "hidden": 64, "pages": "ordinary", "repetitions": 1}
+    base: Config = {"dtype": "float32", "vocab": 151_936, "hidden": 64, "pages": "ordinary", "repetitions": 0}
     if quick:
         return [{**base, "vocab": 49_152, "rows": 256, "contenders": [COMPILED]}]
     everybody, few = [COMPILED, peers.TRL_HEAD, peers.VERL, peers.LIGER, peers.CUT], [COMPILED, peers.TRL_HEAD]

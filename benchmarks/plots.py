@@ -26,7 +26,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     needed = _series(memory, "rows", "extra_bytes", 1e6)
     title = "loss + gradient from float32 logits, huge pages"
     written = [_figure(folder / "time.png", title, "milliseconds", drawn)]
-    title = f"{head.WORK}: memory beyond inputs and their gradients"
+    title = f"{head.WORK}:\nmemory beyond inputs and gradients"
     written += [_figure(folder / "memory.png", title, "MB", [("tokens N, at V = 151,936", needed)])]
     return [path for path in written if path is not None]
 

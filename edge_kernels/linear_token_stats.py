@@ -21,7 +21,7 @@ from edge_kernels._checks import (
     describe,
     stats_dtype,
 )
-from edge_kernels.backend import extension, get_backend, unavailable
+from edge_kernels.backend import extension, fused_head, get_backend, unavailable
 from edge_kernels.memory import fresh, grad_to_add_to
 from edge_kernels.token_stats import (
     KernelStats,
@@ -33,10 +33,10 @@ from edge_kernels.token_stats import (
 )
 from edge_kernels.types import TokenStats
 
-# The logits of one tile take at most this many bytes, counted in float32 at least. Each tile reads the whole weight and
-# reads and writes its whole gradient, so that fewer rows leave the cores waiting for memory: with V = 151,936 this is
-# 138 rows, on which three products run at 0.9 of the rate that 512 rows reach. More rows would gain that tenth at most,
-# and cost the memory that the op exists to save.
+# The logits of one tile take at most this many bytes. Each tile reads the whole weight and reads and writes its whole
+# gradient, so that fewer rows leave the cores waiting for memory: with V = 151,936 this is 276 rows in bfloat16 and 138
+# in float32, on which three products run at 0.9 of the rate that 512 rows reach. More rows would gain that tenth at
+# most, and cost the memory that the op exists to save.
 TILE_BYTES = 80 * 2**20
 
 # Where the weight's elements must be converted for a product, this many bytes of it exist converted: they stay in cache
@@ -46,7 +46,7 @@ BLOCK_BYTES = 8 * 2**20
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what products of ``dtype`` are computed in: a CPU without bfloat16 instructions emulates them slowly.
 
     There float32 products of blocks converted on the fly are several times faster, and the logits are not rounded.
@@ -61,7 +61,7 @@ class Head:
     """The linear map whose outputs are logits: weight (V, D), bias (V,) or None; products in the dtype ``products``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.products = _product_dtype(dtype, weight.device)
+        self.products = product_dtype(dtype, weight.device)
         self._weight = weight
         self._bias = None if bias is None else self.convert(bias)
         self._block: Tensor | None = None
@@ -110,13 +110,13 @@ class Tile(NamedTuple):
     logits: Tensor  # (n, V)
 
 
-def rows_per_tile(weight: Tensor) -> int:
-    return max(1, TILE_BYTES // (weight.shape[0] * max(4, weight.element_size())))
+def rows_per_tile(weight: Tensor, products: torch.dtype) -> int:
+    return max(1, TILE_BYTES // (weight.shape[0] * products.itemsize))
 
 
 def tile_buffer(weight: Tensor, head: Head, num_rows: int) -> Tensor:
     """Return memory for the logits of one of the tiles that ``num_rows`` rows take: few, and as even as they come."""
-    num_tiles = max(1, -(-num_rows // rows_per_tile(weight)))
+    num_tiles = max(1, -(-num_rows // rows_per_tile(weight, head.products)))
     return fresh((-(-num_rows // num_tiles), weight.shape[0]), weight, head.products)
 
 
@@ -194,6 +194,13 @@ class HeadGradient:
         if self._block is None:  # of the first part, which no other exceeds
             self._block = torch.empty(total.shape, dtype=hidden.dtype, device=total.device)
         block = self._block[: len(total)]
+        if block.itemsize < total.itemsize:  # a sum that passed through the block would lose what it is longer for
+            torch.mm(grad_logits, hidden, out=block)
+            if self._has_weight:
+                total += block
+            else:
+                total.copy_(block)
+            return
         if self._has_weight:
             block.copy_(total)
         total.copy_(block.addmm_(grad_logits, hidden, beta=beta))
@@ -208,14 +215,14 @@ class HeadGradient:
         return hidden, weight, bias
 
 
-def needs_column_pass(weight: Tensor, num_rows: int) -> bool:
+def needs_column_pass(weight: Tensor, products: torch.dtype, num_rows: int) -> bool:
     """Whether the weight's gradient takes a pass of its own, by columns instead of tiles of rows.
 
     A 16-bit gradient cannot be summed over tiles where it lies without losing digits to each rounding, and a float32
     tensor of its size is more than all other memory together.
     """
     is_short = weight.dtype in (torch.bfloat16, torch.float16)
-    return is_short and num_rows > rows_per_tile(weight) and get_backend(weight) == "cpu"
+    return is_short and num_rows > rows_per_tile(weight, products) and get_backend(weight) == "cpu"
 
 
 def weight_gradient_by_columns(
@@ -295,6 +302,8 @@ def linear_token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets_in_range(targets, weight.shape[0], ignore_index)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    if (fused := fused_head(hidden)) is not None:
+        return fused.linear_forward(hidden, weight, bias, targets, dtype, transform)
     out = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
     head, active = Head(weight, bias, dtype), targets != ignore_index
     buffer = tile_buffer(weight, head, int(active.sum()))
@@ -324,6 +333,9 @@ def _backward_of_stats(
     transform: Transform,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if (fused := fused_head(hidden)) is not None:
+        inputs = (hidden, weight, bias, targets)
+        return fused.linear_backward(*inputs, stats, gradients, wanted, dtype, transform, into)
     head = Head(weight, bias, dtype)
     # Besides ignored rows, those without a gradient are left out: clipped tokens, and groups of equal rewards.
     active = torch.zeros_like(targets, dtype=torch.bool)
@@ -332,9 +344,9 @@ def _backward_of_stats(
             active |= gradient != 0
     active &= targets != transform.ignore_index
     num_rows = int(active.sum())
-    by_columns = wanted[1] and into is None and needs_column_pass(weight, num_rows)
+    by_columns = wanted[1] and into is None and needs_column_pass(weight, head.products, num_rows)
     in_tiles = (wanted[0], wanted[1] and not by_columns, wanted[2])
-    is_one_tile = num_rows <= rows_per_tile(weight)
+    is_one_tile = num_rows <= rows_per_tile(weight, head.products)
     total = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile, into=into)
     buffer = tile_buffer(weight, head, num_rows)
     for tile in tiles(hidden, head, active, buffer) if any(in_tiles) else ():

@@ -81,6 +81,7 @@ def help_of(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[
         ["--help"],
         ["train", "--help"],
         ["eval", "--help"],
+        ["compare", "--help"],
         ["check", "--help"],
         ["report", "--help"],
         ["info", "--help"],
@@ -94,7 +95,7 @@ def test_help_waits_for_nothing_heavy(arguments: list[str]) -> None:
 
 def test_help_names_the_commands() -> None:
     text = help_of("--help").stdout
-    for command in ("train", "eval", "check", "report", "info"):
+    for command in ("train", "eval", "compare", "check", "report", "info"):
         assert f"\n    {command} " in text
 
 
@@ -120,11 +121,11 @@ def test_help_fits_the_terminal() -> None:
 def test_the_examples_in_the_help_are_commands_that_parse() -> None:
     examples = [
         line.strip().partition("   ")[0].split()[1:]
-        for command in ("train", "eval", "check", "report", "info")
+        for command in ("train", "eval", "compare", "check", "report", "info")
         for line in help_of(command, "--help").stdout.splitlines()
         if line.startswith("  edge-grpo ")
     ]
-    assert len(examples) >= 11
+    assert len(examples) >= 15
     parser, _ = cli._parser()
     for example in examples:
         _, rest = parser.parse_known_args(example)
@@ -241,7 +242,7 @@ def test_ctrl_c_says_how_to_go_on(trainer: FakeTrainer, capsys: pytest.CaptureFi
         (["train", "--recipe", "tinny"], "no recipe of the name 'tinny' (a file goes by --config); did you mean tiny?"),
         (["train", "--config", "none.yaml"], "no configuration file none.yaml"),
         (["report", "nowhere"], "no run folder nowhere"),
-        (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --data SPEC"),
+        (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --suite DIR, or --data SPEC"),
         (["eval", "m", "--data", "d", "--k", "4", "--temperature", "0"], "eval_generations = 4 at eval_temperature 0"),
         (["eval", "m", "--data", "d", "--k", "0"], "eval_generations must be a whole number of at least 1; got 0"),
     ],
@@ -312,16 +313,21 @@ def test_train_eval_report_and_info(
     assert cli.main(["eval", "edge", "--k", "2", "--size", "5", "--json", "figures/edge.json"]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "figures" / "edge.json").read_text())
-    assert (figures["model"], figures["examples"], figures["k"]) == ("edge/final", 5, 2)
-    assert figures["temperature"] == load_config(recipe_path("tiny")).rollout.temperature
-    assert 0 <= figures["accuracy"] <= figures["pass_at_k"]["2"] <= 1
-    assert f"  avg@2   {100 * figures['accuracy']:.1f}% ± {100 * figures['stderr']:.1f}\n" in printed
-    assert f"  pass@2  {100 * figures['pass_at_k']['2']:.1f}%\n" in printed
+    own = load_config(recipe_path("tiny"))
+    assert figures["model"]["name"] == "edge/final"
+    assert figures["protocol"]["template"]["name"] == "config"
+    assert figures["protocol"]["temperature"] == own.rollout.temperature
+    [(name, found)] = figures["sets"].items()
+    assert (name, found["problems"], figures["protocol"]["generations"]) == (own.data.eval, 5, 2)
+    accuracy, best = found["accuracy"], found["pass@2"]
+    assert 0 <= accuracy["value"] <= best["value"] <= 1
+    for figure in (accuracy, best):
+        assert f" {100 * figure['value']:.1f}% ({100 * figure['low']:.1f}-{100 * figure['high']:.1f}) " in printed
 
     # The run's own settings are evaluated: the same figures as the trainer's last evaluation.
     assert cli.main(["eval", "edge", "--json", "again.json"]) == 0
     last = [json.loads(line) for line in (tmp_path / "edge" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == last["eval/accuracy"]
+    assert json.loads((tmp_path / "again.json").read_text())["micro"]["accuracy"]["value"] == last["eval/accuracy"]
     capsys.readouterr()
 
     assert cli.main(["report", "edge", "grpo"]) == 0

@@ -75,13 +75,14 @@ IMPORTS = {
 
 # From the bottom up; a module imports others of its own layer or of those before. A package's submodules count with it.
 LAYERS = (
-    ("config", "types", "text", "seeding", "workers"),
+    ("config", "types", "text", "seeding", "workers", "estimators"),
     ("answers", "equivalence", "functions", "rewards", "correction", "batching", "data", "arithmetic", "metrics"),
+    ("templates",),
     ("model", "rollout"),
     ("preflight",),
-    ("evaluate", "checkpoint", "runlog", "trainer"),
+    ("evaluate", "suite", "compare", "checkpoint", "runlog", "trainer"),
     ("integrations",),
-    ("report", "cli", "__main__"),
+    ("report", "eval_cli", "cli", "__main__"),
 )
 LAYER_OF = {f"edge_grpo.{name}": level for level, names in enumerate(LAYERS) for name in names}
 

@@ -49,11 +49,11 @@ def test_edge_grpo(tmp_path):
         assert words[0] == "edge-grpo", f"no test runs {words[0]}"
         if "smollm2-135m" in words:
             continue  # tests/test_recipes.py: it needs the fetched model
-        extra = {"train": SHORT, "eval": ["--size", "8"], "report": []}[words[1]]
+        extra = {"train": SHORT, "eval": ["--size", "8"], "compare": [], "report": []}[words[1]]
         result = subprocess.run(
             [sys.executable, "-m", "edge_grpo", *words[1:], *extra], cwd=tmp_path, capture_output=True, text=True
         )
         assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr[-2000:]}"
         ran += 1
-    assert ran == 4
+    assert ran == 7
     assert list(tmp_path.glob("**/report.html"))

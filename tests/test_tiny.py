@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import edge_grpo
+from edge_grpo.answers import Grader
 from edge_grpo.arithmetic import LEVELS, generate
-from edge_grpo.config import CorrectionConfig, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrainConfig
+from edge_grpo.config import CorrectionConfig, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from edge_grpo.data import load_examples, render_prompts
 from edge_grpo.evaluate import Evaluation, evaluate
 from edge_grpo.model import eos_token_ids, load_model
-from edge_grpo.rewards import Rewarder
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Sampling
 
@@ -78,15 +78,15 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.convert_ids_to_tokens([ids[0], ids[1], ids[-1]]) == ["<|bos|>", "<|user|>", "<|assistant|>"]
 
 
-def test_sometimes_right(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_sometimes_right(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], grader: Grader) -> None:
     model, tokenizer = loaded
     prompts, _ = render_prompts(load_examples("arithmetic@test", {}, seed=0, limit=200), tokenizer, DataConfig())
     config = TrainConfig(rollout=RolloutConfig(batch_size=200, max_completion_length=64))
-    engine, rewarder = build_engine(config, model, tokenizer), Rewarder(RewardConfig())
+    engine = build_engine(config, model, tokenizer)
 
     def measure(temperature: float, generations: int) -> Evaluation:
         sampling = Sampling(max_tokens=64, temperature=temperature)
-        return evaluate(engine, prompts, rewarder, tokenizer, generations=generations, sampling=sampling, seed=0)
+        return evaluate(engine, prompts, grader, tokenizer, generations=generations, sampling=sampling, seed=0)
 
     # Neither hopeless nor done; and several samples together find much that greedy does not: what there is to learn.
     greedy, sampled = measure(0.0, 1), measure(1.0, 4)
@@ -101,7 +101,6 @@ def test_sometimes_right(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     assert card is not None
     assert int(card[1]) / 100 == pytest.approx(greedy.accuracy, abs=0.1)
     assert int(card[2]) / 100 == pytest.approx(sampled.accuracy, abs=0.1)
-    rewarder.close()
     engine.close()
 
     responses = engine.generate([prompts[4].token_ids] * 64, Sampling(max_tokens=64), seed=0)

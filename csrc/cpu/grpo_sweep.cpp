@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "terms.h"
 
 namespace edge::cpu {
 namespace {
@@ -63,7 +64,8 @@ class Sweep {
         const RowStats stats = row_stats(merger.total, transform_.slope, target >= 0, target_y);
         write_stat(dtype, call_.logprobs, row, stats.logprob);
         write_stat(dtype, call_.entropy, row, stats.entropy);
-        const TokenDerivatives d = token_derivatives(call_.rule, terms(row), stats.logprob, stats.entropy);
+        const TokenDerivatives d =
+            token_derivatives(call_.rule, token_terms(call_, dtype, row), stats.logprob, stats.entropy);
         if (d.logprob == 0.0 && d.entropy == 0.0) {
             for_blocks(clear);
             return;
@@ -91,23 +93,6 @@ class Sweep {
     }
 
   private:
-    TokenTerms terms(std::int64_t row) const {
-        const DType dtype = call_.rows.dtype;
-        const auto read = [&](const void* base, double absent) {
-            return base == nullptr ? absent : read_stat(dtype, base, row);
-        };
-        TokenTerms out;
-        out.weight = read(call_.weight, 0.0);
-        out.advantage = read(call_.advantages, 0.0);
-        out.old_logprob = read(call_.old_logprobs, kNaN);
-        out.ref_logprob = read(call_.ref_logprobs, kNaN);
-        out.sampler_ratio = read(call_.sampler_ratio, 1.0);
-        out.sampling_logprob = read(call_.sampling_logprobs, kNaN);
-        out.has_sampling = call_.sampling_logprobs != nullptr;
-        out.injected = call_.injected != nullptr && call_.injected[row] != 0;
-        return out;
-    }
-
     const GrpoSweep& call_;
     const Grid& grid_;
     const BlockKernels& kernels_;

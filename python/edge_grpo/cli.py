@@ -1,4 +1,4 @@
-"""The command ``edge-grpo``: train, evaluate, check, report, info.
+"""The command ``edge-grpo``: train, evaluate, compare, check, report, info.
 
 Parses arguments and prints; what it does lives in the modules that it imports late, so that help appears at once.
 """
@@ -16,14 +16,18 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
-from .config import Method, TrainConfig, describe, load_config, recipe_names, recipe_path
-
-if TYPE_CHECKING:
-    from .evaluate import Evaluation
+from .config import Engine, Method, TrainConfig, describe, load_config, recipe_names, recipe_path
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
+# What the published evaluations on suites ask: every problem, however long, at this temperature and length.
+_PUBLISHED = (
+    "eval_temperature=0.1",
+    "rollout.max_completion_length=3000",
+    "data.eval_size=1000000000",
+    "data.max_prompt_length=1000000000",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,27 +126,64 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = command(
         "eval",
         _eval,
-        "measure a model's pass@1 and pass@k on any dataset, with the prompts that training uses",
-        "MODEL [--data SPEC] [--k K] [--temperature T] [--max-tokens N] [--size N] [--json FILE] [KEY=VALUE ...]",
+        "measure a model on one data set or on a suite: avg@k, pass@k and maj@k with intervals, outcomes, lengths",
+        "MODEL [--suite DIR | --data SPEC] [--template NAME] [--k K] [--json FILE [--resume]] [KEY=VALUE ...]",
         """
         edge-grpo eval runs/tiny                         the final model of a run, on the run's held-out data
         edge-grpo eval edge_grpo:tiny --data arithmetic@test --size 500
-        edge-grpo eval Qwen/Qwen2.5-Math-1.5B --data math.jsonl --k 8 --temperature 0.6 --max-tokens 1024
         edge-grpo eval my-model --data openai/gsm8k:main@test data.columns.problem=question
+        edge-grpo eval Qwen/Qwen2.5-Math-1.5B --suite evaluation_suite --json base.json model.precision=bfloat16
+        edge-grpo eval runs/qwen --suite evaluation_suite --k 8 --temperature 0.6 --json trained.json --resume
+        edge-grpo eval trained.json --json again.json    grade the same answers again, after an update of the grader
+        edge-grpo eval --self-check --suite evaluation_suite         does the grader fit the data? no model needed
         """,
     )
-    kinds = "run folder, model folder, hub id, .gguf file, or edge_grpo:tiny"
-    evaluate.add_argument("model", metavar="MODEL", help=kinds)
-    evaluate.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for data.eval (default: the run's data.eval)")
-    evaluate.add_argument("--k", type=int, help="responses per example: avg@k and pass@k (default: eval_generations)")
+    kinds = "run folder, model folder, hub id, .gguf file, edge_grpo:tiny, or a result's .json, to grade it again"
+    evaluate.add_argument("model", metavar="MODEL", nargs="?", help=kinds)
+    data = evaluate.add_mutually_exclusive_group()
+    data.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for data.eval (default: the run's data.eval)")
+    data.add_argument(
+        "--suite",
+        metavar="DIR",
+        help="several sets, the splits of a saved dataset or the data files of a folder, asked as the published "
+        "evaluations do: all problems, template qwen_math, temperature 0.1, up to 3000 tokens",
+    )
+    evaluate.add_argument("--sets", metavar="A,B", help="only these sets of the suite")
     evaluate.add_argument(
-        "--temperature", type=float, help="0 is greedy, the default for one response; else rollout.temperature"
+        "--template",
+        choices=("qwen_math", "r1", "chat", "config"),
+        help="config is the prompt of training, the default without --suite",
+    )
+    evaluate.add_argument("--k", type=int, help="responses per example (default: eval_generations)")
+    evaluate.add_argument(
+        "--temperature", type=float, help="0 is greedy; default: 0.1 with --suite, rollout.temperature with --k, else 0"
     )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="length limit of a response")
-    evaluate.add_argument("--size", type=int, metavar="N", help="use at most N examples (default: data.eval_size)")
-    evaluate.add_argument("--seed", type=int, help="of the choice of examples and of sampling")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures and per-example counts there")
+    evaluate.add_argument("--size", type=int, metavar="N", help="use at most N examples of each set")
+    evaluate.add_argument("--seed", type=int, help="of the choice of examples, of sampling, and of the intervals")
+    evaluate.add_argument("--engine", choices=get_args(Engine), help="short for rollout.engine=...")
+    evaluate.add_argument("--chunk", type=int, metavar="N", help="examples generated and saved at a time (100)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every figure, answer and outcome there")
+    again = evaluate.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="finish the evaluation that FILE has begun")
+    again.add_argument("--overwrite", action="store_true", help="replace FILE")
+    evaluate.add_argument(
+        "--self-check",
+        action="store_true",
+        help="grade a perfect and a wrong answer sheet instead of a model; the status is 1 if one is misjudged",
+    )
     _add_source(evaluate)
+
+    compare = command(
+        "compare",
+        _compare,
+        "test whether one evaluation is better than another on the same problems",
+        "A.json B.json [--json FILE]",
+        "edge-grpo compare base.json trained.json",
+    )
+    compare.add_argument("first", metavar="A.json", type=Path, help="what edge-grpo eval --json wrote")
+    compare.add_argument("second", metavar="B.json", type=Path, help="differences are B minus A")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
     check = command(
         "check",
@@ -157,7 +198,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         """,
     )
     check.add_argument("data", metavar="DATA", nargs="?", help="NAME[@SPLIT] as for data.train, which is the default")
-    check.add_argument("--model", metavar="MODEL", help=f"whose tokenizer counts lengths: {kinds}")
+    check.add_argument(
+        "--model", metavar="MODEL", help="whose tokenizer counts lengths: folder, hub id, .gguf file, edge_grpo:tiny"
+    )
     check.add_argument("--size", type=int, metavar="N", help="look at a random sample of N examples")
     check.add_argument("--json", type=Path, metavar="FILE", help="write every finding and the lengths there")
     check.add_argument("--strict", action="store_true", help="exit with status 1 if anything was found")
@@ -334,65 +377,35 @@ def _say_how_to_resume(output: Path) -> None:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    from . import eval_cli
+
+    if options.self_check and options.model:
+        raise ValueError(f"--self-check takes no model; got {options.model}")
+    if options.model is None and not options.self_check:
+        raise ValueError("no model to evaluate; give MODEL, or --self-check to try the grader on the data alone")
+    if options.resume and not options.json:
+        raise ValueError("--resume needs to know which result: give --json FILE")
+    if options.model and options.model.endswith(".json"):
+        return eval_cli.grade_again(Path(options.model), options, load_config(None, overrides))
     config, name = _eval_config(options, overrides)
-
-    import torch
-
-    from .data import load_examples, render_prompts
-    from .evaluate import evaluate
-    from .model import load_model
-    from .rewards import Rewarder
-    from .rollout import build_engine
-    from .seeding import derive_seed
-    from .types import Sampling
-
+    if options.self_check:
+        return eval_cli.self_check(options, config)
     _quieten_loading()
-    assert config.data.eval is not None
-    examples = load_examples(config.data.eval, config.data.columns, seed=config.seed, limit=config.data.eval_size)
-    model, tokenizer = load_model(config.model)
-    prompts, too_long = render_prompts(examples, tokenizer, config.data)
-    if too_long:
-        print(f"left out {too_long} prompts of more than {config.data.max_prompt_length} tokens", file=sys.stderr)
-    module: torch.nn.Module = model
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
-    engine = build_engine(config, model, tokenizer)
-    rewarder = Rewarder(config.reward)
-    sampling = Sampling(max_tokens=config.rollout.max_completion_length, temperature=config.eval_temperature)
-    try:
-        result = evaluate(
-            engine,
-            prompts,
-            rewarder,
-            tokenizer,
-            generations=config.eval_generations,
-            sampling=sampling,
-            seed=derive_seed(config.seed, "eval", 0),
-        )
-    finally:
-        engine.close()
-        rewarder.close()
-    _print_evaluation(name, config, result, len(prompts))
-    if options.json:
-        settings = {
-            "model": name,
-            "data": config.data.eval,
-            "examples": len(prompts),
-            "k": config.eval_generations,
-            "temperature": config.eval_temperature,
-            "max_tokens": config.rollout.max_completion_length,
-            "seed": config.seed,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(settings | result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return 0
+    return eval_cli.evaluate_model(name, options, config)
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> int:
+    from . import eval_cli
+
+    return eval_cli.compare_results(options)
 
 
 def _eval_config(options: argparse.Namespace, overrides: list[str]) -> tuple[TrainConfig, str]:
     """The configuration to evaluate with, and the model's name; a run's folder brings its own configuration along."""
-    run = Path(options.model)
     source = recipe_path(options.recipe) if options.recipe else options.config
     model = options.model
-    if (run / "config.yaml").is_file() and not (run / "config.json").is_file():
+    run = Path(model or "")
+    if model and (run / "config.yaml").is_file() and not (run / "config.json").is_file():
         source = source or run / "config.yaml"
         model = str(run / "final")
         if not Path(model).is_dir():
@@ -407,29 +420,21 @@ def _eval_config(options: argparse.Namespace, overrides: list[str]) -> tuple[Tra
         "eval_temperature": options.temperature,
         "rollout.max_completion_length": options.max_tokens,
         "data.eval_size": options.size,
+        "rollout.engine": options.engine,
         "seed": options.seed,
     }
     shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if options.k is not None and options.k > 1 and options.temperature is None:
+    if options.suite:
+        overrides = [*_PUBLISHED, *overrides]  # of those given twice the last one counts
+    elif options.k is not None and options.k > 1 and options.temperature is None:
         base = load_config(
             source, [o for o in overrides if o.startswith(("rollout.temperature=", "eval_temperature="))]
         )
         shortcuts.append(f"eval_temperature={base.eval_temperature or base.rollout.temperature}")
     config = load_config(source, [*overrides, *shortcuts])
-    if config.data.eval is None:
-        raise ValueError("no data to evaluate on; give --data SPEC, for example --data arithmetic@test")
+    if config.data.eval is None and not options.suite:
+        raise ValueError("no data to evaluate on; give --suite DIR, or --data SPEC such as --data arithmetic@test")
     return config, model
-
-
-def _print_evaluation(name: str, config: TrainConfig, result: Evaluation, examples: int) -> None:
-    k, temperature = config.eval_generations, config.eval_temperature
-    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    print(f"{name} on {config.data.eval}: {examples} examples, {k} {'response' if k == 1 else 'responses'} each, {how}")
-    print(f"  {'pass@1' if k == 1 else f'avg@{k}':8}{_percent(result.accuracy, result.stderr)}")
-    for size, share in result.pass_at_k.items():
-        if size > 1:
-            print(f"  {f'pass@{size}':8}{_percent(share)}")
-    print(f"  {'length':8}{result.mean_length:.0f} tokens on average, {_percent(result.truncated)} cut off")
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:

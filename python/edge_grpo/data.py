@@ -1,7 +1,7 @@
 """From a dataset's name to examples, and from examples to prompts as token ids.
 
-``load_examples`` reads every kind of source into ``Example``s; ``render_prompts`` applies the template and the
-tokenizer. Order, epochs and groups are the trainer's.
+``load_examples`` reads every kind of source into ``Example``s, ``suite_sets`` finds those of a suite;
+``render_prompts`` applies the template and the tokenizer. Order, epochs and groups are the trainer's.
 """
 
 from __future__ import annotations
@@ -97,22 +97,43 @@ def load_examples(
     return examples
 
 
+def suite_sets(path: str) -> dict[str, str]:
+    """Return what ``load_examples`` calls the sets of an evaluation suite, by their names.
+
+    A suite is a folder: one that ``DatasetDict.save_to_disk`` wrote, where each split is a set, or one of .json, .jsonl
+    and .parquet files, each a set. Raises FileNotFoundError without the folder, ValueError for one without sets.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {path} with evaluation sets; relative paths start at {Path.cwd()}")
+    if (listing := folder / "dataset_dict.json").is_file():
+        return {split: f"{path}@{split}" for split in json.loads(listing.read_text(encoding="utf-8"))["splits"]}
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+    if not files or (folder / "dataset_info.json").is_file():
+        raise ValueError(
+            f"{path} holds no evaluation sets: it must be a saved DatasetDict or a folder of .json, .jsonl or .parquet "
+            "files; evaluate a single data set with --data"
+        )
+    return {file.stem: str(file) for file in files}
+
+
 def render_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, as_chat: bool = True
 ) -> tuple[list[Prompt], int]:
     """Return the examples as prompts, and how many were left out for having more than ``max_prompt_length`` tokens.
 
     With a chat template the prompt is the system prompt, if any, and the user message (``prompt_template``) followed by
-    the template's opening of the assistant's turn. Without one it is the user message as plain text, after the system
-    prompt and a blank line. ``token_ids`` is exactly what the model reads: the template writes its own special tokens,
-    and plain text gets those that the tokenizer begins a sequence with, once, and none that end one.
+    the template's opening of the assistant's turn. Without one, or with ``as_chat`` off, it is the user message as
+    plain text, after the system prompt and a blank line. ``token_ids`` is exactly what the model reads: the template
+    writes its own special tokens, and plain text gets those that the tokenizer begins a sequence with, once, and none
+    that end one.
 
     Raises ValueError without examples, when every prompt is too long, and when the template takes no system prompt.
     """
     if not examples:
         raise ValueError("examples must not be empty")
     messages = [fill(config.prompt_template, "problem", example.problem) for example in examples]
-    if tokenizer.chat_template:
+    if as_chat and tokenizer.chat_template:
         texts = [_chat_text(message, tokenizer, config.system_prompt) for message in messages]
         token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     else:

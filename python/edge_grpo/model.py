@@ -6,6 +6,7 @@ The logits themselves are not made here: ``edge_kernels`` forms them from hidden
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.resources
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -183,6 +184,15 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not unique:
         raise ValueError("neither the tokenizer nor the generation configuration names an end-of-sequence token")
     return unique
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return a hash of the weights as they were loaded: of each saved tensor the name, type, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _base_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

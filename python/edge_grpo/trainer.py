@@ -366,7 +366,7 @@ class Trainer:
         share = evaluate(
             self.engine,
             self.eval_prompts[accelerator.process_index :: accelerator.num_processes],
-            self.rewarder,
+            self.rewarder.grader,
             self.tokenizer,
             generations=config.eval_generations,
             sampling=sampling,
