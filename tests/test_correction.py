@@ -566,7 +566,8 @@ def test_sampled_ids_never_change(name, data, text, eos, kind):
     if kind == "reflect":
         assert asked == [(*row.token_ids, *ids, *injected)]
     # What was injected is the configured text's tokens, whatever stands before them.
-    blank = not ids or tokenizer.decode(ids)[-1:].isspace()
+    before_it = tokenizer.decode(ids)  # nothing or blanks, at least as it is shown: then no blank is added
+    blank = not before_it or before_it[-1].isspace()
     texts = {"reflect": WAIT, "answer": WAIT + r" The correct answer is \boxed{5}.", "solution": SOLUTION}
     expected = texts[kind].lstrip() if blank else texts[kind]
     shown = tokenizer.decode([*tokenizer.encode("=", add_special_tokens=False), *injected], skip_special_tokens=True)
