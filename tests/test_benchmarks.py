@@ -49,6 +49,17 @@ def test_hard_rows_are_checked_without_times() -> None:
     assert all(result["contenders"]["edge_kernels"]["errors"] for result in message["results"])
 
 
+def test_graders_agree_before_they_are_timed(tmp_path: Path) -> None:
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([{"problem": "?", "answer": answer} for answer in ("1/2", "x", r"3\mid n")]))
+    command = [sys.executable, "-m", "benchmarks.grading", str(data), "--workers", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [result] = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert result["answers"] == 3
+    assert set(result["per_second"]) == {"math-verify alone", "1 workers", "1 workers, identical texts"}
+
+
 def test_a_process_that_dies_is_a_failure_and_not_silence() -> None:
     command = [sys.executable, "-m", "benchmarks.head", "--quick", "--rows", "-1", "--dtype", "float32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

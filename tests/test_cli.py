@@ -82,6 +82,7 @@ def help_of(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[
         ["train", "--help"],
         ["eval", "--help"],
         ["compare", "--help"],
+        ["check", "--help"],
         ["report", "--help"],
         ["info", "--help"],
     ],
@@ -94,7 +95,7 @@ def test_help_waits_for_nothing_heavy(arguments: list[str]) -> None:
 
 def test_help_names_the_commands() -> None:
     text = help_of("--help").stdout
-    for command in ("train", "eval", "compare", "report", "info"):
+    for command in ("train", "eval", "compare", "check", "report", "info"):
         assert f"\n    {command} " in text
 
 
@@ -120,7 +121,7 @@ def test_help_fits_the_terminal() -> None:
 def test_the_examples_in_the_help_are_commands_that_parse() -> None:
     examples = [
         line.strip().partition("   ")[0].split()[1:]
-        for command in ("train", "eval", "compare", "report", "info")
+        for command in ("train", "eval", "compare", "check", "report", "info")
         for line in help_of(command, "--help").stdout.splitlines()
         if line.startswith("  edge-grpo ")
     ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from bpe import make_tokenizer
+from bpe import byte_tokens, make_metaspace_tokenizer, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from edge_grpo.types import Example, Prompt, Provenance, Response, Reward, Sampl
 
 EOS, OTHER_EOS = 0, 1
 SAMPLED, INJECTED, CONTINUED = Provenance
+WAIT = CorrectionConfig().reflection_text
 SOLUTION = r"2 and 3 make \boxed{5}."
 ONLY = {
     kind: dict.fromkeys(("reflect", "answer", "solution"), 0.0) | {kind: 1.0}
@@ -230,6 +231,17 @@ def test_a_prompt_that_nobody_can_judge_is_left_alone():
     assert after.correction == "reflect"
 
 
+def test_a_rejected_solution_is_as_none():
+    correct = corrector("solution")
+    correct.rejected_solutions = {0}
+    before = sampled("6")
+    assert correct([prompt()], [before], [wrong()], seed=0)[0] is before
+    mixed = corrector(reflect=0, answer=0.1, solution=0.9)
+    mixed.rejected_solutions = {0}
+    assert kinds(mixed([prompt()] * 20, [before] * 20, [wrong()] * 20, seed=0)) == {"answer": 20}
+    assert not mixed.fallbacks  # it was never drawn
+
+
 def test_truncated_responses_can_be_left_alone():
     cut_off, ended = sampled("6", eos=None), sampled("6")
     after = corrector("answer", truncated=False)([prompt()] * 2, [cut_off, ended], [wrong()] * 2, seed=0)
@@ -282,6 +294,28 @@ def test_a_solution_may_be_as_long_as_response_and_correction_together():
     assert not correct.fallbacks  # they are the latest call's
 
 
+def test_a_long_solution_can_be_cut_or_skipped():
+    limit = 30 + 20
+    long, fits = prompt(solution="s" * limit), prompt(solution="s" * (limit - 1))  # the end of sequence is one more
+    before = sampled("6")
+    cutting = corrector("solution", long_solution="truncate")
+    whole, cut_off = cutting([fits, long], [before] * 2, [wrong()] * 2, seed=0)
+    assert whole.token_ids == (*encode("s" * (limit - 1)), EOS)
+    assert (cut_off.token_ids, cut_off.finish_reason, cut_off.correction) == (
+        tuple(encode("s" * limit)),
+        "length",
+        "solution",
+    )
+    assert (cutting.num_truncated, cutting.fallbacks) == (1, {})
+    skipping = corrector(reflect=1e-9, answer=0, solution=1 - 1e-9, long_solution="skip")
+    whole, same_as_before = skipping([fits, long], [before] * 2, [wrong()] * 2, seed=0)
+    assert whole.correction == "solution"
+    assert same_as_before is before
+    assert (skipping.num_truncated, skipping.fallbacks) == (0, {("solution", None): 1})
+    cutting([], [], [], seed=0)
+    assert cutting.num_truncated == 0  # they are the latest call's
+
+
 def test_too_long_texts_fall_back_only_to_kinds_in_use():
     long = prompt(answer="5" * 50, solution="s" * 50)
     before = sampled("6")
@@ -309,6 +343,75 @@ def test_an_answer_too_long_for_the_budget_becomes_a_reflection():
         assert after.correction == kind
         assert len(after.token_ids) <= 1 + 20
         assert correct.fallbacks == ({} if kind == "answer" else {("answer", "reflect"): 1})
+
+
+def corrected_in(correct: Corrector, rewards: Sequence[Reward], group_size: int, seed: int = 0) -> list[list[int]]:
+    """Which places of each group were corrected."""
+    n = len(rewards)
+    after = correct([prompt()] * n, [sampled("6")] * n, rewards, seed=seed, group_size=group_size)
+    changed = [position for position, response in enumerate(after) if response.correction is not None]
+    return [[p - start for p in changed if start <= p < start + group_size] for start in range(0, n, group_size)]
+
+
+HALF_RIGHT = Reward(0.0, {}, "correct")  # right, and yet of the same reward as the others
+PARTLY = Reward(0.5, {}, "wrong")
+SKIPPED = Reward(1.0, {}, "wrong", {"f": "raised"}, skipped=True)
+GROUPS = [
+    *(wrong(), wrong(), wrong(), wrong()),  # collapsed, none right
+    *(CORRECT, wrong(), wrong(), CORRECT),  # neither
+    *(PARTLY, wrong(), PARTLY, wrong()),  # not collapsed, none right
+    *(HALF_RIGHT, wrong(), wrong(), wrong()),  # collapsed, one right
+    *(SKIPPED, wrong(), wrong(), SKIPPED),  # collapsed but for those that do not count
+    *(CORRECT, CORRECT, CORRECT, CORRECT),
+    *(SKIPPED, SKIPPED, SKIPPED, SKIPPED),
+]
+
+
+def test_scope_all_corrects_every_wrong_response():
+    found = corrected_in(corrector("answer"), GROUPS, 4)
+    assert found == [[0, 1, 2, 3], [1, 2], [0, 1, 2, 3], [1, 2, 3], [1, 2], [], []]
+
+
+def test_scope_collapsed_corrects_where_all_rewards_are_equal():
+    found = corrected_in(corrector("answer", scope="collapsed"), GROUPS, 4)
+    assert found == [[0, 1, 2, 3], [], [], [1, 2, 3], [1, 2], [], []]
+
+
+def test_scope_one_corrects_one_where_none_is_right():
+    found = corrected_in(corrector("answer", scope="one"), GROUPS, 4)
+    assert list(map(len, found)) == [1, 0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("scope", ["all", "collapsed"])
+def test_at_most_so_many_of_a_group_are_corrected(scope):
+    every = corrected_in(corrector("answer", scope=scope), GROUPS, 4)
+    found = corrected_in(corrector("answer", scope=scope, max_per_group=2), GROUPS, 4)
+    assert list(map(len, found)) == [min(2, len(places)) for places in every]
+    assert all(set(few) <= set(many) for few, many in zip(found, every, strict=True))
+
+
+def test_no_place_in_a_group_is_preferred():
+    found = Counter(
+        place
+        for seed in range(100)
+        for places in corrected_in(corrector("answer", scope="one"), [wrong()] * 32, 4, seed)
+        for place in places
+    )
+    # 800 draws: five standard deviations of a binomial with p = 1/4
+    assert all(found[place] == pytest.approx(200, abs=5 * math.sqrt(800 * 3 / 16)) for place in range(4))
+
+
+def test_which_are_chosen_does_not_depend_on_sharing_out():
+    correct = corrector("answer", max_per_group=1)
+    n = 24
+    whole = correct([prompt()] * n, [sampled("6")] * n, [wrong()] * n, seed=5, group_size=4)
+    halves = [
+        correct([prompt()] * 12, [sampled("6")] * 12, [wrong()] * 12, seed=5, group_size=4, offset=offset)
+        for offset in (0, 12)
+    ]
+    assert [r.correction for r in whole] == [r.correction for half in halves for r in half]
+    with pytest.raises(ValueError, match="responses must be whole groups of 5; got 24"):
+        correct([prompt()] * n, [sampled("6")] * n, [wrong()] * n, seed=5, group_size=5)
 
 
 # ---- Seeds ---------------------------------------------------------------------------------------------------------
@@ -404,46 +507,94 @@ def test_invariants(cases, probabilities, seed, truncated):
             assert row.example.solution is not None
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(2, len(make_tokenizer()) - 1), min_size=1, max_size=20), st.integers(0, 100))
-def test_sampled_ids_survive_with_a_real_tokenizer(ids, seed):
-    """Any ids, most of which no text would be encoded to: half characters, merges never made."""
-    tokenizer = make_tokenizer()
-    eos = tokenizer.eos_token_id
-    text = "What is 2 + 3?\n"
-    row = Prompt(Example(0, text, "5", SOLUTION), text, tuple(tokenizer.encode(text)))
-    before = Response(
-        (*ids, eos), (-1.0,) * (len(ids) + 1), (0.5,) * (len(ids) + 1), (SAMPLED,) * (len(ids) + 1), "stop"
-    )
-    continuation = tokenizer.encode(" It is 5.")
-    engine = ScriptedEngine()
-    engine.generate = lambda prompts, sampling, seed: [  # type: ignore[method-assign]
-        Response(
-            (*continuation, eos), *[(-1.0,) * (len(continuation) + 1)] * 2, (SAMPLED,) * (len(continuation) + 1), "stop"
-        )
-        for _ in prompts
-    ]
+TOKENIZERS = {"byte-level": make_tokenizer(), "metaspace": make_metaspace_tokenizer()}
+
+
+def halves(tokenizer, data: bytes, text: str) -> list[int]:
+    """Ids as a policy may sample them: bytes that are no text, then a text's first tokens, then bytes again."""
+    raw = tokenizer.convert_tokens_to_ids(byte_tokens(tokenizer, data))
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return [*raw, *encoded[: 1 + len(encoded) // 2], *reversed(raw)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=100)
+@given(
+    data=st.binary(max_size=12),
+    text=st.text(alphabet="ab .\n\t\u00e9\u4e2d\u2028\U0001f600\u0301", max_size=12),
+    eos=st.booleans(),
+    kind=st.sampled_from(list(ONLY)),
+)
+def test_sampled_ids_never_change(name, data, text, eos, kind):
+    """Random bytes and cut characters, which decoding and encoding again would turn into other tokens."""
+    tokenizer = TOKENIZERS[name]
+    ids = halves(tokenizer, data, text)
+    end = tokenizer.eos_token_id
+    sampled_ids = (*ids, end) if eos else tuple(ids)
+    records = tuple(-0.01 * n for n in range(len(sampled_ids)))
+    before = Response(sampled_ids, records, records, (SAMPLED,) * len(sampled_ids), "stop" if eos else "length")
+    prompt_text = "What is 2 + 3?\n"
+    row = Prompt(Example(0, prompt_text, "5", SOLUTION), prompt_text, tuple(tokenizer.encode(prompt_text)))
+    more = tuple(halves(tokenizer, data[::-1], text[::-1]))
+    asked: list[tuple[int, ...]] = []
+
+    class Engine(ScriptedEngine):
+        def generate(self, prompts, sampling, *, seed):
+            asked.extend(map(tuple, prompts))
+            return [Response(more, (-1.0,) * len(more), (1.0,) * len(more), (SAMPLED,) * len(more), "length")]
+
     correct = Corrector(
-        CorrectionConfig(),
-        engine=engine,
+        CorrectionConfig(**ONLY[kind]),
+        engine=Engine(),
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
         decode=tokenizer.decode,
-        eos_token_ids=[eos],
+        eos_token_ids=[end],
         sampling=Sampling(max_tokens=64),
     )
-    [after] = correct([row], [before], [wrong()], seed=seed)
-    if after.correction == "solution":
-        assert after.token_ids == (*tokenizer.encode(SOLUTION), eos)
-        return
-    assert after.token_ids[: len(ids)] == tuple(ids)
-    added = tokenizer.decode(after.token_ids[len(ids) : -1])
-    ends_blank = tokenizer.decode(ids)[-1:].isspace()
-    start = "Wait! Something is wrong here." if ends_blank else " Wait! Something is wrong here."
-    ends = {"answer": r" The correct answer is \boxed{5}.", "reflect": " It is 5."}
-    assert added == start + ends[after.correction]
-    injected = after.provenance.count(INJECTED)
-    reencoded = tokenizer.encode(start + (ends["answer"] if after.correction == "answer" else ""))
-    assert list(after.token_ids[len(ids) : len(ids) + injected]) == reencoded + [eos] * (after.correction == "answer")
+    [after] = correct([row], [before], [wrong()], seed=0)
+    assert after.correction == kind
+    by_provenance = {
+        mark: tuple(t for t, p in zip(after.token_ids, after.provenance, strict=True) if p is mark)
+        for mark in Provenance
+    }
+    kept = () if kind == "solution" else tuple(ids)
+    assert by_provenance[SAMPLED] == kept
+    assert after.logprobs[: len(kept)] == records[: len(kept)]
+    assert by_provenance[CONTINUED] == (more if kind == "reflect" else ())
+    injected = by_provenance[INJECTED]
+    assert after.token_ids == kept + injected + by_provenance[CONTINUED]
+    if kind == "reflect":
+        assert asked == [(*row.token_ids, *ids, *injected)]
+    # What was injected is the configured text's tokens, whatever stands before them.
+    before_it = tokenizer.decode(ids)  # nothing or blanks, at least as it is shown: then no blank is added
+    blank = not before_it or before_it[-1].isspace()
+    texts = {"reflect": WAIT, "answer": WAIT + r" The correct answer is \boxed{5}.", "solution": SOLUTION}
+    expected = texts[kind].lstrip() if blank else texts[kind]
+    shown = tokenizer.decode([*tokenizer.encode("=", add_special_tokens=False), *injected], skip_special_tokens=True)
+    assert shown == ("= " if kind == "solution" and name == "metaspace" else "=") + expected
+
+
+def test_injected_text_has_the_tokens_of_text_within_a_text():
+    """Where a tokenizer puts a blank before a text it is left out; the policy would read two."""
+    for name, tokenizer in TOKENIZERS.items():
+
+        def tokens(text: str, tokenizer=tokenizer) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        for first, text, whole in (("It is 6.", WAIT, "It is 6. Wait! Something is wrong here."), ("6\n", WAIT, None)):
+            correct = Corrector(
+                CorrectionConfig(**ONLY["reflect"]),
+                engine=ScriptedEngine(""),
+                encode=tokens,
+                decode=tokenizer.decode,
+                eos_token_ids=[1],
+                sampling=Sampling(max_tokens=64),
+            )
+            ids = tuple(tokens(first))
+            before = Response(ids, (-1.0,) * len(ids), (1.0,) * len(ids), (SAMPLED,) * len(ids), "length")
+            [after] = correct([prompt()], [before], [wrong()], seed=0)
+            expected = whole or first + text.lstrip()
+            assert [t for t in after.token_ids if t != 0] == tokens(expected), name
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
@@ -478,6 +629,7 @@ def test_lengths_and_end_of_sequence_are_checked():
         ({"answer_text": "It is right there."}, r"answer_text must contain \{answer\}"),
         ({"answer_text": r" It is \boxed{answer}."}, r"which makes ' It is \\\\boxed7\.' .* double the braces"),
         ({"reflection_text": " "}, "reflection_text must not be empty"),
+        ({"max_per_group": 0}, "max_per_group must be a whole number of at least 1"),
     ],
 )
 def test_the_configuration_is_validated(values, message):

@@ -79,6 +79,7 @@ LAYERS = (
     ("answers", "equivalence", "functions", "rewards", "correction", "batching", "data", "arithmetic", "metrics"),
     ("templates",),
     ("model", "rollout"),
+    ("preflight",),
     ("evaluate", "suite", "compare", "checkpoint", "runlog", "trainer"),
     ("integrations",),
     ("report", "eval_cli", "cli", "__main__"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -74,6 +75,30 @@ def test_step_metrics_on_a_worked_example():
     assert {key: metrics[key] for key in expected} == pytest.approx(expected)
 
 
+def test_metrics_count_what_could_not_be_judged_in_either_grading():
+    first, second = two_groups()[:2]
+    late = Reward(0.0, {"accuracy": 0.0}, "timed_out")
+    failed = Reward(9.0, {"accuracy": 0.0}, "wrong", {"a:f": "timed_out", "a:g": "died"}, skipped=True)
+    raised = Reward(0.0, {"accuracy": 0.0}, "wrong", {"a:f": "raised", "a:g": "timed_out"})
+    samples = [
+        replace(first, first_reward=late, reward=late),  # not corrected: one grading
+        replace(second, first_reward=late, reward=late),  # corrected: two
+        replace(first, first_reward=failed, reward=failed),
+        replace(second, first_reward=raised, reward=failed),
+    ]
+    for sample in samples:
+        sample.entropy = torch.ones(len(sample.response.token_ids))
+    metrics = step_metrics(samples)
+    assert {key: value for key, value in metrics.items() if key.startswith("grading/")} == {
+        "grading/answers_timed_out": 3.0,
+        "grading/functions_timed_out": 3.0,
+        "grading/functions_failed": 3.0,
+        "grading/skipped": 2.0,
+    }
+    assert (metrics["outcome/timed_out"], metrics["outcome/wrong"]) == (2.0, 2.0)  # of first attempts, all of them
+    assert metrics["reward/mean"] == 0.0  # without those that were skipped
+
+
 def test_drift_counts_only_recorded_tokens():
     sample = two_groups()[1]
     metrics = drift_metrics([(sample, [-0.5, 100.0, -0.7, -0.5], [0.5, 100.0, 0.5, 0.4])])
@@ -85,6 +110,8 @@ def test_completion_record_cuts_where_provenance_changes():
     record = completion_record(7, two_groups()[1], lambda ids: "".join(map(str, ids)))
     assert record["segments"] == [["sampled", "0"], ["injected", "1"], ["continued", "23"]]
     assert (record["step"], record["index"], record["reward_before"], record["reward"]) == (7, 4, 0.0, 1.0)
+    assert (record["parts_before"], record["parts"]) == ({"accuracy": 0.0}, {"accuracy": 1.0})
+    assert (record["failures"], record["skipped"]) == ({}, False)
 
 
 def log_to(folder, resume_step) -> RunLog:

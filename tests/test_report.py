@@ -287,6 +287,18 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
     assert "insertAdjacentHTML" not in page.script
 
 
+def test_what_could_not_be_judged_is_counted_over_the_whole_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    assert "Answers timed out" not in Page(write_report([run])).words
+    for step in range(3, MAX_POINTS + 103):
+        row = {"step": step, "grading/answers_timed_out": 1, "grading/functions_timed_out": 2, "grading/skipped": 0}
+        append(run / "metrics.jsonl", json.dumps(row) + "\n")
+    words = Page(write_report([run])).words
+    assert f"Answers timed out {MAX_POINTS + 100:,}" in words  # although the curves are thinned
+    assert f"Reward calls timed out {2 * MAX_POINTS + 200:,}" in words
+    assert "Responses skipped" not in words
+
+
 # ---- What a run may lack
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +19,19 @@ import torch
 import yaml
 
 from edge_grpo.config import (
+    CorrectionConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
+    RewardConfig,
     RolloutConfig,
     TrainConfig,
     to_dict,
 )
+from edge_grpo.metrics import step_metrics
+from edge_grpo.report import write_report
 from edge_grpo.trainer import Trainer, _LossTotals, train
+from edge_grpo.types import Provenance
 from edge_kernels import EDAConfig, GRPOLossConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
@@ -333,11 +339,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1])))
 from test_trainer import gradient
 from edge_grpo.config import load_config
+from edge_grpo.metrics import step_metrics
+from edge_grpo.report import write_report
 from edge_grpo.trainer import Trainer
 
 trainer = Trainer(load_config(Path(sys.argv[2])))
 everyone = torch.load(sys.argv[3], weights_only=False)
 rank, size = trainer.accelerator.process_index, len(everyone) // trainer.accelerator.num_processes
+assert trainer.rewarder.grader([(("1/2",), "0.5")]) == ["correct"]  # workers, on every process
 torch.save(gradient(trainer, everyone[rank * size : (rank + 1) * size]), f"{sys.argv[3]}.{rank}")
 trainer.close()
 """
@@ -367,3 +376,167 @@ def test_two_processes_give_one_process_gradient(config, tmp_path):
     for rank in (0, 1):
         got = torch.load(f"{data}.{rank}")
         torch.testing.assert_close(got, expected, rtol=0, atol=float(2e-5 * expected.abs().max()))
+
+
+# ---- Injected tokens -----------------------------------------------------------------------------------------------
+
+
+def plain_gradient(trainer: Trainer, samples, term, counts) -> torch.Tensor:
+    """The gradient of -sum(term(logprob, advantage, is_injected)) / number of tokens that count, by plain PyTorch."""
+    trainer.policy.zero_grad()
+    loss, tokens = torch.zeros(()), 0
+    for sample in samples:
+        ids = torch.tensor([sample.prompt.token_ids + sample.response.token_ids])
+        logprobs = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        taken = logprobs.gather(1, ids[0, 1:, None])[len(sample.prompt.token_ids) - 1 :, 0]
+        injected = torch.tensor([mark == Provenance.INJECTED for mark in sample.response.provenance])
+        loss = loss - torch.where(injected, term(taken, sample.advantage), sample.advantage * taken).sum()
+        tokens += int(counts(injected).sum())
+    (loss / tokens).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    ("treatment", "term"),
+    [
+        ("credit", lambda logprob, advantage: advantage * logprob),
+        ("mask", lambda logprob, advantage: 0 * logprob),
+        ("sft", lambda logprob, advantage: 0.7 * logprob),
+        ("shaped", lambda logprob, advantage: advantage * logprob.exp() / (logprob.exp() + 0.2)),
+    ],
+    ids=["credit", "mask", "sft", "shaped"],
+)
+def test_what_injected_tokens_do_is_in_the_gradient(config, treatment, term):
+    """Corrected responses as the trainer batches them, of all three kinds, against the four definitions."""
+    loss = GRPOLossConfig(injected=treatment, sft_weight=0.7, shaped_gamma=0.2)
+    rollout_config = replace(config.rollout, num_generations=8)
+    trainer = Trainer(replace(config, loss=loss, data=DataConfig(train="arithmetic:3"), rollout=rollout_config))
+    samples = rollout(trainer)
+    assert {sample.response.correction for sample in samples} >= {"reflect", "answer", "solution"}
+    for number, sample in enumerate(samples):
+        sample.advantage = (-1.0) ** number * (1 + number / 4)
+    ours = gradient(trainer, samples)
+    counts = torch.logical_not if treatment == "mask" else torch.ones_like
+    plain = plain_gradient(trainer, samples, term, counts)
+    trainer.close()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=float(2e-5 * plain.abs().max()))
+
+
+# ---- Rewards that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["dapo", "kl", "entropy quantile", "gspo"])
+def test_a_skipped_response_is_as_if_it_had_not_been_sampled(config, loss):
+    """Same advantages of its group's others, same gradient, same normalizers; it is neither corrected nor counted."""
+    trainer = Trainer(replace(config, loss=LOSSES[loss]))
+    samples = rollout(trainer)
+    gone = samples[1]
+    for number, sample in enumerate(samples):  # groups that are not collapsed, whatever was sampled
+        sample.reward = replace(sample.reward, total=float(number))
+    gone.reward = replace(gone.reward, skipped=True)
+    gone.advantage, gone.weight = 0.0, 1.0
+    trainer.assign_advantages(samples)
+    with_it = gradient(trainer, samples), [sample.advantage for sample in samples if sample is not gone]
+    metrics = step_metrics(samples)
+    without = [sample for sample in samples if sample is not gone]
+    trainer.assign_advantages(without)
+    without_it = gradient(trainer, without), [sample.advantage for sample in without]
+    trainer.close()
+    assert gone.advantage == 0.0
+    assert with_it[1] == without_it[1]
+    torch.testing.assert_close(with_it[0], without_it[0], rtol=0, atol=0)
+    assert metrics["grading/skipped"] == 1
+    others = step_metrics(without)
+    grading = ("grading/", "outcome/")
+    assert {k: v for k, v in metrics.items() if not k.startswith(grading)} == {
+        k: v for k, v in others.items() if not k.startswith(grading)
+    }
+
+
+@pytest.mark.parametrize("loss", ["dapo", "kl", "entropy quantile"])
+def test_a_step_without_any_reward_changes_nothing(config, loss):
+    trainer = Trainer(replace(config, loss=LOSSES[loss]))
+    samples = rollout(trainer)
+    for sample in samples:
+        sample.reward = replace(sample.reward, skipped=True)
+        sample.advantage = 0.0
+    trainer.assign_advantages(samples)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    metrics = step_metrics(samples) | trainer.update(samples, 1)
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
+    trainer.close()
+    assert metrics["grading/skipped"] == len(samples)
+    assert math.isnan(metrics["reward/mean"])
+
+
+UNRELIABLE = """
+import time
+from pathlib import Path
+
+def by_turns(completions):
+    if len(completions) > 1:
+        raise ValueError("one at a time")
+    with Path(__file__).with_suffix(".calls").open("ab") as file:  # a killed process remembers nothing
+        file.write(b".")
+        call = file.tell()
+    if call % 4 == 1:
+        time.sleep(3600)
+    if call % 4 == 2:
+        raise LookupError(completions[0])
+    return [0.5]
+"""
+
+
+@pytest.mark.parametrize("on_error", ["zero", "skip"])
+def test_a_run_outlives_functions_that_hang_and_raise(config, tmp_path, monkeypatch, on_error):
+    (tmp_path / "unreliable.py").write_text(UNRELIABLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = RewardConfig(functions={"unreliable:by_turns": 1.0}, function_timeout=0.5, on_error=on_error)
+    train(replace(config, reward=reward))
+    steps = records(tmp_path / "run")
+    assert len(steps) == config.steps
+    timed_out = sum(record["grading/functions_timed_out"] for record in steps)
+    failed = sum(record["grading/functions_failed"] for record in steps)
+    assert timed_out > 0
+    assert failed > 0
+    completions = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 8 * config.steps
+    hurt = [record for record in completions if record["failures"]]
+    assert {kind for record in hurt for kind in record["failures"].values()} == {"timed_out", "raised"}
+    assert all(record["skipped"] == (on_error == "skip") for record in hurt)
+    if on_error == "skip":
+        assert sum(record["grading/skipped"] for record in steps) == len(hurt)
+    assert f"Reward calls timed out {timed_out:.0f}" in " ".join(
+        re.sub(r"<[^>]+>", " ", write_report([tmp_path / "run"]).read_text()).split()
+    )
+
+
+def test_a_function_that_raises_ends_the_run_by_default(config, tmp_path, monkeypatch):
+    (tmp_path / "unreliable.py").write_text(UNRELIABLE.replace("% 4 == 1", "== 0").replace("% 4 == 2", "> 0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)'unreliable:by_turns' failed on sample 0 \(row \d+\).*LookupError"):
+        train(replace(config, reward=RewardConfig(functions={"unreliable:by_turns": 1.0})))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- Reference solutions -------------------------------------------------------------------------------------------
+
+
+def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_path):
+    rows = [
+        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "solution": f"It is \\boxed{{{n + 1 + n % 2}}}."}
+        for n in range(8)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    only = CorrectionConfig(reflect=0.0, answer=1e-9, solution=1 - 1e-9)
+    trainer = Trainer(replace(config, data=DataConfig(train=str(tmp_path / "rows.json")), correction=only))
+    samples = [sample for step in (1, 2, 3, 4) for sample in trainer.sample(step)]
+    trainer.close()
+    assert trainer.rejected_solutions == {1, 3, 5, 7}
+    assert all(sample.prompt.example.solution for sample in samples)  # reward functions still see them
+    kinds = [
+        {sample.response.correction for sample in samples if sample.prompt.example.index % 2 == odd} for odd in (0, 1)
+    ]
+    assert kinds[0] - {None} == {"solution"}
+    assert kinds[1] - {None} == {"answer"}

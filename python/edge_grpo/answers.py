@@ -89,6 +89,12 @@ def accepted_answers(example: Example) -> tuple[str, ...]:
     return () if example.answer is None else (example.answer,)
 
 
+def is_literal(gold: str) -> bool:
+    """Whether only the same text, but for case, is equal to an accepted answer: lines, words, or a row of numbers."""
+    words = _without_text_command(normalize(gold))
+    return "\n" in gold.strip() or bool(_WORDS.fullmatch(words) or _NUMBER_ROW.fullmatch(words))
+
+
 def normalize(answer: str) -> str:
     r"""An answer without what never changes its meaning: delimiters, ``\left``, sizes of fractions, runs of blanks."""
     text = bare_answer(answer)
@@ -114,8 +120,7 @@ def _settle(gold: str, answer: str | None) -> Outcome | _Comparison:
     if _INTEGER.fullmatch(read) and _INTEGER.fullmatch(right):
         return "correct" if _canonical_integer(read) == _canonical_integer(right) else "wrong"
     right_words, read_words = _without_text_command(right), _without_text_command(read)
-    is_literal = "\n" in gold.strip() or _WORDS.fullmatch(right_words) or _NUMBER_ROW.fullmatch(right_words)
-    if is_literal or right_words == read_words:
+    if is_literal(gold) or right_words == read_words:
         return "correct" if right_words.casefold() == read_words.casefold() else "wrong"
     return (right, read) if len(read) <= MAX_ANSWER_LENGTH else "unparseable"
 

@@ -1,4 +1,4 @@
-"""The command ``edge-grpo``: train, evaluate, compare, report, info.
+"""The command ``edge-grpo``: train, evaluate, compare, check, report, info.
 
 Parses arguments and prints; what it does lives in the modules that it imports late, so that help appears at once.
 """
@@ -31,7 +31,7 @@ _PUBLISHED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    """Run one command and return its status: 0, 1 (a strict check found something), 2 (a mistake), 130 (Ctrl-C)."""
     parser, commands = _parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = _overrides(commands[options.command], options, rest)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError, FileExistsError) as error:
         if not _is_for_the_user(error):
             raise
         print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
@@ -185,6 +185,27 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     compare.add_argument("second", metavar="B.json", type=Path, help="differences are B minus A")
     compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
+    check = command(
+        "check",
+        _check,
+        "look through a dataset: what its rows lack, and what their own grader says of their solutions",
+        "[DATA] [--model MODEL] [--size N] [--json FILE] [--strict] [--recipe NAME | --config FILE] [KEY=VALUE ...]",
+        """
+        edge-grpo check math.jsonl                       rows, answers and solutions
+        edge-grpo check math.jsonl --model Qwen/Qwen2.5-Math-1.5B    and lengths, with this model's tokenizer
+        edge-grpo check --config my.yaml --strict        a configuration's own data; status 1 when there is anything
+        edge-grpo check openai/gsm8k:main data.columns.problem=question --json findings.json
+        """,
+    )
+    check.add_argument("data", metavar="DATA", nargs="?", help="NAME[@SPLIT] as for data.train, which is the default")
+    check.add_argument(
+        "--model", metavar="MODEL", help="whose tokenizer counts lengths: folder, hub id, .gguf file, edge_grpo:tiny"
+    )
+    check.add_argument("--size", type=int, metavar="N", help="look at a random sample of N examples")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every finding and the lengths there")
+    check.add_argument("--strict", action="store_true", help="exit with status 1 if anything was found")
+    _add_source(check)
+
     report = command(
         "report",
         _report,
@@ -213,7 +234,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """The KEY=VALUE arguments, which may stand anywhere on the command line."""
-    takes_keys = options.command in ("train", "eval")
+    takes_keys = options.command in ("train", "eval", "check")
     for argument in rest:
         if not takes_keys or argument.startswith("-") or "=" not in argument:
             hint = "; settings are given as KEY=VALUE" if takes_keys and not argument.startswith("-") else ""
@@ -414,6 +435,44 @@ def _eval_config(options: argparse.Namespace, overrides: list[str]) -> tuple[Tra
     if config.data.eval is None and not options.suite:
         raise ValueError("no data to evaluate on; give --suite DIR, or --data SPEC such as --data arithmetic@test")
     return config, model
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> int:
+    given = {"data.train": options.data, "model.path": options.model}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    source = recipe_path(options.recipe) if options.recipe else options.config
+    has_model = source is not None or any(override.startswith("model.path=") for override in overrides)
+    if source is None and options.data is None:
+        raise ValueError("no data to check; give DATA, or a --recipe or --config whose data.train is to be checked")
+    config = load_config(source, overrides)
+
+    from rich.console import Console
+
+    from .answers import Grader
+    from .data import load_examples
+    from .preflight import examine
+
+    spec, columns = config.data.train, config.data.columns
+    examples = load_examples(spec, columns, seed=config.seed, limit=options.size, allow_empty=True)
+    tokenizer = None
+    if has_model:
+        from .model import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    try:
+        found = examine(examples, grader, config, tokenizer)
+    finally:
+        grader.close()
+    console = Console(highlight=False, markup=False)
+    console.print(f"{spec}: ", found.render(), sep="")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"data": spec} | found.to_dict(), indent=2, ensure_ascii=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    if tokenizer is None:
+        console.print("\nLengths were not looked at; --model names the model whose tokenizer is to count them.")
+    return 1 if options.strict and found.findings else 0
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:

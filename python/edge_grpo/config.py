@@ -34,6 +34,8 @@ Engine = Literal["transformers", "vllm", "vllm-server"]
 Precision = Literal["float32", "bfloat16", "mixed"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnError = Literal["fail", "zero", "skip"]
+Scope = Literal["all", "collapsed", "one"]
+LongSolution = Literal["shorter", "truncate", "skip"]
 
 
 def _raise(problems: Iterable[str]) -> None:
@@ -151,10 +153,15 @@ class CorrectionConfig:
     answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends then; contains {answer}
     max_length: int = 256  # tokens that a correction may add to a response
     truncated: bool = True  # whether responses cut off by the length limit are corrected too
+    scope: Scope = "all"  # correct all wrong responses, those of collapsed groups, or one of each group with none right
+    max_per_group: int | None = None  # correct at most so many responses of a group, drawn at random
+    long_solution: LongSolution = "shorter"  # a solution beyond the limit: try answer, reflect; truncate it; or skip
 
     def __post_init__(self) -> None:
         kinds = {"reflect": self.reflect, "answer": self.answer, "solution": self.solution}
         problems = _real(">= 0", **kinds) + _whole(1, max_length=self.max_length)
+        if self.max_per_group is not None:
+            problems += _whole(1, max_per_group=self.max_per_group)
         if not problems and abs(sum(kinds.values()) - 1) > 1e-6:
             problems.append(
                 "reflect, answer and solution are the probabilities of the three corrections and must add up to 1; got "

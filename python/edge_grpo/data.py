@@ -46,7 +46,9 @@ _SEED_STRIDE = 1_000_000
 _SEED_BLOCKS = 2**32 // _SEED_STRIDE // 2 * 2  # even, so that counting past the end keeps odd and even apart
 
 
-def load_examples(spec: str, columns: Mapping[str, str], *, seed: int = 0, limit: int | None = None) -> list[Example]:
+def load_examples(
+    spec: str, columns: Mapping[str, str], *, seed: int = 0, limit: int | None = None, allow_empty: bool = False
+) -> list[Example]:
     """Return the examples that ``spec`` names, in the dataset's order.
 
         arithmetic[:LEVELS]      the built-in task, for example arithmetic:1,2 (default: all levels)
@@ -64,8 +66,9 @@ def load_examples(spec: str, columns: Mapping[str, str], *, seed: int = 0, limit
     text (142.0 is "142", 1e-5 is "0.00001"); blank and null answers and solutions are None; an answer that is a list
     of texts means that each of them is right, and goes to ``extra["accepted_answers"]`` as well. Duplicates are kept.
 
-    Raises ValueError for an empty problem (naming the row), a missing column, split, level or task, and a dataset
-    without rows; FileNotFoundError for a missing file; TypeError for an answer that is not text, a number or a list.
+    Raises ValueError for an empty problem (naming the row; with ``allow_empty`` it is ""), a missing column, split,
+    level or task, and a dataset without rows; FileNotFoundError for a missing file; TypeError for an answer that is not
+    text, a number or a list.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None; got {limit}")
@@ -86,7 +89,12 @@ def load_examples(spec: str, columns: Mapping[str, str], *, seed: int = 0, limit
     chosen: Iterable[int] = range(len(rows))
     if limit is not None and limit < len(rows):
         chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [_to_example(spec, index, rows[index], names) for index in chosen]
+    examples = [_to_example(spec, index, rows[index], names) for index in chosen]
+    if not allow_empty and (empty := next((example for example in examples if not example.problem), None)):
+        raise ValueError(
+            f"{spec}, row {empty.index}: the problem (column {names['problem']!r}) is empty; remove the row"
+        )
+    return examples
 
 
 def suite_sets(path: str) -> dict[str, str]:
@@ -315,9 +323,7 @@ def _to_example(spec: str, index: int, row: Mapping[str, Any], names: Mapping[st
     def value(role: str) -> Any:
         return row.get(names[role]) if role in names else None
 
-    problem = _to_text(spec, index, "problem", value("problem"))
-    if problem is None:
-        raise ValueError(f"{spec}, row {index}: the problem (column {names['problem']!r}) is empty; remove the row")
+    problem = _to_text(spec, index, "problem", value("problem")) or ""
     extra = {key: item for key, item in row.items() if key not in names.values()}
     answer = value("answer")
     if isinstance(answer, (list, tuple)):

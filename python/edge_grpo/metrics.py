@@ -15,7 +15,18 @@ from .types import Provenance, Reward
 
 
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics that rewards, correction and advantages decide, for one rollout."""
+    """Return the metrics that rewards, correction and advantages decide, for one rollout.
+
+    ``outcome`` counts first attempts, ``grading`` what went wrong in any grading, the one after correction included.
+    Everything else is over the responses that were not skipped, and NaN if all were.
+    """
+    outcomes = Counter(sample.first_reward.outcome for sample in samples)
+    metrics = {
+        f"outcome/{outcome}": float(outcomes[outcome]) for outcome in ("correct", "wrong", "unparseable", "timed_out")
+    }
+    metrics |= _grading(samples)
+    names = samples[0].reward.parts
+    samples = [sample for sample in samples if not sample.reward.skipped]
     rewards = [sample.reward.total for sample in samples]
     tokens = [float(value) for sample in samples for value in _entropy(sample)]
     per_response = [fmean(_entropy(sample)) for sample in samples if len(_entropy(sample))]
@@ -23,33 +34,42 @@ def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     lengths = [len(sample.response.token_ids) for sample in samples]
     injected = sum(sample.response.provenance.count(Provenance.INJECTED) for sample in samples)
     corrections = Counter(sample.response.correction for sample in samples)
-    outcomes = Counter(sample.first_reward.outcome for sample in samples)
-    metrics = {
-        "reward/mean": fmean(rewards),
+    metrics |= {
+        "reward/mean": _mean(rewards),
         "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
         "accuracy/before": _share(sample.first_reward.correct for sample in samples),
         "accuracy/after": _share(sample.reward.correct for sample in samples),
         "collapsed/before": _collapsed((sample.group, sample.first_reward) for sample in samples),
         "collapsed/after": _collapsed((sample.group, sample.reward) for sample in samples),
-        "advantage/var": pvariance([sample.advantage for sample in samples]),
-        "entropy/token_mean": fmean(tokens),
-        "entropy/response_mean": fmean(per_response),
-        "eda/weight_min": min(weights),
-        "eda/weight_mean": fmean(weights),
-        "eda/weight_max": max(weights),
-        "tokens/injected_share": injected / sum(lengths),
-        "length/mean": fmean(lengths),
-        "length/min": float(min(lengths)),
-        "length/max": float(max(lengths)),
+        "advantage/var": pvariance([sample.advantage for sample in samples]) if samples else math.nan,
+        "entropy/token_mean": _mean(tokens),
+        "entropy/response_mean": _mean(per_response),
+        "eda/weight_min": min(weights, default=math.nan),
+        "eda/weight_mean": _mean(weights),
+        "eda/weight_max": max(weights, default=math.nan),
+        "tokens/injected_share": injected / sum(lengths) if lengths else math.nan,
+        "length/mean": _mean(lengths),
+        "length/min": float(min(lengths, default=math.nan)),
+        "length/max": float(max(lengths, default=math.nan)),
         "length/truncated": _share(sample.first.finish_reason == "length" for sample in samples),
     }
     metrics |= {f"correction/{kind}": float(corrections[kind]) for kind in ("reflect", "answer", "solution")}
-    metrics |= {
-        f"outcome/{outcome}": float(outcomes[outcome]) for outcome in ("correct", "wrong", "unparseable", "timed_out")
-    }
-    for name in samples[0].reward.parts:
-        metrics[f"reward/{name}"] = fmean(sample.reward.parts[name] for sample in samples)
+    for name in names:
+        metrics[f"reward/{name}"] = _mean([sample.reward.parts[name] for sample in samples])
     return metrics
+
+
+def _grading(samples: Sequence[Sample]) -> dict[str, float]:
+    """Counts of what could not be judged, over both gradings of each response."""
+    gradings = [sample.first_reward for sample in samples]
+    gradings += [sample.reward for sample in samples if sample.response.correction is not None]
+    ends = Counter(kind for reward in gradings for kind in reward.failures.values())
+    return {
+        "grading/answers_timed_out": float(sum(reward.outcome == "timed_out" for reward in gradings)),
+        "grading/functions_timed_out": float(ends["timed_out"]),
+        "grading/functions_failed": float(ends.total() - ends["timed_out"]),
+        "grading/skipped": float(sum(sample.reward.skipped for sample in samples)),
+    }
 
 
 def drift_metrics(pairs: Sequence[tuple[Sample, Sequence[float], Sequence[float]]]) -> dict[str, float]:
@@ -80,9 +100,12 @@ def _entropy(sample: Sample) -> list[float]:
     return sample.entropy.tolist()
 
 
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan
+
+
 def _share(flags: Iterable[bool]) -> float:
-    values = list(flags)
-    return sum(values) / len(values)
+    return _mean([float(flag) for flag in flags])
 
 
 def _collapsed(rewards: Iterable[tuple[int, Reward]]) -> float:

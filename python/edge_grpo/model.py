@@ -78,19 +78,35 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with _resolve(config.path) as (name, gguf_file):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {}))
+            tokenizer = _load_tokenizer(name, gguf_file, config)
             model = _load_gguf(name, gguf_file, dtype) if gguf_file else _load_plain(name, dtype)
         except OSError as error:
             raise ValueError(f"model.path={config.path!r} could not be loaded: {error}") from error
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    _check_head(model)
+    return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that ``load_model`` would return, without reading the weights where they are elsewhere."""
+    with _resolve(config.path) as (name, gguf_file):
+        try:
+            return _load_tokenizer(name, gguf_file, config)
+        except OSError as error:
+            raise ValueError(f"model.path={config.path!r} has no tokenizer to load: {error}") from error
+
+
+def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name, **({"gguf_file": gguf_file} if gguf_file else {})
+    )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.path!r} has neither a pad nor an eos token; give it one")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    _check_head(model)
-    return model, tokenizer
+    return tokenizer
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

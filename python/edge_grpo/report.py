@@ -29,6 +29,12 @@ MAX_CHARACTERS = 2_000_000  # of all of a run's completions together
 MAX_TEXT = 6000  # characters of one completion
 _OUTCOMES = ("correct", "wrong", "unparseable", "timed_out")
 _PHASES = ("rollout", "reward", "correction", "score", "update")
+_UNJUDGED = {
+    "grading/answers_timed_out": "Answers timed out",
+    "grading/functions_timed_out": "Reward calls timed out",
+    "grading/functions_failed": "Reward calls failed",
+    "grading/skipped": "Responses skipped",
+}
 _KINDS = ("sampled", "injected", "continued")
 
 
@@ -52,6 +58,7 @@ class Run:
     minutes: list[float] = field(default_factory=list)
     columns: dict[str, list[float | None]] = field(default_factory=dict)
     evals: list[Point] = field(default_factory=list)
+    unjudged: dict[str, int] = field(default_factory=dict)  # what went wrong in grading, over all steps
     completions: list[dict[str, Any]] = field(default_factory=list)
     prompt: str | None = None
     notes: list[str] = field(default_factory=list)  # what is missing or broken
@@ -162,6 +169,7 @@ def _read_metrics(run: Run) -> None:
             run.evals.append(Point(step, minutes, accuracy, stderr))
     trained = [(step, row) for step, row in rows if any(not key.startswith("eval/") for key in row)]
     run.total_steps = len(trained)
+    run.unjudged = {key: round(sum(row.get(key) or 0.0 for _, row in trained)) for key in _UNJUDGED}
     if len(trained) > MAX_POINTS:
         trained = [trained[i] for i in _spread(len(trained), MAX_POINTS)]
         run.thinned.append(f"the curves show {MAX_POINTS} of {run.total_steps} steps, evenly spaced")
@@ -294,6 +302,9 @@ def _card(run: Run, index: int) -> str:
     ]
     if speeds := [value for value in run.columns.get("throughput/tokens_per_s", []) if value is not None]:
         facts.append(("Tokens per second", f"{median(speeds):,.0f}"))
+    if rejected := max((value or 0 for value in run.columns.get("correction/rejected_solutions", [])), default=0):
+        facts.append(("Solutions not injected", f"{rejected:,.0f}"))
+    facts += [(name, f"{run.unjudged[key]:,}") for key, name in _UNJUDGED.items() if run.unjudged.get(key)]
     warnings = list(run.notes)
     if isinstance(planned, int) and done < planned:
         warnings.insert(0, f"not finished: step {done} of {planned}")

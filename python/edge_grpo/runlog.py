@@ -86,7 +86,10 @@ class RunLog:
 
 
 def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """Return a completion as completions.jsonl holds it: its text cut where the provenance changes."""
+    """Return a completion as completions.jsonl holds it: its text cut where the provenance changes, both its rewards.
+
+    ``*_before`` is the first attempt, the rest what was trained on; they are the same where nothing was corrected.
+    """
     segments: list[list[str]] = []
     ids, provenance = sample.response.token_ids, sample.response.provenance
     start = 0
@@ -107,6 +110,10 @@ def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]
         "reward": sample.reward.total,
         "outcome_before": sample.first_reward.outcome,
         "outcome": sample.reward.outcome,
+        "parts_before": dict(sample.first_reward.parts),
+        "parts": dict(sample.reward.parts),
+        "failures": sample.first_reward.failures | sample.reward.failures,
+        "skipped": sample.reward.skipped,
         "advantage": sample.advantage,
         "weight": sample.weight,
     }

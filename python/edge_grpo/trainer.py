@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import resource
 import sys
 import time
@@ -41,6 +42,7 @@ from .data import load_examples, render_prompts
 from .evaluate import Evaluation, evaluate
 from .metrics import drift_metrics, step_metrics
 from .model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
+from .preflight import rejected_solutions
 from .rewards import Rewarder
 from .rollout import build_engine
 from .runlog import RunLog
@@ -111,6 +113,7 @@ class Trainer:
         )
         self.rewarder = Rewarder(config.reward)
         self.prompts = self._load_prompts(config.data.train, config.data.columns)
+        self.rejected_solutions = self._rejected_solutions()
         self.eval_prompts: list[Prompt] = []
         if config.data.eval is not None:
             columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
@@ -145,6 +148,7 @@ class Trainer:
                 decode=self._decode_all,
                 eos_token_ids=self.eos_token_ids,
                 sampling=self.sampling,
+                rejected_solutions=self.rejected_solutions,
             )
         self._seconds: dict[str, float] = {}
 
@@ -201,8 +205,11 @@ class Trainer:
         )
         metrics = step_metrics(everyone) | update_metrics
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        if self.corrector is not None:  # corrections that turned into a shorter kind, or into none, for lack of room
-            metrics["correction/fallbacks"] = float(sum(gather_object([self.corrector.fallbacks.total()])))
+        if self.corrector is not None:  # what lack of room turned into a shorter kind or none, and what it cut
+            counts = gather_object([(self.corrector.fallbacks.total(), self.corrector.num_truncated)])
+            metrics["correction/fallbacks"] = float(sum(fallbacks for fallbacks, _ in counts))
+            metrics["correction/truncated"] = float(sum(truncated for _, truncated in counts))
+            metrics["correction/rejected_solutions"] = float(len(self.rejected_solutions))  # of the data
         metrics |= {
             "time/total": total,
             "throughput/tokens_per_s": generated / total,
@@ -234,6 +241,7 @@ class Trainer:
                     first_rewards,
                     seed=derive_seed(config.seed, "correction", step),
                     offset=rank * len(prompts),
+                    group_size=size,
                 )
             with self._timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
@@ -274,8 +282,14 @@ class Trainer:
                     sample.ref_logprobs = logprobs
 
     def assign_advantages(self, samples: Sequence[Sample]) -> None:
-        """Fill advantages and EDA weights over the true groups (arXiv:2507.21848, eqs. 3, 6, 7)."""
+        """Fill advantages and EDA weights over the true groups (arXiv:2507.21848, eqs. 3, 6, 7).
+
+        Skipped responses are in no group: their advantage stays 0, and the others' is as if they were not there.
+        """
         eda = self.config.loss.eda
+        samples = [sample for sample in samples if not sample.reward.skipped]
+        if not samples:
+            return
         rewards = torch.tensor([sample.reward.total for sample in samples])
         groups = torch.tensor([sample.group for sample in samples])
         entropy = torch.nn.utils.rnn.pad_sequence(
@@ -334,7 +348,10 @@ class Trainer:
             synchronize = position == len(chunks) - 1
             with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
                 out = self._loss(batch, normalizers)
-                self.accelerator.backward(out.loss * scale)
+                stands_in = chunk[0].reward.skipped  # alone in its chunk, for the reduction's sake
+                self.accelerator.backward(out.loss * (0 if stands_in else scale))
+            if stands_in:
+                break
             totals.add(out)
             for sample, logprobs, entropy in zip(
                 chunk, unpad(out.logprobs, batch), unpad(out.entropy, batch), strict=True
@@ -417,6 +434,7 @@ class Trainer:
 
     def _normalizers(self, part: Sequence[Sample]) -> _Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
+        part = [sample for sample in part if not sample.reward.skipped]
         tokens = sum(sum(self._counts(sample.response)) for sample in part)
         counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
         tokens, sequences = self.accelerator.reduce(counts, reduction="sum").tolist()
@@ -425,18 +443,20 @@ class Trainer:
             entropies = gather_object(
                 [value for sample in part if sample.entropy is not None for value in sample.entropy]
             )
-            threshold = float(torch.quantile(torch.stack(entropies), 1 - self.config.loss.top_entropy_quantile))
-        return _Normalizers(max(tokens, 1), sequences, threshold)
+            if entropies:
+                threshold = float(torch.quantile(torch.stack(entropies), 1 - self.config.loss.top_entropy_quantile))
+        return _Normalizers(max(tokens, 1), max(sequences, 1), threshold)
 
     def _teaching(self, part: Sequence[Sample]) -> Sequence[Sample]:
         """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
 
-        They still count in the normalizers. One is kept in any case, since every process has to reduce its gradient.
+        They still count in the normalizers, which skipped ones do not. One sample is kept in any case, since every
+        process has to reduce its gradient.
         """
         loss = self.config.loss
-        if loss.beta or loss.entropy_coef or loss.injected == "sft":
-            return part
-        return [sample for sample in part if sample.advantage != 0] or part[:1]
+        everyone_teaches = loss.beta or loss.entropy_coef or loss.injected == "sft"
+        active = [sample for sample in part if not sample.reward.skipped]
+        return [sample for sample in active if everyone_teaches or sample.advantage != 0] or active[:1] or part[:1]
 
     def _counts(self, response: Response) -> list[bool]:
         """Return which tokens have a loss and count in the response's entropy: all but injected ones to be masked."""
@@ -458,6 +478,20 @@ class Trainer:
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
         return torch.randperm(len(self.prompts), generator=generator)
+
+    def _rejected_solutions(self) -> set[int]:
+        """Return the rows whose reference solution their own grader rejects, where one might be injected."""
+        if not (self.config.use_gec and self.config.correction_config.solution):
+            return set()
+        examples = [prompt.example for prompt in self.prompts]
+        rows = {examples[position].index for position in rejected_solutions(examples, self.rewarder.grader)}
+        if rows and self.accelerator.is_main_process:
+            print(
+                f"{self.config.data.train}: {len(rows)} of {len(examples)} reference solutions are not injected: "
+                "their own grader rejects them; edge-grpo check lists them",
+                file=sys.stderr,
+            )
+        return rows
 
     def _load_prompts(self, spec: str, columns: Mapping[str, str], *, limit: int | None = None) -> list[Prompt]:
         data = self.config.data
@@ -568,7 +602,7 @@ class _LossTotals:
             "clip/high": sums["clip_high"] / tokens,
             "clip/region": sums["clip_region"] / tokens,
             "ratio/mean": sums["ratio_sum"] / tokens,
-            "ratio/max": maxima["ratio_max"],
+            "ratio/max": maxima.get("ratio_max", math.nan),  # where every response was skipped
         }
         if "kl_sum" in sums:
             metrics["kl/mean"] = sums["kl_sum"] / tokens

@@ -86,7 +86,7 @@ class Reward:
     total: float
     parts: Mapping[str, float]
     outcome: Outcome
-    failures: Mapping[str, FailureKind] = field(default_factory=dict)
+    failures: dict[str, FailureKind] = field(default_factory=dict)
     skipped: bool = False
 
     @property

@@ -240,7 +240,9 @@ def _serve() -> None:
     descriptor, memory_limit = map(int, sys.argv[2:])
     _die_with_the_caller()
     if memory_limit:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = memory_limit if most == resource.RLIM_INFINITY else min(memory_limit, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     connection = Connection(descriptor)
     factory, arguments = connection.recv()
     try:
@@ -269,11 +271,11 @@ def _die_with_the_caller() -> None:
     Linux does so itself, whatever this process is busy with; elsewhere a thread watches, which has to wait for a long
     operation that does not let go of the interpreter.
     """
-    if hasattr(fcntl, "F_SETSIG"):
+    try:
         fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    else:
+    except (AttributeError, OSError):
 
         def watch() -> None:
             os.read(0, 1)
