@@ -84,7 +84,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), const Launch
     check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-// Registers allow this many threads a multiprocessor in every kernel that walks rows.
+// Registers allow this many threads a multiprocessor in the kernels of token_stats.
 inline constexpr int kResidentThreads = 1024;
 
 struct RowShape {
