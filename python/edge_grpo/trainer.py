@@ -186,6 +186,7 @@ class Trainer:
         started = time.perf_counter()
         self._seconds = {}
         samples = self.sample(step)
+        self.engine.sleep()
         with self._timed("score"):
             self.score(samples)
         self.assign_advantages(samples)
