@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .config import Method, TrainConfig, describe, load_config, recipe_names, recipe_path
+from .types import RolloutError
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -27,7 +28,10 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    """Run one command and return the exit status.
+
+    0; 2 for a mistake in what was asked; 3 for an engine that could not generate; 130 for Ctrl-C.
+    """
     parser, commands = _parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = _overrides(commands[options.command], options, rest)
@@ -37,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except RolloutError as error:
+        print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
+        return 3
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if not _is_for_the_user(error):
             raise
@@ -144,6 +151,18 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures and per-example counts there")
     _add_source(evaluate)
 
+    serve = command(
+        "serve",
+        _serve,
+        "start the vLLM server of runs with rollout.engine=vllm-server, on this machine",
+        "[--recipe NAME | --config FILE] [KEY=VALUE ...]",
+        """
+        edge-grpo serve --recipe smollm2-135m-server     then, elsewhere: edge-grpo train --recipe smollm2-135m-server
+        CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml rollout.server=http://10.0.0.2:8000
+        """,
+    )
+    _add_source(serve)
+
     report = command(
         "report",
         _report,
@@ -172,7 +191,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """The KEY=VALUE arguments, which may stand anywhere on the command line."""
-    takes_keys = options.command in ("train", "eval")
+    takes_keys = options.command in ("train", "eval", "serve")
     for argument in rest:
         if not takes_keys or argument.startswith("-") or "=" not in argument:
             hint = "; settings are given as KEY=VALUE" if takes_keys and not argument.startswith("-") else ""
@@ -253,6 +272,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         if is_main:
             _say_how_to_resume(output)
         return 130
+    except RolloutError:
+        if is_main:
+            _say_how_to_resume(output)
+        raise
     if is_main:
         page = write_report([output])
         print()
@@ -411,6 +434,17 @@ def _print_evaluation(name: str, config: TrainConfig, result: Evaluation, exampl
         if size > 1:
             print(f"  {f'pass@{size}':8}{_percent(share)}")
     print(f"  {'length':8}{result.mean_length:.0f} tokens on average, {_percent(result.truncated)} cut off")
+
+
+def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
+    source = recipe_path(options.recipe) if options.recipe else options.config
+    config = load_config(source, overrides)
+
+    _quieten_loading()
+    from .rollout.vllm_server import serve
+
+    serve(config)
+    return 0
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
