@@ -147,7 +147,12 @@ def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, A
         "generation_config": "vllm",  # and not the model's own defaults
     }
     if not torch.accelerator.is_available():
-        on_cpu = {"enforce_eager": True, "kv_cache_memory_bytes": _cache_bytes(model, arguments)}
+        on_cpu = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cache_bytes(model, arguments),
+            # A prompt read in chunks gives back a random number, by an offset that generators on a CPU do not have.
+            "enable_chunked_prefill": False,
+        }
         arguments = on_cpu | arguments
     return arguments
 
