@@ -305,8 +305,8 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
     [
         (["rollout.vllm.max_model_len=99"], "rollout.vllm must not set max_model_len, which is made of"),
         (["rollout.vllm.port=99"], "rollout.vllm must not set port, which is part of rollout.server"),
-        (["rollout.server=localhost:8000"], "rollout.server must read http://HOST:PORT; got 'localhost:8000'"),
-        (["rollout.server=http://a:8000/v1"], "rollout.server must read http://HOST:PORT"),
+        (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
+        (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),
         (["rollout.timeout=0"], "rollout.timeout must be a number > 0; got 0.0"),
         (
             ["rollout.engine=vllm", "rollout.top_p=0.9", "loss.sampler_ratio_cap=3"],

@@ -96,7 +96,7 @@ def by_server(config: TrainConfig, folder: Path) -> TrainConfig:
     rollout = replace(
         config.rollout,
         engine="vllm-server",
-        server=f"http://127.0.0.1:{free_port()}",
+        server=f"127.0.0.1:{free_port()}",
         server_folder=str(folder),
         timeout=180.0,
     )

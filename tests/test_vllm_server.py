@@ -29,7 +29,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.address = f"127.0.0.1:{self.server_address[1]}"
         self.version = "default"
         self.trouble: dict[str, Callable[[int], int | None]] = {}
         self.seen: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def config(server: FakeServer, tmp_path: Path) -> TrainConfig:
-    rollout = RolloutConfig(engine="vllm-server", server=server.url, server_folder=str(tmp_path), timeout=5.0)
+    rollout = RolloutConfig(engine="vllm-server", server=server.address, server_folder=str(tmp_path), timeout=5.0)
     return TrainConfig(data=DataConfig(max_prompt_length=64), rollout=rollout)
 
 
@@ -196,7 +196,7 @@ def test_a_server_that_never_comes_up(config, server, tiny_model, tiny_tokenizer
 def test_a_server_that_comes_up_late(config, server, tiny_model, tiny_tokenizer, capsys):
     server.trouble["/health"] = lambda attempt: 503 if attempt < 3 else None
     build_engine(config, tiny_model, tiny_tokenizer)
-    assert f"waiting for the vLLM server at {server.url}" in capsys.readouterr().err
+    assert f"waiting for the vLLM server at http://{server.address}" in capsys.readouterr().err
 
 
 def test_sequences_longer_than_the_server_holds(config, server, tiny_model, tiny_tokenizer, monkeypatch):

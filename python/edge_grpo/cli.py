@@ -158,7 +158,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "[--recipe NAME | --config FILE] [KEY=VALUE ...]",
         """
         edge-grpo serve --recipe smollm2-135m-server     then, elsewhere: edge-grpo train --recipe smollm2-135m-server
-        CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml rollout.server=http://10.0.0.2:8000
+        CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml rollout.server=10.0.0.2:8000
         """,
     )
     _add_source(serve)

@@ -113,7 +113,7 @@ class RolloutConfig:
     max_completion_length: int = 256  # tokens of one response before correction
     batch_size: int = 64  # sequences generated at once per process
     vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
-    server: str = "http://127.0.0.1:8000"  # where vllm-server is found, and where edge-grpo serve listens
+    server: str = "127.0.0.1:8000"  # where vllm-server is found, and where edge-grpo serve listens
     server_folder: str | None = None  # takes the weights to vllm-server, which must see it too; null sends them by NCCL
     timeout: float = 600.0  # seconds that vllm-server may take to start, for a request, or for new weights
 
@@ -125,8 +125,8 @@ class RolloutConfig:
             batch_size=self.batch_size,
         )
         problems += _real("(0, 1]", top_p=self.top_p) + _real("> 0", timeout=self.timeout)
-        if not re.fullmatch(r"http://[^/\s:]+(:\d+)?", self.server):
-            problems.append(f"server must read http://HOST:PORT; got {self.server!r}")
+        if not re.fullmatch(r"[^/\s:]+:\d+", self.server):
+            problems.append(f"server must read HOST:PORT; got {self.server!r}")
         for name in sorted(_FIXED_IN_VLLM.keys() & self.vllm.keys()):
             problems.append(f"vllm must not set {name}, which {_FIXED_IN_VLLM[name]}")
         if problem := _real("> 0", temperature=self.temperature):

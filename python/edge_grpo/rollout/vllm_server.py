@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from accelerate import PartialState
 from torch import nn
@@ -71,7 +70,7 @@ class ServerEngine:
     def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         policy = unwrap(model)
         self._rollout = config.rollout
-        self._url = config.rollout.server
+        self._url = f"http://{config.rollout.server}"
         self._log = log_path(config)
         self._eos_token_ids = eos_token_ids(policy, tokenizer)
         self._max_length = max_length_of(config, policy)
@@ -326,8 +325,8 @@ def serve(config: TrainConfig) -> None:
 
 def serve_arguments(config: TrainConfig, engine: dict[str, Any], folder: Path) -> list[str]:
     """Return the arguments of ``vllm serve``, the model first; ``engine`` are the engine's own."""
-    where = urlsplit(config.rollout.server)
-    arguments = [str(folder), "--host", str(where.hostname), "--port", str(where.port or 80)]
+    host, _, port = config.rollout.server.partition(":")
+    arguments = [str(folder), "--host", host, "--port", port]
     arguments += ["--tokens-only", "--disable-uvicorn-access-log"]
     if config.rollout.server_folder is None:
         arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
