@@ -298,6 +298,8 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
     config = load_config(None, ["rollout.vllm.dtype=bfloat16", "rollout.vllm.gpu_memory_utilization=0.3"])
     assert config.rollout.vllm == {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
     assert load_config(None, ["rollout.vllm.enforce_eager=true"]).rollout.vllm == {"enforce_eager": True}
+    elsewhere = load_config(None, ["rollout.engine=vllm-server", "rollout.vllm.tensor_parallel_size=2"])
+    assert elsewhere.rollout.vllm == {"tensor_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -307,6 +309,10 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.vllm.port=99"], "rollout.vllm must not set port, which is part of rollout.server"),
         (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
         (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),
+        (
+            ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"],
+            "rollout.vllm.tensor_parallel_size = 2 takes processes that the weights do not reach",
+        ),
         (["rollout.timeout=0"], "rollout.timeout must be a number > 0; got 0.0"),
         (
             ["rollout.engine=vllm", "rollout.top_p=0.9", "loss.sampler_ratio_cap=3"],

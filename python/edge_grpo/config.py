@@ -286,6 +286,12 @@ class TrainConfig:
                 "rollout.num_prompts must be a multiple of optim.minibatches, because whole groups stay together; "
                 f"got {self.rollout.num_prompts} prompts in {self.optim.minibatches} minibatches"
             )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if self.rollout.engine == "vllm" and self.rollout.vllm.get(name, 1) != 1:
+                problems.append(
+                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} takes processes that the weights do not reach; "
+                    "set rollout.engine to vllm-server, or leave it at 1"
+                )
         if self.loss.sampler_ratio_cap is not None and self.rollout.engine != "transformers" and self.rollout.top_p < 1:
             problems.append(
                 f"loss.sampler_ratio_cap = {self.loss.sampler_ratio_cap} needs the sampler's logprobs; vLLM reports "
