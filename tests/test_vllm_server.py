@@ -205,6 +205,11 @@ def test_sequences_longer_than_the_server_holds(config, server, tiny_model, tiny
         build_engine(config, tiny_model, tiny_tokenizer)
 
 
+def test_a_policy_on_the_cpu_needs_a_folder(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"rollout\.server_folder is null"):
+        build_engine(TrainConfig(rollout=RolloutConfig(engine="vllm-server")), tiny_model, tiny_tokenizer)
+
+
 def test_serve_arguments(config, tmp_path):
     arguments = vllm_server.serve_arguments(
         config, {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False}, tmp_path

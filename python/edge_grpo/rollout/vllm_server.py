@@ -77,6 +77,11 @@ class ServerEngine:
         self._process = PartialState()
         self._channel: Any = None
         self._version = ""
+        if config.rollout.server_folder is None and policy.device.type == "cpu":
+            raise ValueError(
+                "rollout.server_folder is null, so weights would go by NCCL, but the policy is on the CPU; "
+                "name a folder that trainer and server both see"
+            )
         self._await_start()
         holds = int(self._ask("/v1/models")["data"][0]["max_model_len"])
         if holds < self._max_length:
