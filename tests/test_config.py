@@ -289,3 +289,52 @@ def test_help_stands_once_beside_its_field() -> None:
     for cls in (GRPOLossConfig, EDAConfig):
         fields = {field.name for field in dataclasses.fields(cls)} - {"eda"}
         assert fields <= set(config_module._notes(cls))
+
+
+# ---- vLLM
+
+
+def test_vllms_own_arguments_are_read_as_yaml() -> None:
+    config = load_config(None, ["rollout.vllm.dtype=bfloat16", "rollout.vllm.gpu_memory_utilization=0.3"])
+    assert config.rollout.vllm == {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+    assert load_config(None, ["rollout.vllm.enforce_eager=true"]).rollout.vllm == {"enforce_eager": True}
+    elsewhere = load_config(None, ["rollout.engine=vllm-server", "rollout.vllm.tensor_parallel_size=2"])
+    assert elsewhere.rollout.vllm == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.vllm.max_model_len=99"], "rollout.vllm must not set max_model_len, which is made of"),
+        (["rollout.vllm.port=99"], "rollout.vllm must not set port, which is part of rollout.server"),
+        (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
+        (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),
+        (
+            ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"],
+            "rollout.vllm.tensor_parallel_size = 2 takes processes that the weights do not reach",
+        ),
+        (["rollout.timeout=0"], "rollout.timeout must be a number > 0; got 0.0"),
+        (
+            ["rollout.engine=vllm", "rollout.top_p=0.9", "loss.sampler_ratio_cap=3"],
+            "loss.sampler_ratio_cap = 3.0 needs the sampler's logprobs; vLLM reports those that top_p changed",
+        ),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cap"),
+    [
+        ([], None),
+        (["loss.sampler_ratio_cap=3"], 3.0),
+        (["rollout.engine=vllm"], 2.0),
+        (["rollout.engine=vllm-server"], 2.0),
+        (["rollout.engine=vllm", "loss.sampler_ratio_cap=3"], 3.0),
+        (["rollout.engine=vllm", "rollout.top_p=0.9"], None),
+    ],
+)
+def test_the_samplers_ratio_is_bounded_where_vllm_samples(overrides: list[str], cap: float | None) -> None:
+    assert load_config(None, overrides).sampler_ratio_cap == cap

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from edge_grpo.batching import Sample
-from edge_grpo.metrics import drift_metrics, step_metrics
+from edge_grpo.metrics import drift_metrics, sampler_metrics, step_metrics
 from edge_grpo.runlog import RunLog, completion_record
 from edge_grpo.seeding import derive_seed
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
+from edge_kernels import GRPOLossConfig
 
 SAMPLED, INJECTED, CONTINUED = Provenance.SAMPLED, Provenance.INJECTED, Provenance.CONTINUED
 RIGHT, WRONG = Reward(1.0, {"accuracy": 1.0}, "correct"), Reward(0.0, {"accuracy": 0.0}, "wrong")
@@ -44,6 +45,53 @@ def two_groups() -> list[Sample]:
     for sample, entropy in zip(samples, ([1.0, 3.0], [0.0, 0.0, 2.0, 2.0], [4.0], [6.0]), strict=True):
         sample.entropy = torch.tensor(entropy)
     return samples
+
+
+def two_with_ratios() -> list[Sample]:
+    """Trainer over sampler by token: 1, 2, 4 in one response; 0.5, none (injected), 3 in the other."""
+    whole, corrected = response([SAMPLED] * 3), response([SAMPLED, INJECTED, CONTINUED], correction="reflect")
+    samples = [Sample(PROMPT, 0, whole, WRONG, r, WRONG) for r in (whole, corrected)]
+    for sample, ratios in zip(samples, ([1.0, 2.0, 4.0], [0.5, 100.0, 3.0]), strict=True):
+        sample.logprobs = -0.5 + torch.tensor(ratios, dtype=torch.float64).log()
+    return samples
+
+
+@pytest.mark.parametrize(
+    ("mode", "mean", "p99", "largest", "truncated"),
+    [
+        ("token_truncate", 10.5 / 5, 4.0, 4.0, 2 / 5),  # 4 and 3 are above the cap of 2.5
+        ("token_mask", 10.5 / 5, 4.0, 4.0, 2 / 5),
+        ("sequence_truncate", (8 + 1.5) / 2, 8.0, 8.0, 1 / 2),  # 1 x 2 x 4 and 0.5 x 3
+        ("sequence_mask", (8 + 1.5) / 2, 8.0, 8.0, 1 / 2),
+    ],
+)
+def test_sampler_metrics_on_a_worked_example(mode, mean, p99, largest, truncated):
+    config = GRPOLossConfig(sampler_ratio_cap=2.5, sampler_ratio_mode=mode)
+    found = sampler_metrics(two_with_ratios(), config)
+    assert found == pytest.approx(
+        {
+            "ratio/sampler_mean": mean,
+            "ratio/sampler_p99": p99,
+            "ratio/sampler_max": largest,
+            "ratio/sampler_truncated": truncated,
+        }
+    )
+
+
+def test_sampler_metrics_below_the_floor_and_far_from_the_tail():
+    config = GRPOLossConfig(sampler_ratio_cap=5.0, sampler_ratio_floor=0.9)
+    assert sampler_metrics(two_with_ratios(), config)["ratio/sampler_truncated"] == pytest.approx(1 / 5)
+    many = response([SAMPLED] * 200)
+    sample = Sample(PROMPT, 0, many, WRONG, many, WRONG, logprobs=torch.full((200,), -0.5, dtype=torch.float64))
+    sample.logprobs[:2] += math.log(3)  # one in a hundred
+    found = sampler_metrics([sample], config)
+    assert (found["ratio/sampler_p99"], found["ratio/sampler_max"]) == pytest.approx((1.0, 3.0))
+
+
+def test_sampler_metrics_without_any_record():
+    injected = response([INJECTED, INJECTED], correction="solution")
+    sample = Sample(PROMPT, 0, injected, WRONG, injected, WRONG, logprobs=torch.zeros(2))
+    assert sampler_metrics([sample], GRPOLossConfig(sampler_ratio_cap=2.0)) == {}
 
 
 def test_step_metrics_on_a_worked_example():

@@ -156,6 +156,17 @@ def test_smollm2_recipe_runs_on_a_tiny_model(tiny_model, tiny_tokenizer):
     assert {response.correction for response in corrected} >= {"reflect", "answer", "solution"}
 
 
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
+def test_smollm2_recipes_differ_in_what_samples(engine):
+    """The three can be compared only as long as everything else is the same."""
+    plain = load_config(recipe_path("smollm2-135m"))
+    other = load_config(recipe_path(f"smollm2-135m-{engine.removeprefix('vllm-')}"))
+    assert other.rollout.engine == engine
+    names = ("engine", "vllm", "server", "server_folder", "timeout")
+    rollout = replace(other.rollout, **{name: getattr(plain.rollout, name) for name in names})
+    assert replace(other, output=plain.output, rollout=rollout) == plain
+
+
 def test_smollm2_recipe_holds_out_every_eval_problem():
     config = load_config(recipe_path("smollm2-135m"))
     assert config.data.eval

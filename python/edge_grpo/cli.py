@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .config import Engine, Method, TrainConfig, describe, load_config, recipe_names, recipe_path
+from .types import RolloutError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
 # What the published evaluations on suites ask: every problem, however long, at this temperature and length.
@@ -31,7 +32,11 @@ _PUBLISHED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its status: 0, 1 (a strict check found something), 2 (a mistake), 130 (Ctrl-C)."""
+    """Run one command and return its status.
+
+    0; 1 where a strict check found something; 2 for a mistake in what was asked; 3 for an engine that could not
+    generate; 130 for Ctrl-C.
+    """
     parser, commands = _parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = _overrides(commands[options.command], options, rest)
@@ -41,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except RolloutError as error:
+        print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
+        return 3
     except (ValueError, TypeError, RuntimeError, FileNotFoundError, FileExistsError) as error:
         if not _is_for_the_user(error):
             raise
@@ -206,6 +214,18 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     check.add_argument("--strict", action="store_true", help="exit with status 1 if anything was found")
     _add_source(check)
 
+    serve = command(
+        "serve",
+        _serve,
+        "start the vLLM server of runs with rollout.engine=vllm-server, on this machine",
+        "[--recipe NAME | --config FILE] [KEY=VALUE ...]",
+        """
+        edge-grpo serve --recipe smollm2-135m-server     then, elsewhere: edge-grpo train --recipe smollm2-135m-server
+        CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml rollout.server=10.0.0.2:8000
+        """,
+    )
+    _add_source(serve)
+
     report = command(
         "report",
         _report,
@@ -234,7 +254,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """The KEY=VALUE arguments, which may stand anywhere on the command line."""
-    takes_keys = options.command in ("train", "eval", "check")
+    takes_keys = options.command in ("train", "eval", "check", "serve")
     for argument in rest:
         if not takes_keys or argument.startswith("-") or "=" not in argument:
             hint = "; settings are given as KEY=VALUE" if takes_keys and not argument.startswith("-") else ""
@@ -315,6 +335,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         if is_main:
             _say_how_to_resume(output)
         return 130
+    except RolloutError:
+        if is_main:
+            _say_how_to_resume(output)
+        raise
     if is_main:
         page = write_report([output])
         print()
@@ -473,6 +497,17 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
     if tokenizer is None:
         console.print("\nLengths were not looked at; --model names the model whose tokenizer is to count them.")
     return 1 if options.strict and found.findings else 0
+
+
+def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
+    source = recipe_path(options.recipe) if options.recipe else options.config
+    config = load_config(source, overrides)
+
+    _quieten_loading()
+    from .rollout.vllm_server import serve
+
+    serve(config)
+    return 0
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:

@@ -93,6 +93,19 @@ class DataConfig:
         _raise(problems)
 
 
+# Arguments of vLLM that are not a user's to set, and where their values come from.
+_FIXED_IN_VLLM = {
+    "model": "is model.path",
+    "max_model_len": "is made of data.max_prompt_length, rollout.max_completion_length and correction.max_length",
+    "max_num_seqs": "is rollout.batch_size",
+    "logprobs_mode": "must be what the loss recomputes",
+    "generation_config": "would change the distribution that is sampled",
+    "skip_tokenizer_init": "is set, since only token ids pass",
+    "host": "is part of rollout.server",
+    "port": "is part of rollout.server",
+}
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Engine = "transformers"  # what generates
@@ -102,6 +115,10 @@ class RolloutConfig:
     top_p: float = 1.0  # nucleus sampling
     max_completion_length: int = 256  # tokens of one response before correction
     batch_size: int = 64  # sequences generated at once per process
+    vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
+    server: str = "127.0.0.1:8000"  # where vllm-server is found, and where edge-grpo serve listens
+    server_folder: str | None = None  # takes the weights to vllm-server, which must see it too; null sends them by NCCL
+    timeout: float = 600.0  # seconds that vllm-server may take to start, for a request, or for new weights
 
     def __post_init__(self) -> None:
         problems = _whole(
@@ -110,7 +127,11 @@ class RolloutConfig:
             max_completion_length=self.max_completion_length,
             batch_size=self.batch_size,
         )
-        problems += _real("(0, 1]", top_p=self.top_p)
+        problems += _real("(0, 1]", top_p=self.top_p) + _real("> 0", timeout=self.timeout)
+        if not re.fullmatch(r"[^/\s:]+:\d+", self.server):
+            problems.append(f"server must read HOST:PORT; got {self.server!r}")
+        for name in sorted(_FIXED_IN_VLLM.keys() & self.vllm.keys()):
+            problems.append(f"vllm must not set {name}, which {_FIXED_IN_VLLM[name]}")
         if problem := _real("> 0", temperature=self.temperature):
             problems.append(f"{problem[0]}; greedy responses of a group would all be equal and teach nothing")
         if problem := _whole(2, num_generations=self.num_generations):
@@ -238,6 +259,17 @@ class TrainConfig:
         return self.method != "grpo" if self.gec is None else self.gec
 
     @property
+    def sampler_ratio_cap(self) -> float | None:
+        """The bound on the importance ratio between trainer and sampler; None leaves the ratio out.
+
+        ``loss.sampler_ratio_cap`` if that is set; else 2 where a vLLM engine samples, whose probabilities are not quite
+        the trainer's. Under ``top_p`` < 1 vLLM's are unknown. Floor and cap 1 give every token the ratio 1.
+        """
+        if self.loss.sampler_ratio_cap is not None or self.rollout.engine == "transformers":
+            return self.loss.sampler_ratio_cap
+        return 2.0 if self.rollout.top_p == 1 else None
+
+    @property
     def correction_config(self) -> CorrectionConfig:
         """The corrections to apply: those configured, or reflection alone for the method "grpo+reflection"."""
         if self.method == "grpo+reflection":
@@ -266,6 +298,17 @@ class TrainConfig:
             problems.append(
                 "rollout.num_prompts must be a multiple of optim.minibatches, because whole groups stay together; "
                 f"got {self.rollout.num_prompts} prompts in {self.optim.minibatches} minibatches"
+            )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if self.rollout.engine == "vllm" and self.rollout.vllm.get(name, 1) != 1:
+                problems.append(
+                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} takes processes that the weights do not reach; "
+                    "set rollout.engine to vllm-server, or leave it at 1"
+                )
+        if self.loss.sampler_ratio_cap is not None and self.rollout.engine != "transformers" and self.rollout.top_p < 1:
+            problems.append(
+                f"loss.sampler_ratio_cap = {self.loss.sampler_ratio_cap} needs the sampler's logprobs; vLLM reports "
+                f"those that top_p changed; got rollout.top_p = {self.rollout.top_p}; set one of them to its default"
             )
         if self.eval_every and self.data.eval is None:
             problems.append(f"eval_every = {self.eval_every} needs held-out data; set data.eval, or eval_every to 0")
@@ -410,7 +453,8 @@ def _parse(text: str, annotation: Any) -> Any:
     if type(None) in _members(annotation) and text in _NULL:
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    if not quoted and any(member is str or get_origin(member) is Literal for member in _members(annotation)):
+    members = _members(annotation)
+    if not quoted and bool not in members and any(member is str or get_origin(member) is Literal for member in members):
         return text
     if get_origin(annotation) is tuple and not text.startswith("["):
         return [item.strip() for item in text.split(",") if item.strip()]

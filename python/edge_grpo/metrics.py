@@ -10,6 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean, pvariance, stdev
 
+import torch
+
+from edge_kernels import GRPOLossConfig
+
 from .batching import Sample
 from .types import Provenance, Reward
 
@@ -69,6 +73,32 @@ def _grading(samples: Sequence[Sample]) -> dict[str, float]:
         "grading/functions_timed_out": float(ends["timed_out"]),
         "grading/functions_failed": float(ends.total() - ends["timed_out"]),
         "grading/skipped": float(sum(sample.reward.skipped for sample in samples)),
+    }
+
+
+def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[str, float]:
+    """Return how the trainer's probabilities compare with the sampler's: exp(trainer's logprob - sampler's).
+
+    Of each token that has the sampler's record, or, as ``config.sampler_ratio_mode`` says, of the product of those of
+    each response; before truncation or masking. ``truncated`` is the share outside of [floor, cap], which is truncated
+    or masked in the loss. Injected tokens have no record and take no part; nothing recorded makes no metrics.
+    """
+    logs: list[float] = []
+    for sample in samples:
+        assert sample.logprobs is not None, "the scoring pass fills the logprobs of every sample"
+        pairs = zip(sample.logprobs.tolist(), sample.response.logprobs, strict=True)
+        differences = [own - recorded for own, recorded in pairs if not math.isnan(recorded)]
+        logs += [sum(differences)] if config.sampler_ratio_mode.startswith("sequence") and differences else differences
+    if not logs:
+        return {}
+    cap = math.inf if config.sampler_ratio_cap is None else config.sampler_ratio_cap
+    ratios = torch.tensor(logs, dtype=torch.float64).exp()
+    ordered = ratios.sort().values
+    return {
+        "ratio/sampler_mean": float(ratios.mean()),
+        "ratio/sampler_p99": float(ordered[math.ceil(0.99 * len(ordered)) - 1]),
+        "ratio/sampler_max": float(ordered[-1]),
+        "ratio/sampler_truncated": _share(not config.sampler_ratio_floor <= ratio <= cap for ratio in ordered.tolist()),
     }
 
 

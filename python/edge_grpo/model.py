@@ -111,11 +111,9 @@ def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> Pr
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass of every layer while in training mode."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:  # its name in earlier releases of transformers 5
-        model.gradient_checkpointing_enable(options)
+    # The second is its name in earlier releases of transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

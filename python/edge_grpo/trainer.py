@@ -40,7 +40,7 @@ from .config import TrainConfig, flatten, to_dict
 from .correction import Corrector
 from .data import load_examples, render_prompts
 from .evaluate import Evaluation, evaluate
-from .metrics import drift_metrics, step_metrics
+from .metrics import drift_metrics, sampler_metrics, step_metrics
 from .model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
 from .preflight import rejected_solutions
 from .rewards import Rewarder
@@ -58,6 +58,9 @@ _MAY_CHANGE_ON_RESUME = {
     "eval_every",
     "log_completions",
     "trackers",
+    "rollout.server",
+    "rollout.server_folder",
+    "rollout.timeout",
 }
 _IGNORE_INDEX = -100
 
@@ -110,6 +113,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            sampler_ratio_cap=config.sampler_ratio_cap,
         )
         self.rewarder = Rewarder(config.reward)
         self.prompts = self._load_prompts(config.data.train, config.data.columns)
@@ -190,6 +194,7 @@ class Trainer:
         started = time.perf_counter()
         self._seconds = {}
         samples = self.sample(step)
+        self.engine.sleep()
         with self._timed("score"):
             self.score(samples)
         self.assign_advantages(samples)
@@ -204,6 +209,8 @@ class Trainer:
             for sample in everyone
         )
         metrics = step_metrics(everyone) | update_metrics
+        if self.loss_config.sampler_ratio_cap is not None:
+            metrics |= sampler_metrics(everyone, self.loss_config)
         metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         if self.corrector is not None:  # what lack of room turned into a shorter kind or none, and what it cut
             counts = gather_object([(self.corrector.fallbacks.total(), self.corrector.num_truncated)])
@@ -264,7 +271,7 @@ class Trainer:
         Correcting for a mismatch between sampler and trainer needs the trainer's own logprobs, so then everything is
         scored. Reference logprobs, when the loss has a KL term, are always scored.
         """
-        score_all = self.config.loss.sampler_ratio_cap is not None
+        score_all = self.loss_config.sampler_ratio_cap is not None
         unscored = []
         for sample in samples:
             if score_all or not sample.response.is_recorded:
@@ -389,7 +396,8 @@ class Trainer:
 
     def _loss(self, batch: Batch, normalizers: _Normalizers) -> GRPOLossOutput:
         optim = self.config.optim
-        off_policy = optim.epochs * optim.minibatches > 1 or self.config.loss.sampler_ratio_cap is not None
+        corrects_sampler = self.loss_config.sampler_ratio_cap is not None
+        off_policy = optim.epochs * optim.minibatches > 1 or corrects_sampler
 
         def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
             return linear_edge_grpo_loss(
@@ -402,7 +410,7 @@ class Trainer:
                 # With one optimizer step per rollout the ratio's denominator is the current logprob, detached.
                 old_logprobs=batch.logprobs if off_policy else None,
                 ref_logprobs=batch.ref_logprobs,
-                sampling_logprobs=(batch.sampling_logprobs if self.config.loss.sampler_ratio_cap is not None else None),
+                sampling_logprobs=batch.sampling_logprobs if corrects_sampler else None,
                 injected_mask=batch.injected_mask,
                 **normalizers._asdict(),
                 config=self.loss_config,
@@ -539,6 +547,10 @@ class Trainer:
                 "every process; launch with accelerate's plain data parallelism (--multi_gpu or --cpu)"
             )
         processes, prompts = self.accelerator.num_processes, self.config.rollout.num_prompts
+        if processes > 1 and self.config.rollout.engine == "vllm":
+            raise ValueError(
+                f"rollout.engine='vllm' runs in one process; got {processes}; use 'vllm-server', which they can share"
+            )
         if prompts % (processes * self.config.optim.minibatches):
             raise ValueError(
                 f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "
@@ -606,9 +618,6 @@ class _LossTotals:
         }
         if "kl_sum" in sums:
             metrics["kl/mean"] = sums["kl_sum"] / tokens
-        if "sampler_ratio_sum" in sums:
-            metrics["ratio/sampler_mean"] = sums["sampler_ratio_sum"] / tokens
-            metrics["ratio/sampler_max"] = maxima["sampler_ratio_max"]
         return metrics
 
 

@@ -103,14 +103,28 @@ class Sampling:
     top_p: float = 1.0
 
 
+class RolloutError(RuntimeError):
+    """An engine could not generate or take weights. The message says what to do; nothing of the step was trained on."""
+
+
 class RolloutEngine(Protocol):
-    """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``."""
+    """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``.
+
+    ``build_engine`` returns one that has the weights of the model it was given. Its use is ``generate`` any number of
+    times, ``sleep`` at will, ``update_weights`` after each change of the weights, and ``close`` at the end.
+    """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         """Return one response per prompt, in order. The same prompts, weights and seed give the same responses.
 
         A prompt may repeat (that is how a group is sampled) and may end in a partial completion, which is continued.
+        Logprobs are those of the whole distribution at the sampling temperature, before ``top_p``; greedy ones at 1.
+        All responses or none: RolloutError when some could not be had.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give back memory while the policy trains. Only ``update_weights`` and ``close`` may follow."""
         ...
 
     def update_weights(self, model: Any) -> None:

@@ -15,9 +15,19 @@ __all__ = ["TransformersEngine", "build_engine"]
 
 
 def build_engine(config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
-    """Return the engine that ``config.rollout.engine`` names, generating with ``model``, wrapped or not."""
-    if config.rollout.engine != "transformers":
-        raise ValueError(f"rollout.engine={config.rollout.engine!r} is not supported yet; use 'transformers'")
+    """Return the engine that ``config.rollout.engine`` names, generating with ``model``, wrapped or not.
+
+    Raises ValueError where vLLM is not installed or cannot hold the run's sequences, and RolloutError where a server is
+    not reached within ``rollout.timeout``.
+    """
+    if config.rollout.engine == "vllm":
+        from .vllm import VLLMEngine
+
+        return VLLMEngine(config, model, tokenizer)
+    if config.rollout.engine == "vllm-server":
+        from .vllm_server import ServerEngine
+
+        return ServerEngine(config, model, tokenizer)
     return TransformersEngine(
         unwrap(model),
         eos_token_ids=eos_token_ids(model, tokenizer),

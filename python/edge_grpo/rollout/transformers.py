@@ -68,7 +68,7 @@ class TransformersEngine:
         What a prompt gets depends on the seed and on its place in ``prompts``, not on ``batch_size`` or its neighbours,
         up to rounding. Raises FloatingPointError when the policy's logits are not finite.
         """
-        _check(prompts, sampling)
+        check_request(prompts, sampling)
         randomness = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts), sampling.max_tokens, generator=randomness, dtype=torch.float64)
         # Longest first: the batch that needs most memory fails at once, not at the end of a long rollout.
@@ -84,6 +84,9 @@ class TransformersEngine:
     def update_weights(self, model: nn.Module) -> None:
         """Generate with ``model`` from now on; the policy's own weights are always current."""
         self.model = unwrap(model)
+
+    def sleep(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -251,7 +254,8 @@ class _Sampler(LogitsProcessor):
         return chosen.clamp(max=scores.shape[-1] - 1)  # NaN logits point past the end; generate reports them
 
 
-def _check(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise ValueError for what no engine can generate; for use by all of them."""
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{index}] must hold at least one token id; got none")

@@ -1,0 +1,188 @@
+"""Rollouts with vLLM in the trainer's process, and vLLM's NCCL transfer of weights: the only file that imports vLLM.
+
+The engine samples continuously batched; it reports no entropy, so the trainer scores every response. Written for vLLM
+0.32. On a CPU everything here is tested but NCCL and sleeping, which need GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import TrainConfig
+from ..model import eos_token_ids, unwrap
+from ..types import Response, RolloutError, Sampling
+from .wire import INSTALL, engine_arguments, export, max_length_of, named_weights, requests_of, response_of, verify
+
+_GPU_SHARE = 0.4  # of the device's memory, vLLM's weights and cache; the trainer needs the rest
+
+
+class VLLMEngine:
+    """Samples with a vLLM engine in this process, which holds its own copy of the weights.
+
+    ``update_weights`` loads the policy's parameters into it through vLLM's ``reload_weights`` and forgets cached
+    prefixes; the weights need no second place in memory and no file. ``sleep`` gives vLLM's weights and cache back to
+    the device where vLLM can (CUDA, ROCm); on a CPU it does nothing.
+
+    What a prompt gets depends on the seed and its place in ``prompts``, up to rounding, which in vLLM depends on what
+    else is in a batch.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        policy = unwrap(model)
+        self._eos_token_ids = eos_token_ids(policy, tokenizer)
+        self._max_length = max_length_of(config, policy)
+        self._max_n = config.rollout.batch_size
+        # Read when vLLM is first imported. One process, so that weights are handed over and not copied.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's as well
+        try:
+            import vllm
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise ValueError(f"rollout.engine='vllm' could not import vLLM: {error}; {INSTALL}") from error
+        self._can_sleep = bool(current_platform.is_sleep_mode_available())
+        arguments = {"load_format": "dummy"} | engine_arguments(config, policy)  # the weights are loaded below
+        if self._can_sleep:
+            arguments = {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True} | arguments
+        self._sampling_params = vllm.SamplingParams
+        with tempfile.TemporaryDirectory(prefix="edge-grpo-vllm-") as folder, _unchanged_process():
+            export(policy, tokenizer, Path(folder))
+            self._llm: Any = vllm.LLM(folder, skip_tokenizer_init=True, disable_log_stats=True, **arguments)
+        self._asleep = False
+        self.update_weights(policy)
+        verify(self, policy, seed=config.seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        """Return one response per prompt, in order; see ``RolloutEngine``. Entropy is not known."""
+        if self._asleep:
+            raise RuntimeError("the engine sleeps and has no weights; call update_weights first")
+        eos = self._eos_token_ids
+        requests = requests_of(
+            prompts, sampling, seed=seed, eos_token_ids=eos, max_length=self._max_length, max_n=self._max_n
+        )
+        if not requests:
+            return []
+        with torch.random.fork_rng(devices=[]):  # it draws from the global generator even where all seeds are given
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt)} for request in requests],
+                [self._sampling_params(**request.sampling_params) for request in requests],
+                use_tqdm=False,
+            )
+        responses: list[Response] = []
+        for request, output in zip(requests, outputs, strict=True):
+            completions = sorted(output.outputs, key=lambda completion: completion.index)
+            if len(completions) != request.n:
+                raise RolloutError(f"vLLM returned {len(completions)} completions where {request.n} were asked for")
+            for completion in completions:
+                ids = list(completion.token_ids)
+                logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+                responses.append(
+                    response_of(ids, logprobs, completion.finish_reason, sampling=sampling, eos_token_ids=eos)
+                )
+        return responses
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Load ``model``'s parameters into the engine; wakes it."""
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        weights = named_weights(unwrap(model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self._llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Give back the memory of weights and cache, where vLLM supports it."""
+        if self._can_sleep and not self._asleep:
+            self._llm.sleep(level=2)  # the weights are not kept: newer ones come
+            self._asleep = True
+
+    def close(self) -> None:
+        """Stop the engine and leave the process as it was before; a second call does nothing."""
+        if self._llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Undo what starting vLLM does to its process: seeds, the number of threads, and on a CPU setting that number."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+
+
+class NCCLChannel:
+    """Sends weights from this process's GPU to a server's through vLLM's NCCL weight-transfer engine.
+
+    The server must have been started with ``--weight-transfer-config '{"backend": "nccl"}'`` and in development mode.
+    Written against vLLM 0.32 and never run: it takes two GPUs.
+    """
+
+    def __init__(self, url: str, model: PreTrainedModel, *, world_size: int, timeout: float) -> None:
+        """``world_size`` is the number of the server's workers."""
+        try:
+            from vllm.distributed.weight_transfer import (
+                HTTPVLLMWeightSyncClient,
+                ModuleSource,
+                ParamMeta,
+                WeightTransferTrainerFactory,
+            )
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        except ImportError as error:
+            raise ValueError(f"sending weights by NCCL could not import vLLM: {error}; {INSTALL}") from error
+
+        class Source(ModuleSource):
+            """The parameters under their checkpoint names, read anew for each transfer."""
+
+            def metadata(self) -> list[Any]:
+                return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self]
+
+            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+                return iter(named_weights(model).items())
+
+        address, port = _own_address(url)
+        self._transfer = WeightTransferTrainerFactory.trainer_init(
+            NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size + 1, rank=0),
+            client=HTTPVLLMWeightSyncClient(url, timeout=timeout),
+            source=Source(model),
+        )
+
+    def send(self) -> None:
+        """Replace the server's weights; returns when they are all in use."""
+        self._transfer.send_weights()
+
+    def close(self) -> None:
+        self._transfer.shutdown()
+
+
+def _own_address(url: str) -> tuple[str, int]:
+    """Return this machine's address as the server sees it, and a free port."""
+    server = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server.hostname, server.port or 80))  # sends nothing
+        address = probe.getsockname()[0]
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return address, listener.getsockname()[1]

