@@ -1,0 +1,192 @@
+"""Kernels compiled ahead of time for GPUs that need not be there: what launchers launch, and CUDA sources.
+
+A Triton launcher runs on fake tensors, as its package's own code calls it; what reaches Triton is compiled for the
+architecture asked for, with the types, constants and alignments that this launch has, and is not launched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import sass
+
+ARCHITECTURES = (80, 90, 100)
+CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+
+
+class Compiled(NamedTuple):
+    """A kernel for one architecture, and how its launcher launches it."""
+
+    kernel: sass.Kernel
+    architecture: int
+    threads: int  # of a block
+    shared_bytes: int  # of a block, the launch's own included
+    itemsize: int  # bytes of an element of what it streams: its largest argument
+
+
+class _Device:
+    """A GPU of which nothing but the architecture exists: what Triton asks its driver before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, sass.WARP)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it compiled for each device apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Pointer:
+    """What Triton looks at in a tensor: its dtype and how its address is aligned."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()  # allocations start at multiples of 256
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        return 2**40  # more than 32 bits can address
+
+
+class _Methods(TorchFunctionMode):
+    """Methods of fake tensors on "cuda", by operators: Python's own ask for a device that a CPU's PyTorch has not."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__setitem__:
+            return None  # there are no values
+        if kwargs and kwargs.get("out") is not None:
+            return kwargs["out"]
+        if function is Tensor.contiguous:
+            return (
+                args[0] if args[0].is_contiguous() else torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            )
+        if function is not Tensor.__getitem__:
+            return function(*args, **(kwargs or {}))
+        tensor, index = args
+        dimension = 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if part is Ellipsis:
+                dimension = tensor.dim() - (len(index) - index.index(Ellipsis) - 1)
+            elif part is None:
+                tensor, dimension = tensor.unsqueeze(dimension), dimension + 1
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, dimension, part.start, part.stop, part.step or 1)
+                dimension += 1
+            elif isinstance(part, int):
+                tensor = tensor.select(dimension, part)
+            else:
+                raise NotImplementedError(f"a fake tensor indexed by {type(part).__name__}")
+        return tensor
+
+
+def require_triton() -> None:
+    """Raise RuntimeError with the reason where Triton cannot compile here."""
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError(f"{error}; pip install 'triton>=3.5'") from None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets and does not compile")
+    del triton
+
+
+@contextmanager
+def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[None]:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        largest = max(tensors, key=lambda tensor: tensor.untyped_storage().nbytes())
+        positional = [_Pointer(value) if isinstance(value, Tensor) else value for value in args]
+        named = {name: _Pointer(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        compiled = run(self, *positional, grid=grid, warmup=True, **named)
+        launched.append((compiled, largest.element_size()))
+        return compiled
+
+    JITFunction.run = compile_only
+    driver.set_active(_Device(architecture))
+    try:
+        yield
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
+    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU of this architecture, each once.
+
+    It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda".
+    """
+    launched: list[tuple[Any, int]] = []
+    with _recording(architecture, launched), FakeTensorMode(), _Methods(), torch.no_grad():
+        launcher()
+    found: dict[int, Compiled] = {}
+    for compiled, itemsize in launched:
+        if id(compiled) not in found:
+            kernel = sass.read(compiled.asm["cubin"])[0]
+            about = compiled.metadata
+            threads = kernel.max_threads or about.num_warps * sass.WARP
+            shared = max(about.shared, kernel.shared_bytes)
+            found[id(compiled)] = Compiled(kernel, architecture, threads, shared, itemsize)
+    return list(found.values())
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def nvcc() -> str:
+    """Return the path of nvcc; raises FileNotFoundError."""
+    path = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if path is None:
+        raise FileNotFoundError("nvcc was not found on PATH, nor does CUDACXX name it")
+    return path
+
+
+def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
+    """Return the kernels of CUDA sources; raises RuntimeError with the compiler's message.
+
+    A kernel has to say how many threads a block has, with ``__launch_bounds__``; its element is the first of the types
+    that its mangled name says it is for. Shared memory is what the compiler knows of.
+    """
+    found = []
+    for source in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(CUDA_SOURCES.parent)]
+            done = subprocess.run(
+                [nvcc(), *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
+            kernels = sass.read(cubin.read_bytes())
+        for kernel in kernels:
+            if kernel.max_threads is None:
+                raise RuntimeError(f"{kernel.name} does not say how many threads it has; give it __launch_bounds__")
+            itemsize = 2 if re.search(r"13__nv_bfloat16|6__half", kernel.name) else 4
+            found.append(Compiled(kernel, architecture, kernel.max_threads, kernel.shared_bytes, itemsize))
+    return found
