@@ -5,18 +5,30 @@ No kernel lives here. A backend that was asked for and is missing raises; nothin
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from edge_kernels import _extension
+from edge_kernels.kernels import HeadKernels, Kernels
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_MODULES = {
+    "reference": "edge_kernels.plain",
+    "cpu": "edge_kernels.cpu",
+    "triton": "edge_kernels.triton",
+    "cuda": "edge_kernels.cuda",
+}
 
 OPS = (
     "token_stats",
@@ -28,6 +40,9 @@ OPS = (
     "entropy_weights",
     "entropy_driven_advantages",
 )
+
+# On a GPU these have kernels of their own, in Triton; other backends make tiles of logits between matrix products.
+HEAD_OPS = frozenset({"linear_token_stats", "linear_edge_grpo_loss"})
 
 # O(B) and O(N) arithmetic: a few PyTorch calls on any device, which no kernel would speed up.
 PLAIN_OPS = frozenset({"group_advantages", "entropy_weights", "entropy_driven_advantages"})
@@ -66,13 +81,45 @@ def extension() -> ModuleType:
 
 
 def unavailable(backend: str) -> str | None:
-    """Return why ``backend`` cannot run in this installation, or None if it can."""
+    """Return why ``backend`` cannot run in this installation, or None if it can.
+
+    Whether there is a GPU is not asked: without one there is no tensor that would go there, but shapes may be traced.
+    """
     if backend == "reference":
         return None
-    if backend == "cpu":
-        module = _load_extension()
+    if backend == "triton":
+        return _triton_unavailable()
+    module = _load_extension()
+    if backend == "cpu" or isinstance(module, str):
         return module if isinstance(module, str) else None
-    return f"this version of edge_kernels has no {backend} kernels"
+    return _cuda_unavailable(module)
+
+
+@cache
+def _triton_unavailable() -> str | None:
+    remedy = "pip install 'triton>=3.5'"
+    if find_spec("triton") is None:
+        return f"the package triton is not installed; {remedy}"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of another name, as ROCm's
+        return None
+    is_old = tuple(int(part) for part in version.split(".")[:2]) < (3, 5)
+    return f"triton {version} is older than 3.5; {remedy}" if is_old else None
+
+
+@cache
+def _cuda_unavailable(module: ModuleType) -> str | None:
+    if find_spec(_MODULES["cuda"]) is None:
+        return "this version of edge_kernels has no cuda kernels"
+    if module.built_with()["cuda"] is None:
+        return "the extension edge_kernels._C was built without CUDA; install nvcc and build it again"
+    return "torch is a build for ROCm" if torch.version.hip is not None else None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU, which is slow and for tests; read before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _remedy(backend: str, reason: str) -> str:
@@ -82,11 +129,19 @@ def _remedy(backend: str, reason: str) -> str:
     )
 
 
-def _unsuited(backend: str, device: str) -> str | None:
-    """Return why ``backend`` does not take tensors of ``device``, or None if it does."""
-    if backend == "reference" or (backend == "cpu") == (device == "cpu"):
+def _unsuited(backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Return why ``backend`` does not take tensors of ``device`` and ``dtype``, or None if it does."""
+    if backend == "reference":
         return None
-    return f"it takes {'CPU' if backend == 'cpu' else 'GPU'} tensors only"
+    if backend == "cpu":
+        return None if device == "cpu" else "it takes CPU tensors only"
+    if device == "cpu" and not (backend == "triton" and is_interpreting()):
+        return "it takes GPU tensors only" + (" (CPU tensors under TRITON_INTERPRET=1)" if backend == "triton" else "")
+    if device not in DEVICES:
+        return "it takes tensors on cuda devices only"
+    if dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16 only"
+    return None
 
 
 def _check_name(name: str, source: str) -> None:
@@ -105,12 +160,19 @@ def forced_backend() -> tuple[str, str] | None:
     return name, ENVIRONMENT_VARIABLE
 
 
-def default_backend(device: str) -> str:
+def default_backend(device: str, dtype: torch.dtype | None = None, *, op: str = "token_stats") -> str:
     """Return the backend for tensors of a device type when none was forced.
 
-    CPU tensors go to "cpu". Other devices go to "reference", plain PyTorch, as long as there are no kernels for them.
+    CPU tensors go to "cpu". Those of CUDA and ROCm devices go to "cuda" where it is compiled, else to "triton"; a
+    linear head goes to "triton", which alone makes its logits in a kernel, where that is installed. For float64 there,
+    and for other devices, "reference" is the only backend there is.
     """
-    return "cpu" if device == "cpu" else "reference"
+    if device == "cpu":
+        return "cpu"
+    if device != "cuda" or dtype == torch.float64:
+        return "reference"
+    order = ("triton", "cuda") if op in HEAD_OPS else ("cuda", "triton")
+    return next((name for name in order if unavailable(name) is None), "triton")
 
 
 def get_backend(tensor: Tensor) -> str:
@@ -118,18 +180,35 @@ def get_backend(tensor: Tensor) -> str:
 
     In order: what ``set_backend`` or ``use_backend`` forced, the environment variable EDGE_KERNELS_BACKEND, the default
     of the tensor's device. Raises RuntimeError if that backend is missing, ValueError if it does not take such tensors.
+    Ops with a linear head may have a default of their own: ``edge-kernels info``.
     """
-    device = tensor.device.type
+    return _backend_of(tensor, "token_stats")
+
+
+def _backend_of(tensor: Tensor, op: str) -> str:
+    device, dtype = tensor.device.type, tensor.dtype
     forced = forced_backend()
-    backend = forced[0] if forced else default_backend(device)
+    backend = forced[0] if forced else default_backend(device, dtype, op=op)
     if reason := unavailable(backend):
         raise RuntimeError(_remedy(backend, reason))
-    if reason := _unsuited(backend, device):
+    if reason := _unsuited(backend, device, dtype):
         raise ValueError(
-            f"backend {backend!r} was forced, but {reason} and got one on {tensor.device}; "
-            "move the tensor or force another backend with edge_kernels.set_backend"
+            f"backend {backend!r} was forced, but {reason} and got {dtype} on {tensor.device}; "
+            "move or convert the tensor, or force another backend with edge_kernels.set_backend"
         )
     return backend
+
+
+def kernels(tensor: Tensor) -> Kernels:
+    """Return the module of the backend that computes ops on ``tensor``; raises as ``get_backend``."""
+    return cast(Kernels, importlib.import_module(_MODULES[get_backend(tensor)]))
+
+
+def fused_head(hidden: Tensor) -> HeadKernels | None:
+    """Return the module whose kernels make the logits of ``hidden`` themselves; None where tiles are to be made."""
+    if _backend_of(hidden, "linear_token_stats") != "triton":
+        return None
+    return cast(HeadKernels, importlib.import_module(_MODULES["triton"]))
 
 
 def set_backend(name: str | None) -> None:
@@ -161,20 +240,26 @@ def service(op: str, device: str) -> Service:
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}; got {op!r}")
     forced = forced_backend()
-    wanted = forced[0] if forced else default_backend(device)
+    wanted = forced[0] if forced else default_backend(device, op=op)
     if op in PLAIN_OPS:
         reason = "plain PyTorch on every device: O(B) or O(N) work that a kernel would not speed up"
         return Service(op, device, "reference", {name: reason for name in BACKENDS if name != "reference"})
-    why_not = {name: _why_not(name, wanted, device, forced) for name in BACKENDS}
+    why_not = {name: _why_not(name, op, wanted, device, forced) for name in BACKENDS}
     chosen = None if unavailable(wanted) or _unsuited(wanted, device) else wanted
     return Service(op, device, chosen, {name: reason for name, reason in why_not.items() if name != chosen})
 
 
-def _why_not(backend: str, wanted: str, device: str, forced: tuple[str, str] | None) -> str:
+def _why_not(backend: str, op: str, wanted: str, device: str, forced: tuple[str, str] | None) -> str:
     reason = unavailable(backend) or _unsuited(backend, device)
     if reason:
         return reason
-    return f"{wanted!r} is forced by {forced[1]}" if forced else f"{wanted!r} is the default and faster"
+    if forced:
+        return f"{wanted!r} is forced by {forced[1]}"
+    if backend == "reference" and device != "cpu":
+        return f"{wanted!r} is the default and faster; float64 comes here"
+    if op in HEAD_OPS and wanted == "triton":
+        return "'triton' is the default: it alone makes the logits in a kernel"
+    return f"{wanted!r} is the default and faster"
 
 
 def services() -> list[Service]:

@@ -19,31 +19,25 @@ from edge_kernels._checks import (
     stats_dtype,
 )
 from edge_kernels.advantages import entropy_driven_advantages
-from edge_kernels.backend import extension, get_backend
+from edge_kernels.backend import kernels
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.memory import fresh
-from edge_kernels.reference import MAX_LOG_RATIO, tokens_above_quantile
+from edge_kernels.reference import tokens_above_quantile
+from edge_kernels.rows import with_unit_stride
 from edge_kernels.token_loss import (
     METRICS,
     LossRule,
     TokenTerms,
+    run_token_loss,
     sampler_correction,
-    token_loss,
     token_loss_op,
 )
 from edge_kernels.token_stats import (
-    StatsGradients,
     Transform,
-    address,
     check_writable_rows,
-    describe_rows,
     inplace_token_stats,
     refuse_second_derivative,
-    row_blocks,
-    run_backward,
-    run_forward,
     token_stats,
-    with_unit_stride,
 )
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
@@ -277,49 +271,7 @@ def run_sweep(
 
     For rules under which a token's derivatives depend on its own statistics alone.
     """
-    if get_backend(logits) == "reference":
-        stats = run_forward(logits, targets, transform)
-        part = token_loss(stats.logprobs, stats.entropy, terms, rule)
-        d_entropy = None if terms.bonus_weight is None else part.d_entropy
-        run_backward(logits, targets, stats, StatsGradients(part.d_logprobs, d_entropy, None), transform, out=out)
-        return stats.logprobs, stats.entropy
-    dtype = stats_dtype(logits.dtype)
-    logprobs, entropy = (torch.empty(targets.shape, dtype=dtype) for _ in range(2))
-    per_token = {
-        name: None if value is None else value.to(torch.uint8 if name == "injected" else dtype).contiguous()
-        for name, value in terms._asdict().items()
-        if name not in ("mask", "entropy_threshold", "bonus_weight")
-    }
-    targets = targets.contiguous()
-    infinity = float("inf")
-    options = {
-        "cispo": rule.loss_type == "cispo",
-        "epsilon_low": rule.epsilon_low,
-        "epsilon_high": rule.epsilon_high,
-        "delta": infinity if rule.delta is None else rule.delta,
-        "beta": rule.beta,
-        "sampler_cap": infinity if rule.sampler_cap is None else rule.sampler_cap,
-        "sampler_floor": rule.sampler_floor,
-        "sampler_masks": rule.sampler_mode.endswith("mask"),
-        "injected_treatment": {"sft": 1, "shaped": 2}.get(rule.injected, 0),
-        "sft_weight": rule.sft_weight,
-        "shaped_gamma": rule.shaped_gamma,
-        "max_log_ratio": MAX_LOG_RATIO,
-        "entropy_threshold": -infinity if terms.entropy_threshold is None else float(terms.entropy_threshold),
-        "bonus_weight": 0.0 if terms.bonus_weight is None else float(terms.bonus_weight),
-    }
-    for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):
-        extension().grpo_sweep(
-            **describe_rows(block, targets, start),
-            logprobs=address(logprobs, start),
-            entropy=address(entropy, start),
-            grad_logits=out_block.data_ptr(),
-            grad_row_stride=out_block.stride(0),
-            **{name: address(value, start) for name, value in per_token.items()},
-            **options,
-            **transform.for_extension(),
-        )
-    return logprobs, entropy
+    return kernels(logits).grpo_sweep(logits, targets, terms, rule, transform, out=out)
 
 
 @torch.library.custom_op("edge_kernels::grpo_loss", mutates_args=())
@@ -362,7 +314,7 @@ def grpo_loss_op(
     out = fresh(logits.shape, logits)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
     logprobs, entropy = run_sweep(with_unit_stride(logits), targets, terms, rule, transform, out=out)
-    loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
+    loss, metrics, _, _ = run_token_loss(logprobs, entropy, terms, rule)
     return loss, metrics, logprobs, entropy, out
 
 
@@ -431,7 +383,7 @@ class _InplaceLoss(torch.autograd.Function):
         out = logits.detach()
         logprobs, entropy = run_sweep(out, targets, terms, rule, transform, out=out)
         torch.autograd.graph.increment_version(logits)
-        loss, metrics, _, _ = token_loss(logprobs, entropy, terms, rule)
+        loss, metrics, _, _ = run_token_loss(logprobs, entropy, terms, rule)
         keep_gradients(ctx, (logits,), (True,), 2 + len(options))
         ctx.mark_non_differentiable(metrics, logprobs, entropy)
         return loss, metrics, logprobs, entropy

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edge_kernels._checks import check_targets_in_range, describe, stats_dtype
+from edge_kernels.backend import fused_head
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.grpo_loss import (
     Total,
@@ -38,7 +39,7 @@ from edge_kernels.linear_token_stats import (
     weight_gradient_by_columns,
 )
 from edge_kernels.memory import fresh, grad_to_add_to
-from edge_kernels.token_loss import METRICS, LossRule, TokenTerms, token_loss
+from edge_kernels.token_loss import METRICS, LossRule, TokenTerms, run_token_loss
 from edge_kernels.token_stats import (
     KernelStats,
     StatsGradients,
@@ -101,10 +102,20 @@ def linear_grpo_loss_op(
     terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
     clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
     rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
+    has_bonus = bonus_weight is not None
+    if not keep_tile and (fused := fused_head(hidden)) is not None:
+        stats = fused.linear_forward(hidden, weight, bias, targets, dtype, transform)
+        total = fused.token_loss(stats.logprobs, stats.entropy, terms, rule)
+        coefficients = StatsGradients(total.d_logprobs, total.d_entropy if has_bonus else None, None)
+        wanted = (want_hidden, want_weight, want_bias)
+        gradients = fused.linear_backward(
+            hidden, weight, bias, targets, stats, coefficients, wanted, dtype, transform, None
+        )
+        nothing = (weight.new_empty(0, dtype=Head(weight, None, dtype).products), mask.new_empty(0))
+        return total.loss, total.metrics, stats.logprobs, stats.entropy, *gradients, *nothing
     head = Head(weight, bias, dtype)
     # Without a penalty or a bonus, tokens of advantage 0 (groups of equal rewards) need their logits, no gradient.
     learning = mask
-    has_bonus = bonus_weight is not None
     if beta == 0 and not has_bonus and not (injected_treatment == "sft" and injected is not None):
         learning = mask & (advantages != 0)
 
@@ -129,7 +140,7 @@ def linear_grpo_loss_op(
             tile_stats = run_forward(tile.logits, tile_targets, transform)
             for whole, part in zip(stats, tile_stats, strict=True):
                 whole[tile.rows] = part
-            loss_part = token_loss(tile_stats.logprobs, tile_stats.entropy, tile_terms, rule)
+            loss_part = run_token_loss(tile_stats.logprobs, tile_stats.entropy, tile_terms, rule)
             coefficients = StatsGradients(loss_part.d_logprobs, loss_part.d_entropy if has_bonus else None, None)
             run_backward(tile.logits, tile_targets, tile_stats, coefficients, transform, out=tile.logits)
         if gradient is not None and any(in_tiles):
@@ -138,7 +149,7 @@ def linear_grpo_loss_op(
         tile_stats = run_forward(tile.logits, targets[tile.rows], transform)
         stats.logprobs[tile.rows], stats.entropy[tile.rows] = tile_stats.logprobs, tile_stats.entropy
 
-    total = token_loss(stats.logprobs, stats.entropy, terms, rule)
+    total = run_token_loss(stats.logprobs, stats.entropy, terms, rule)
     d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if gradient is not None:
         d_hidden, d_weight, d_bias = gradient.result()

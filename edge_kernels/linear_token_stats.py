@@ -21,7 +21,7 @@ from edge_kernels._checks import (
     describe,
     stats_dtype,
 )
-from edge_kernels.backend import extension, get_backend, unavailable
+from edge_kernels.backend import extension, fused_head, get_backend, unavailable
 from edge_kernels.memory import fresh, grad_to_add_to
 from edge_kernels.token_stats import (
     KernelStats,
@@ -194,6 +194,13 @@ class HeadGradient:
         if self._block is None:  # of the first part, which no other exceeds
             self._block = torch.empty(total.shape, dtype=hidden.dtype, device=total.device)
         block = self._block[: len(total)]
+        if block.itemsize < total.itemsize:  # a sum that passed through the block would lose what it is longer for
+            torch.mm(grad_logits, hidden, out=block)
+            if self._has_weight:
+                total += block
+            else:
+                total.copy_(block)
+            return
         if self._has_weight:
             block.copy_(total)
         total.copy_(block.addmm_(grad_logits, hidden, beta=beta))
@@ -295,6 +302,8 @@ def linear_token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets_in_range(targets, weight.shape[0], ignore_index)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    if (fused := fused_head(hidden)) is not None:
+        return fused.linear_forward(hidden, weight, bias, targets, dtype, transform)
     out = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
     head, active = Head(weight, bias, dtype), targets != ignore_index
     buffer = tile_buffer(weight, head, int(active.sum()))
@@ -324,6 +333,9 @@ def _backward_of_stats(
     transform: Transform,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if (fused := fused_head(hidden)) is not None:
+        inputs = (hidden, weight, bias, targets)
+        return fused.linear_backward(*inputs, stats, gradients, wanted, dtype, transform, into)
     head = Head(weight, bias, dtype)
     # Besides ignored rows, those without a gradient are left out: clipped tokens, and groups of equal rewards.
     active = torch.zeros_like(targets, dtype=torch.bool)

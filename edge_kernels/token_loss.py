@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from edge_kernels.backend import kernels
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.reference import MAX_LOG_RATIO, k3
 
@@ -170,6 +171,11 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs, d_entropy)
 
 
+def run_token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
+    """Return ``token_loss`` of real (not fake) tensors by the backend that serves them."""
+    return kernels(logprobs).token_loss(logprobs, entropy, terms, rule)
+
+
 def _clipped(ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the clipped objective, its derivative by the log ratio, and which tokens are clipped low and high."""
     floor, ceiling = 1 - rule.epsilon_low, 1 + rule.epsilon_high
@@ -268,7 +274,7 @@ def token_loss_op(
     )
     clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
     rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
-    return token_loss(logprobs, entropy, terms, rule)
+    return run_token_loss(logprobs, entropy, terms, rule)
 
 
 @token_loss_op.register_fake

@@ -1,16 +1,14 @@
-"""Log-probability, entropy and logsumexp of each token from its logits: the calls into a backend's kernels, the
+"""Log-probability, entropy and logsumexp of each token from its logits: what kernels take and return, the
 ``torch.library`` ops around them, autograd, and the public functions, top to bottom. The mathematics: reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from edge_kernels import reference
 from edge_kernels._checks import (
     IGNORE_INDEX,
     check_float,
@@ -19,13 +17,11 @@ from edge_kernels._checks import (
     check_transform,
     stats_dtype,
 )
-from edge_kernels.backend import extension, get_backend
+from edge_kernels.backend import kernels
 from edge_kernels.memory import fresh
 from edge_kernels.types import TokenStats
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class Transform(NamedTuple):
@@ -35,18 +31,6 @@ class Transform(NamedTuple):
     softcap: float | None
     logit_scale: float
     ignore_index: int
-
-    def for_reference(self) -> dict[str, Any]:
-        return self._asdict()
-
-    def for_extension(self) -> dict[str, Any]:
-        return {
-            "inv_temperature": 1 / self.temperature,
-            "softcap": self.softcap or 0.0,
-            "logit_scale": self.logit_scale,
-            "ignore_index": self.ignore_index,
-            "threads": torch.get_num_threads(),
-        }
 
 
 class KernelStats(NamedTuple):
@@ -68,23 +52,7 @@ class StatsGradients(NamedTuple):
 
 def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     """Return the statistics of real (not fake) logits (..., V) by the backend that serves them, unchecked."""
-    if get_backend(logits) == "reference":
-        stats = reference.token_stats(logits, targets, **transform.for_reference())
-        return KernelStats(*stats, torch.zeros_like(stats.logsumexp))
-    out = KernelStats(*(_new_stats(logits) for _ in KernelStats._fields))
-    if targets is None:
-        out.logprobs.zero_()
-    targets = None if targets is None else targets.contiguous()
-    for start, block in row_blocks(with_unit_stride(logits)):
-        extension().token_stats_forward(
-            **describe_rows(block, targets, start),
-            logprobs=address(None if targets is None else out.logprobs, start),
-            entropy=address(out.entropy, start),
-            logsumexp=address(out.logsumexp, start),
-            logsumexp_low=address(out.logsumexp_low, start),
-            **transform.for_extension(),
-        )
-    return out
+    return kernels(logits).token_stats_forward(logits, targets, transform)
 
 
 def run_backward(
@@ -99,80 +67,12 @@ def run_backward(
     """Write the gradient of the logits into ``out``: a contiguous tensor of their shape, or the logits themselves."""
     if targets is None:
         gradients = gradients._replace(logprobs=None)
-    if get_backend(logits) == "reference":
-        out.copy_(reference.token_stats_backward(logits, targets, *gradients, **transform.for_reference()))
-        return
-    targets = None if targets is None else targets.contiguous()
-    dtype = stats_dtype(logits.dtype)
-    gradients = StatsGradients(*(None if g is None else g.to(dtype).contiguous() for g in gradients))
-    source = out if out is logits else with_unit_stride(logits)
-    for (start, block), (_, out_block) in zip(row_blocks(source), row_blocks(out, like=source), strict=True):
-        extension().token_stats_backward(
-            **describe_rows(block, targets, start),
-            entropy=address(stats.entropy, start),
-            logsumexp=address(stats.logsumexp, start),
-            logsumexp_low=address(stats.logsumexp_low, start),
-            grad_logprobs=address(gradients.logprobs, start),
-            grad_entropy=address(gradients.entropy, start),
-            grad_logsumexp=address(gradients.logsumexp, start),
-            grad_logits=out_block.data_ptr(),
-            grad_row_stride=out_block.stride(0),
-            **transform.for_extension(),
-        )
+    kernels(logits).token_stats_backward(logits, targets, stats, gradients, transform, out=out)
 
 
-def _new_stats(logits: Tensor) -> Tensor:
+def new_stats(logits: Tensor) -> Tensor:
+    """Return an uninitialized statistic of each row of ``logits`` (..., V)."""
     return torch.empty(logits.shape[:-1], dtype=stats_dtype(logits.dtype), device=logits.device)
-
-
-def with_unit_stride(logits: Tensor) -> Tensor:
-    """Return the logits, copied only if a row's elements are not next to each other."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Yield (number of the first row, (rows, V) view) of blocks with one row stride each, without copying.
-
-    ``logits[:, :-1]`` of (B, T, V) is B such blocks: its sequences do not follow each other. ``like`` gives another
-    tensor's division into blocks.
-    """
-    like = logits if like is None else like
-    if like.numel() == 0:
-        return
-    if like.dim() == 1:
-        yield start, logits[None]
-    elif like.dim() == 2:
-        yield start, logits
-    elif _is_one_block(like):
-        yield start, logits.view(-1, logits.shape[-1])
-    else:
-        rows = like[0, ..., 0].numel()
-        for i in range(like.shape[0]):
-            yield from row_blocks(logits[i], start + i * rows, like[i])
-
-
-def _is_one_block(logits: Tensor) -> bool:
-    try:
-        logits.view(-1, logits.shape[-1])
-    except RuntimeError:
-        return False
-    return True
-
-
-def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
-    return {
-        "dtype": _DTYPE_CODES[block.dtype],
-        "logits": block.data_ptr(),
-        "row_stride": block.stride(0),
-        "rows": block.shape[0],
-        "vocab": block.shape[1],
-        "targets": address(targets, start),
-    }
-
-
-def address(tensor: Tensor | None, start: int) -> int:
-    """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
-    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -194,7 +94,7 @@ def token_stats_op(
 
 @token_stats_op.register_fake
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_stats(logits), _new_stats(logits), _new_stats(logits), _new_stats(logits)
+    return new_stats(logits), new_stats(logits), new_stats(logits), new_stats(logits)
 
 
 @torch.library.custom_op("edge_kernels::token_stats_backward", mutates_args=())
@@ -318,7 +218,8 @@ def token_stats(
 
     Returns float32 (float64 for float64 logits) in the shape of ``targets``; all three are differentiable in
     ``logits``, once: a second derivative raises RuntimeError. Raises TypeError or ValueError for wrong dtypes, shapes
-    and targets. Under autocast the logits are taken as they are: sums are float32 whatever their dtype.
+    and targets (a target out of range gives NaN on a GPU, where looking at it would wait for all work queued). Under
+    autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
     return TokenStats(*_checked(logits, targets, temperature, softcap, logit_scale, ignore_index)[:3])
 

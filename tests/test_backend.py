@@ -17,18 +17,86 @@ CPU = torch.zeros(1)
 class CudaTensor:
     """What ``get_backend`` reads of a tensor on a GPU; there need not be one to ask which backend it would go to."""
 
-    device = torch.device("cuda:0")
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device = torch.device("cuda:0")
+        self.dtype = dtype
 
 
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_forced", None)
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_cpu_tensors_go_to_the_extension_and_others_to_the_reference() -> None:
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Backends that this installation is to lack, with the reason; change it in the test."""
+    reasons: dict[str, str] = {}
+    monkeypatch.setattr(backend, "_triton_unavailable", lambda: reasons.get("triton"))
+    monkeypatch.setattr(backend, "_cuda_unavailable", lambda module: reasons.get("cuda"))
+    return reasons
+
+
+def test_tensors_go_to_the_kernels_of_their_device(missing: dict[str, str]) -> None:
     assert get_backend(CPU) == "cpu"
-    assert get_backend(CudaTensor()) == "reference"  # type: ignore[arg-type]
+    assert get_backend(CudaTensor()) == "cuda"  # type: ignore[arg-type]
+    missing["cuda"] = "built without CUDA"
+    assert get_backend(CudaTensor()) == "triton"  # type: ignore[arg-type]
+    assert get_backend(CudaTensor(torch.float64)) == "reference"  # type: ignore[arg-type]
+    missing["triton"] = "not installed"
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: not installed; to do without it"):
+        get_backend(CudaTensor())  # type: ignore[arg-type]
+
+
+def test_a_linear_head_on_a_gpu_goes_to_the_kernels_that_make_no_logits(missing: dict[str, str]) -> None:
+    assert backend.service("linear_token_stats", "cuda").backend == "triton"
+    assert "alone makes the logits" in backend.service("linear_token_stats", "cuda").why_not["cuda"]
+    missing["triton"] = "not installed"
+    assert backend.service("linear_edge_grpo_loss", "cuda").backend == "cuda"
+    assert backend.fused_head(CudaTensor()) is None  # type: ignore[arg-type]
+    assert backend.fused_head(CPU) is None
+
+
+def test_gpu_kernels_take_no_tensors_that_they_are_not_made_for(missing: dict[str, str]) -> None:
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match=r"'triton' was forced, but it takes GPU tensors only \(CPU tensors under"):
+            get_backend(CPU)
+        with pytest.raises(ValueError, match=r"float32, bfloat16 and float16 only and got torch\.float64 on"):
+            get_backend(CudaTensor(torch.float64))  # type: ignore[arg-type]
+    with use_backend("cuda"), pytest.raises(ValueError, match="'cuda' was forced, but it takes GPU tensors only and"):
+        get_backend(CPU)
+
+
+def test_under_the_interpreter_triton_takes_cpu_tensors_if_forced(
+    missing: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert get_backend(CPU) == "cpu"
+    with use_backend("triton"):
+        assert get_backend(CPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.4.1", "triton 3.4.1 is older than 3.5"), ("3.5.0", None), ("3.10.0", None)]
+)
+def test_an_old_triton_is_a_missing_one(version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend.metadata, "version", lambda name: version)
+    found = backend._triton_unavailable.__wrapped__()
+    assert (found is None) if reason is None else found.startswith(reason)
+
+
+def test_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Extension:
+        @staticmethod
+        def built_with() -> dict[str, str | None]:
+            return {"cuda": None}
+
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
+    assert "built without CUDA" in backend._cuda_unavailable.__wrapped__(Extension)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    assert "has no cuda kernels" in backend._cuda_unavailable.__wrapped__(Extension)
 
 
 def test_use_backend_restores_what_was_forced_before_even_after_an_error() -> None:
@@ -53,8 +121,11 @@ def test_the_environment_forces_and_set_backend_outranks_it(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_that_does_not_exist_yet_raises_with_a_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    remedy = f"backend '{name}' is not available: .*set_backend\\('reference'\\) or EDGE_KERNELS_BACKEND=reference"
+def test_a_backend_that_is_missing_raises_with_a_remedy(
+    name: str, missing: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing[name] = "not here"
+    remedy = f"'{name}' is not available: not here; .*set_backend\\('reference'\\) or EDGE_KERNELS_BACKEND=reference"
     with pytest.raises(RuntimeError, match=remedy):
         set_backend(name)
     assert get_backend(CPU) == "cpu"
@@ -71,7 +142,7 @@ def test_unknown_names_are_rejected() -> None:
 
 
 def test_a_backend_for_other_devices_is_not_used_for_this_one() -> None:
-    with use_backend("cpu"), pytest.raises(ValueError, match="takes CPU tensors only and got one on cuda:0"):
+    with use_backend("cpu"), pytest.raises(ValueError, match=r"takes CPU tensors only and got torch\.bfloat16 on cuda"):
         get_backend(CudaTensor())  # type: ignore[arg-type]
 
 
@@ -102,7 +173,6 @@ def test_every_op_that_is_public_stands_in_the_table_with_reasons() -> None:
         assert set(row.why_not) == set(backend.BACKENDS) - {row.backend}
         assert all(row.why_not.values())
     assert backend.service("token_stats", "cpu").backend == "cpu"
-    assert "no triton kernels" in backend.service("token_stats", "cuda").why_not["triton"]
     with use_backend("reference"):
         row = backend.service("token_stats", "cpu")
         assert row.backend == "reference"

@@ -1,0 +1,61 @@
+"""Rows of logits as kernels take them: blocks with one row stride, and the addresses of what belongs to each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def with_unit_stride(logits: Tensor) -> Tensor:
+    """Return the logits, copied only if a row's elements are not next to each other."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def row_blocks(logits: Tensor, start: int = 0, like: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of the first row, (rows, V) view) of blocks with one row stride each, without copying.
+
+    ``logits[:, :-1]`` of (B, T, V) is B such blocks: its sequences do not follow each other. ``like`` gives another
+    tensor's division into blocks.
+    """
+    like = logits if like is None else like
+    if like.numel() == 0:
+        return
+    if like.dim() == 1:
+        yield start, logits[None]
+    elif like.dim() == 2:
+        yield start, logits
+    elif _is_one_block(like):
+        yield start, logits.view(-1, logits.shape[-1])
+    else:
+        rows = like[0, ..., 0].numel()
+        for i in range(like.shape[0]):
+            yield from row_blocks(logits[i], start + i * rows, like[i])
+
+
+def _is_one_block(logits: Tensor) -> bool:
+    try:
+        logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
+def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPE_CODES[block.dtype],
+        "logits": block.data_ptr(),
+        "row_stride": block.stride(0),
+        "rows": block.shape[0],
+        "vocab": block.shape[1],
+        "targets": address(targets, start),
+    }
+
+
+def address(tensor: Tensor | None, start: int) -> int:
+    """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
+    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()

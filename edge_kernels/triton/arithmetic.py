@@ -1,0 +1,131 @@
+"""What the kernels share: how a logit becomes z, and the sums (m, s, t) of a row, made vector by vector and merged.
+
+Everything is in powers of two, because that is what the hardware has: y = z / ln 2, and with m near max y
+    s = sum 2^(y - m)        t = sum 2^(y - m) * (y - m)
+m is whatever float32 the rounding of ``x * slope`` gave; the sums refer to exactly that number, so that a large offset
+of the logits costs no digits. ``slope`` is logit_scale / temperature / ln 2 and positive (NEGATIVE turns the logits).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of nothing: finite, as -inf - -inf would be NaN
+FLOOR = tl.constexpr(-1e4)  # 2^FLOOR is 0, and 0 * FLOOR too; 0 * -inf would be NaN
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def at_least(x, bound):
+    """max(x, bound), NaN where x is NaN."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def nan_max(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
+
+
+@triton.jit
+def oriented(x, cap_in, cap_out, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr):
+    """The number of which ``slope`` makes y: the logit itself where the transform is linear, and with a soft cap y."""
+    x = x.to(tl.float32)
+    if CAPPED:
+        return cap_out * tanh(x * cap_in)
+    else:
+        return -x if NEGATIVE else x
+
+
+@triton.jit
+def shifted(x, slope, m, CAPPED: tl.constexpr):
+    """y - m, at least FLOOR. ``x`` is oriented."""
+    if CAPPED:
+        difference = x - m
+    else:
+        difference = tl.fma(x, tl.zeros_like(x) + slope, tl.zeros_like(x) - m)
+    return at_least(difference, FLOOR)
+
+
+@triton.jit
+def rescaled(m, s, t, new_m):
+    """s and t for another reference, new_m >= m."""
+    d = at_least(m - new_m, FLOOR)
+    r = tl.exp2(d)
+    return r * s, r * (t + d * s)
+
+
+@triton.jit
+def absorb(x0, x1, m, s, t, slope, CAPPED: tl.constexpr):
+    """Add two tiles (UNROLL, LANES, W) to sums (LANES,): one rescaling for all of a lane's elements.
+
+    Two, because adding them element by element before the lane's sum makes a multiply-add of the second.
+    """
+    top = tl.max(tl.max(tl.maximum(x0, x1), 2), 0)
+    new_m = tl.maximum(m, top if CAPPED else top * slope)
+    s, t = rescaled(m, s, t, new_m)
+    y0 = shifted(x0, slope, new_m[None, :, None], CAPPED)
+    y1 = shifted(x1, slope, new_m[None, :, None], CAPPED)
+    e0 = tl.exp2(y0)
+    e1 = tl.exp2(y1)
+    return new_m, s + tl.sum(tl.sum(e0 + e1, 2), 0), t + tl.sum(tl.sum(e0 * y0 + e1 * y1, 2), 0)
+
+
+@triton.jit
+def merged(m, s, t, axis: tl.constexpr):
+    """The sums of everything along an axis."""
+    total_m = tl.max(m, axis)
+    s, t = rescaled(m, s, t, tl.expand_dims(total_m, axis))
+    return total_m, tl.sum(s, axis), tl.sum(t, axis)
+
+
+@triton.jit
+def statistics(m, s, t, target_y):
+    """logprob, entropy, logsumexp and what its rounding took, in nats. ``target_y`` is y - m of the target.
+
+    NaN throughout where a logit was NaN or +inf (s is NaN), and where all were -inf (s is 0).
+    """
+    s = tl.where(s > 0, s, NAN)
+    log_s = tl.log2(s)
+    logprob = tl.minimum((target_y - log_s) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    entropy = at_least((log_s - t / s) * LN2, 0.0)
+    exact = (m.to(tl.float64) + log_s.to(tl.float64)) * LN2
+    logsumexp = exact.to(tl.float32)
+    return logprob, entropy, logsumexp, (exact - logsumexp.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def gradient_factors(entropy, logsumexp, low, g_logprob, g_entropy, g_logsumexp, slope_of_x):
+    """(reference, a, b, own) of a row: the gradient of a logit is 2^d * (a + b * d) with d = y - reference, + own.
+
+    ``own`` is for the target only; a soft cap multiplies by its own derivative. What float32 cannot hold of the
+    reference goes into a and b, which costs nothing per element.
+    """
+    exact = (logsumexp.to(tl.float64) + low.to(tl.float64)) / LN2
+    reference = exact.to(tl.float32)
+    rest = (exact - reference.to(tl.float64)).to(tl.float32)
+    own = slope_of_x * LN2  # dz / dx
+    scale = own * tl.exp2(-rest)
+    a = scale * ((g_logsumexp - g_logprob) - g_entropy * (entropy - rest * LN2))
+    b = scale * (-g_entropy * LN2)
+    return reference, a, b, own * g_logprob
+
+
+@triton.jit
+def gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr):
+    """The gradient of logits x, float32."""
+    if CAPPED:
+        th = tanh(x.to(tl.float32) * cap_in)
+        y = at_least(cap_out * th - reference, FLOOR)
+    else:
+        y = shifted(oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), slope, reference, CAPPED)
+    g = tl.exp2(y) * (a + b * y) + tl.where(is_target, own, 0.0)
+    return g * (1 - th * th) if CAPPED else g
