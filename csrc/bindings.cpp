@@ -8,14 +8,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/blocks.h"
 #include "cpu/dispatch.h"
 #include "grpo_sweep.h"
 #include "token_stats.h"
 #ifdef EDGE_KERNELS_CUDA
+#include "bindings_cuda.h"
 #include "cuda/devices.h"
 #endif
 
@@ -23,62 +24,15 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-void* pointer(Address address) {
-    return reinterpret_cast<void*>(address);
-}
-
-[[noreturn]] void reject(const std::string& name, const std::string& expected, const std::string& got) {
-    throw std::invalid_argument(name + " must be " + expected + "; got " + got);
-}
-
-void require_address(const char* name, Address address, std::int64_t rows) {
-    if (address == 0 && rows > 0) reject(name, "the address of its first element", "0");
-}
-
-edge::TokenRows token_rows(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
-                           Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
-                           double logit_scale) {
-    if (dtype < 0 || dtype > 3) {
-        reject("dtype", "0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)", std::to_string(dtype));
-    }
-    if (rows < 0) reject("rows", "at least 0", std::to_string(rows));
-    if (vocab < 1) reject("vocab", "at least 1", std::to_string(vocab));
-    if (row_stride < 0) reject("row_stride", "at least 0 elements", std::to_string(row_stride));
-    if (!(std::isfinite(inv_temperature) && inv_temperature > 0)) {
-        reject("inv_temperature", "positive and finite", std::to_string(inv_temperature));
-    }
-    if (!(std::isfinite(softcap) && softcap >= 0)) {
-        reject("softcap", "positive and finite, or 0 for none", std::to_string(softcap));
-    }
-    if (!std::isfinite(logit_scale)) reject("logit_scale", "finite", std::to_string(logit_scale));
-    require_address("logits", logits, rows);
-    return {static_cast<edge::DType>(dtype),
-            pointer(logits),
-            row_stride,
-            rows,
-            vocab,
-            static_cast<const std::int64_t*>(pointer(targets)),
-            ignore_index,
-            {inv_temperature, softcap, logit_scale}};
-}
+using edge::Address;
+using edge::check_gradient_rows;
+using edge::pointer;
+using edge::reject;
+using edge::require_address;
+using edge::token_rows;
 
 void check_threads(int threads) {
     if (threads < 0) reject("threads", "at least 1, or 0 for OpenMP's setting", std::to_string(threads));
-}
-
-void check_gradient_rows(Address grad_logits, std::int64_t grad_row_stride, Address logits, std::int64_t row_stride,
-                         std::int64_t rows, std::int64_t vocab) {
-    require_address("grad_logits", grad_logits, rows);
-    if (rows > 1 && grad_row_stride < vocab) {
-        reject("grad_row_stride", "at least vocab (" + std::to_string(vocab) + "), so that no two rows share memory",
-               std::to_string(grad_row_stride));
-    }
-    if (rows > 1 && grad_logits == logits && grad_row_stride != row_stride) {
-        reject("grad_row_stride", "row_stride (" + std::to_string(row_stride) + ") in place",
-               std::to_string(grad_row_stride));
-    }
 }
 
 void token_stats_forward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
@@ -129,9 +83,6 @@ void grpo_sweep(int dtype, Address logits, std::int64_t row_stride, std::int64_t
                 double delta, double beta, double sampler_cap, double sampler_floor, bool sampler_masks,
                 int injected_treatment, double sft_weight, double shaped_gamma, double max_log_ratio,
                 double entropy_threshold, double bonus_weight, int threads) {
-    if (injected_treatment < 0 || injected_treatment > 2) {
-        reject("injected_treatment", "0 (none), 1 (sft) or 2 (shaped)", std::to_string(injected_treatment));
-    }
     edge::TokenLossRule rule;
     rule.objective = cispo ? edge::Objective::kCispo : edge::Objective::kClipped;
     rule.epsilon_low = epsilon_low;
@@ -141,7 +92,7 @@ void grpo_sweep(int dtype, Address logits, std::int64_t row_stride, std::int64_t
     rule.sampler_cap = sampler_cap;
     rule.sampler_floor = sampler_floor;
     rule.sampler_masks = sampler_masks;
-    rule.injected = static_cast<edge::Injected>(injected_treatment);
+    rule.injected = edge::injected_treatment_of(injected_treatment);
     rule.sft_weight = sft_weight;
     rule.shaped_gamma = shaped_gamma;
     rule.max_log_ratio = max_log_ratio;
@@ -291,4 +242,7 @@ PYBIND11_MODULE(_C, module) {
                "injected_treatment"_a = 0, "sft_weight"_a = 1.0, "shaped_gamma"_a = 0.1, "max_log_ratio"_a = HUGE_VAL,
                "entropy_threshold"_a = -HUGE_VAL, "bonus_weight"_a = 0.0, "threads"_a = 0,
                "Writes statistics and the gradient of a GRPO loss in one sweep; see csrc/grpo_sweep.h.");
+#ifdef EDGE_KERNELS_CUDA
+    edge::bind_cuda(module);
+#endif
 }

@@ -1,0 +1,140 @@
+// Launches the kernels of grpo_sweep.cuh: as many rows as occupy the GPU evenly with a block for each, and the rest, or
+// all where they are few, split over blocks.
+#include "grpo_sweep.cuh"
+
+#include "launch.h"
+
+namespace edge::cuda {
+namespace {
+
+// Blocks that take whole rows.
+struct WholeRows {
+    int threads;
+    std::int64_t slots;         // blocks that run at once
+    std::int64_t kept_packets;  // in shared memory
+    std::size_t shared_bytes;
+
+    WholeRows(int device, const RowShape& shape, int most_threads) {
+        constexpr std::int64_t kReserved = 1024;  // bytes of shared memory that each block costs beyond its own
+        const std::int64_t in_all = attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        const std::int64_t most = attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        // More blocks a multiprocessor, as long as their rows fit into its shared memory: while one waits at its
+        // barrier, another reads.
+        std::int64_t blocks = 1;
+        while (blocks < 16 && 2 * blocks * (shape.bytes + kReserved + std::int64_t{sizeof(SweepShared)}) <= in_all)
+            blocks *= 2;
+        threads = std::min(shape.threads(most_threads), static_cast<int>(kResidentThreads / blocks));
+        blocks = std::min<std::int64_t>(blocks, kResidentThreads / threads);
+        const std::int64_t budget = std::min(most, in_all / blocks - kReserved) - std::int64_t{sizeof(SweepShared)};
+        kept_packets = std::clamp<std::int64_t>(budget / std::int64_t{sizeof(Packet)}, 0, shape.packets);
+        shared_bytes = sizeof(SweepShared) + static_cast<std::size_t>(kept_packets) * sizeof(Packet);
+        slots = attribute(device, cudaDevAttrMultiProcessorCount) * blocks;
+    }
+
+    // How many rows to take whole. The last turn is worth taking when it is half full, or when a second read of its
+    // rows would not be served by the cache.
+    std::int64_t share(int device, const RowShape& shape, std::int64_t rows) const {
+        const std::int64_t rest = rows % slots;
+        const bool is_worth_it =
+            2 * rest >= slots || 2 * rest * shape.bytes > attribute(device, cudaDevAttrL2CacheSize);
+        return is_worth_it ? rows : rows - rest;
+    }
+};
+
+SweepArguments arguments_of(const GrpoSweep& call, const DeviceNumbers& numbers) {
+    SweepArguments out{};
+    out.rows = call.rows;
+    out.transform = prepare(call.rows.transform);
+    out.rule = call.rule;
+    out.entropy_threshold = numbers.entropy_threshold;
+    out.bonus_weight = numbers.bonus_weight;
+    out.weight = static_cast<const float*>(call.weight);
+    out.advantages = static_cast<const float*>(call.advantages);
+    out.old_logprobs = static_cast<const float*>(call.old_logprobs);
+    out.ref_logprobs = static_cast<const float*>(call.ref_logprobs);
+    out.sampler_ratio = static_cast<const float*>(call.sampler_ratio);
+    out.sampling_logprobs = static_cast<const float*>(call.sampling_logprobs);
+    out.injected = call.injected;
+    out.logprobs = static_cast<float*>(call.logprobs);
+    out.entropy = static_cast<float*>(call.entropy);
+    out.grad_logits = call.grad_logits;
+    out.grad_row_stride = call.grad_row_stride;
+    return out;
+}
+
+// The same without the first rows.
+SweepArguments without(SweepArguments call, std::int64_t first) {
+    const std::int64_t bytes = element_bytes(call.rows.dtype);
+    call.rows.rows -= first;
+    call.rows.logits = static_cast<const char*>(call.rows.logits) + first * call.rows.row_stride * bytes;
+    call.grad_logits = static_cast<char*>(call.grad_logits) + first * call.grad_row_stride * bytes;
+    const auto skip = [first](auto& pointer) {
+        if (pointer != nullptr) pointer += first;
+    };
+    skip(call.rows.targets);
+    skip(call.weight);
+    skip(call.advantages);
+    skip(call.old_logprobs);
+    skip(call.ref_logprobs);
+    skip(call.sampler_ratio);
+    skip(call.sampling_logprobs);
+    skip(call.injected);
+    skip(call.logprobs);
+    skip(call.entropy);
+    return call;
+}
+
+void sweep_whole_rows(SweepArguments arguments, const WholeRows& whole, const Launch& launch) {
+    arguments.kept_packets = static_cast<unsigned>(whole.kept_packets);
+    const dim3 grid(static_cast<unsigned>(std::min(arguments.rows.rows, whole.slots)));
+    with_types(arguments.rows.dtype, arguments.transform, [&](auto element, auto curve) {
+        const auto kernel = grpo_sweep_kernel<decltype(element), decltype(curve)>;
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(whole.shared_bytes)),
+              "grpo_sweep_kernel (shared memory)");
+        launch_kernel("grpo_sweep_kernel", kernel, launch, grid, whole.threads, whole.shared_bytes, arguments);
+    });
+}
+
+void sweep_split_rows(SweepArguments arguments, const RowShape& shape, const Launch& launch) {
+    const std::int64_t rows = arguments.rows.rows;
+    const Sharing sharing(launch.device, shape, rows, kStatsThreads);
+    Workspace workspace(launch);
+    arguments.gradients = workspace.take<RowGradient>(rows);
+    arguments.parts = workspace.take<Sums>(rows * sharing.parts);
+
+    ForwardArguments forward{};
+    forward.rows = arguments.rows;
+    forward.transform = arguments.transform;
+    forward.parts = arguments.parts;
+    launch_forward(forward, sharing, launch);
+    launch_kernel("grpo_finish_kernel", grpo_finish_kernel, launch, finish_grid(rows), kFinishThreads, 0, arguments,
+                  static_cast<unsigned>(sharing.parts));
+    BackwardArguments backward{};
+    backward.rows = arguments.rows;
+    backward.transform = arguments.transform;
+    backward.gradients = arguments.gradients;
+    backward.grad_logits = arguments.grad_logits;
+    backward.grad_row_stride = arguments.grad_row_stride;
+    launch_backward(backward, sharing, launch);
+}
+
+}  // namespace
+
+void grpo_sweep(const GrpoSweep& call, const DeviceNumbers& numbers, const Launch& launch) {
+    const std::int64_t rows = call.rows.rows;
+    if (rows == 0) return;
+    const DeviceGuard guard(launch);
+    const RowShape shape(call.rows.dtype, call.rows.vocab);
+    SweepArguments arguments = arguments_of(call, numbers);
+    const bool linear = arguments.transform.linear;
+    const WholeRows whole(launch.device, shape, linear ? kSweepThreads<Linear> : kSweepThreads<Curved>);
+    const std::int64_t share = whole.share(launch.device, shape, rows);
+    arguments.streams = exceeds_cache(launch.device, shape, rows);
+    const SweepArguments rest = without(arguments, share);
+    arguments.rows.rows = share;
+    if (share > 0) sweep_whole_rows(arguments, whole, launch);
+    if (share < rows) sweep_split_rows(rest, shape, launch);
+}
+
+}  // namespace edge::cuda

@@ -1,0 +1,173 @@
+// Kernels of the one-sweep loss: statistics, the token's loss coefficient, and the gradient.
+//
+// grpo_sweep_kernel<T, Curve> takes a row per block: the row is read from memory once, as much of it as fits is kept in
+// shared memory and the rest is read again from the L2 cache, last part first. Where rows are too few to occupy the
+// GPU, each is split over blocks: token_stats_fwd_kernel, grpo_finish_kernel and token_stats_bwd_kernel follow each
+// other, and the second read is served by the L2 cache, which such a matrix fits into.
+//
+// Main loops of grpo_sweep_kernel, in the order of token_stats.cuh's kPacketsAtOnce and kGradientPackets: sums of the
+// kept packets (128-bit loads, and stores to shared memory), sums of the rest, gradient of the rest, gradient of the
+// kept packets (128-bit loads from shared memory).
+#pragma once
+
+#include "../token_loss.h"
+#include "token_stats.cuh"
+
+namespace edge::cuda {
+
+// At most; fewer for small vocabularies. The curve's registers would not do for more.
+template <class Curve>
+inline constexpr int kSweepThreads = Curve::kIsLinear ? 1024 : 512;
+
+struct SweepArguments {
+    TokenRows rows;
+    Transform transform;
+    TokenLossRule rule;  // but for the two numbers that live on the device
+    const float* entropy_threshold;
+    const float* bonus_weight;
+    const float* weight;
+    const float* advantages;
+    const float* old_logprobs;
+    const float* ref_logprobs;
+    const float* sampler_ratio;
+    const float* sampling_logprobs;
+    const std::uint8_t* injected;
+    float* logprobs;
+    float* entropy;
+    void* grad_logits;
+    std::int64_t grad_row_stride;
+    Sums* parts;             // (rows, parts) where rows are split
+    RowGradient* gradients;  // (rows) where rows are split
+    unsigned kept_packets;   // that shared memory holds
+    bool streams;
+};
+
+// At the front of grpo_sweep_kernel's shared memory; the kept packets follow.
+struct SweepShared {
+    Sums partial[kMaxWarps];
+    RowGradient gradient;
+    alignas(sizeof(Packet)) Packet kept[1];
+};
+
+__device__ inline TokenTerms terms_of(const SweepArguments& call, std::int64_t row) {
+    TokenTerms out;
+    out.weight = read_stat(call.weight, row);
+    out.advantage = read_stat(call.advantages, row);
+    out.old_logprob = read_stat(call.old_logprobs, row, no_number());
+    out.ref_logprob = read_stat(call.ref_logprobs, row, no_number());
+    out.sampler_ratio = read_stat(call.sampler_ratio, row, 1.0);
+    out.sampling_logprob = read_stat(call.sampling_logprobs, row, no_number());
+    out.has_sampling = call.sampling_logprobs != nullptr;
+    out.injected = call.injected != nullptr && call.injected[row] != 0;
+    return out;
+}
+
+// Writes a row's statistics, on one thread, and returns what its gradient needs. The logits are still there.
+__device__ inline RowGradient finish_sweep_row(const SweepArguments& call, std::int64_t row, const Sums& total) {
+    const std::int64_t target = target_of(call.rows, row);
+    float target_x = 0.0f;
+    if (target >= 0) target_x = read_element(call.rows.dtype, call.rows.logits, row * call.rows.row_stride + target);
+    const RowStats stats = row_stats(total, call.transform, target >= 0, curve_of(call.transform, target_x));
+    call.logprobs[row] = static_cast<float>(stats.logprob);
+    call.entropy[row] = static_cast<float>(stats.entropy);
+    TokenLossRule rule = call.rule;
+    rule.entropy_threshold = read_stat(call.entropy_threshold, 0, rule.entropy_threshold);
+    rule.bonus_weight = read_stat(call.bonus_weight, 0, rule.bonus_weight);
+    const TokenDerivatives d = token_derivatives(rule, terms_of(call, row), stats.logprob, stats.entropy);
+    const StatGradients grads{d.logprob, d.entropy, 0.0};
+    return row_gradient(call.transform, stats.logsumexp, stats.entropy, grads, target, target_x);
+}
+
+__device__ inline void write_ignored(const SweepArguments& call, std::int64_t row) {
+    call.logprobs[row] = 0.0f;
+    call.entropy[row] = 0.0f;
+}
+
+template <class T, class Curve>
+__global__ void __launch_bounds__(kSweepThreads<Curve>, 1) grpo_sweep_kernel(const SweepArguments call) {
+    SweepShared& shared = *reinterpret_cast<SweepShared*>(shared_memory());
+    const CachePolicy once(call.streams ? Keep::kBriefly : Keep::kNormal);
+    const CachePolicy again(call.streams ? Keep::kLong : Keep::kNormal);
+    const Curve curve(call.transform);
+    const float gain = call.transform.gain;
+    for (std::int64_t i = blockIdx.x; i < call.rows.rows; i += gridDim.x) {
+        const T* const logits = static_cast<const T*>(call.rows.logits) + i * call.rows.row_stride;
+        const Row<T> grad(static_cast<T*>(call.grad_logits) + i * call.grad_row_stride, call.rows.vocab);
+        const Part all_grad(grad.packets, 0, 1);
+        if (is_ignored(call.rows, i)) {
+            clear_part(grad, all_grad, once);
+            if (threadIdx.x == 0) write_ignored(call, i);
+            continue;
+        }
+        const Row<const T> row(logits, call.rows.vocab);
+        const Part all(row.packets, 0, 1);
+        // A packet is kept as the logits have it, of use only where the gradient's packets are the same elements.
+        const bool same_packets = is_aligned_like<const T>(logits, grad.begin);
+        const unsigned kept = same_packets && call.kept_packets < row.packets ? call.kept_packets
+                              : same_packets                                  ? row.packets
+                                                                              : 0;
+        ThreadSums sums;
+        add_ends(sums, row, all, curve, gain);
+        for_packets<kPacketsAtOnce<Curve>>(0, kept, [&](unsigned j, auto count) {
+            constexpr int kCount = decltype(count)::value;
+            Packet packets[kCount];
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) packets[k] = once.load(row.packet(j + k * blockDim.x));
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) shared.kept[j + k * blockDim.x] = packets[k];
+            sums.add_packets<T>(packets, curve, gain);
+        });
+        add_packets(sums, row, kept, row.packets, curve, gain, again);
+        const Sums total = merge_block(sums.total(), shared.partial);
+        if (threadIdx.x == 0) shared.gradient = finish_sweep_row(call, i, total);
+        // Also: everybody has read before anybody writes, and may write partial sums again.
+        __syncthreads();
+        const RowGradient gradient = shared.gradient;
+        if (gradient.is_zero) {
+            clear_part(grad, all_grad, once);
+            continue;
+        }
+        const GradientOf<T, Curve> gradient_of{curve, gain, gradient};
+        all_grad.ends(grad, [&](std::int64_t j) {
+            grad.begin[j] = Element<T>::from_float(gradient_of.of(Element<T>::to_float(logits[j])));
+        });
+        if (same_packets) {
+            // What was read last is the likeliest to be still in the cache.
+            for_packets<kGradientPackets<Curve>>(0, row.packets - kept, [&](unsigned j, auto count) {
+                constexpr int kCount = decltype(count)::value;
+                const unsigned last = row.packets - 1 - j;
+                Packet packets[kCount];
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) packets[k] = once.load(row.packet(last - k * blockDim.x));
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) {
+                    gradient_of.of(packets[k]);
+                    once.store(grad.packet(last - k * blockDim.x), packets[k]);
+                }
+            });
+            write_packets(gradient_of, grad, 0, kept, once, [&](unsigned j) { return shared.kept[j]; });
+        } else {
+            const T* const body = logits + grad.head;
+            write_packets(gradient_of, grad, 0, grad.packets, once,
+                          [&](unsigned j) { return gather(body + static_cast<std::size_t>(j) * kPerPacket<T>); });
+        }
+        // The target's packet may have been another thread's than write_own expects.
+        __syncthreads();
+        write_own(grad, all_grad, gradient);
+    }
+}
+
+// A warp for each row that was split over parts blocks.
+__global__ void grpo_finish_kernel(const SweepArguments call, unsigned parts) {
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    if (row >= call.rows.rows) return;
+    const bool writes = threadIdx.x % kWarp == 0;
+    if (is_ignored(call.rows, row)) {
+        if (writes) write_ignored(call, row);
+        return;
+    }
+    const Sums total = merge_parts(call.parts + row * parts, parts);
+    if (writes) call.gradients[row] = finish_sweep_row(call, row, total);
+}
+
+}  // namespace edge::cuda
