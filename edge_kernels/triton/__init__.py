@@ -6,7 +6,15 @@ TRITON_INTERPRET=1 everything runs on CPU tensors, slowly, for tests.
 """
 
 from edge_kernels.triton.grpo_sweep import grpo_sweep
+from edge_kernels.triton.linear_head import linear_backward, linear_forward
 from edge_kernels.triton.token_loss import token_loss
 from edge_kernels.triton.token_stats import token_stats_backward, token_stats_forward
 
-__all__ = ["grpo_sweep", "token_loss", "token_stats_backward", "token_stats_forward"]
+__all__ = [
+    "grpo_sweep",
+    "linear_backward",
+    "linear_forward",
+    "token_loss",
+    "token_stats_backward",
+    "token_stats_forward",
+]

@@ -11,15 +11,27 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from triton import JITFunction
 
 from edge_kernels.triton import tuning
 from edge_kernels.triton.grpo_sweep import grpo_sweep_kernel
 from edge_kernels.triton.launch import LAUNCH
+from edge_kernels.triton.linear_head import (
+    TRITON_DTYPE,
+    linear_bwd_hidden_kernel,
+    linear_bwd_logits_kernel,
+    linear_bwd_weight_kernel,
+    linear_fwd_kernel,
+    linear_merge_kernel,
+    product_options,
+)
 from edge_kernels.triton.token_loss import token_loss_kernel
 from edge_kernels.triton.token_stats import token_stats_bwd_kernel, token_stats_fwd_kernel, token_stats_merge_kernel
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+_MATRIX_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _POINTERS = {
     "targets": "*i64",
@@ -30,11 +42,11 @@ _POINTERS = {
 }
 _FLOAT_POINTERS = {
     "logprobs", "entropy", "logsumexp", "logsumexp_low", "partial", "grad_logprobs", "grad_entropy", "grad_logsumexp",
-    "weight_of_token", "advantages", "old_logprobs", "ref_logprobs", "sampler_ratio", "sampling_logprobs",
+    "advantages", "old_logprobs", "ref_logprobs", "sampler_ratio", "sampling_logprobs",
     "entropy_threshold", "bonus_weight", "d_logprobs", "d_entropy", "sums", "target_logits", "d_hidden",
 }  # fmt: skip
 _LONGS = {"first", "row_stride", "out_first", "out_stride"}
-_INTS = {"rows", "V", "D", "chunk", "num_parts", "ignore_index", "num_tokens", "length", "first_column", "columns"}
+_INTS = {"rows", "N", "V", "D", "chunk", "num_parts", "ignore_index", "num_tokens", "length", "first_column", "columns"}
 
 
 class AotKernel(NamedTuple):
@@ -81,7 +93,20 @@ def _kernel(
         else:
             signature[argument] = "fp32"
     # A launch finds out by itself which arguments are multiples of 16; V = 151,936 and D = 4,096 are.
-    multiples = {"V", "D", "chunk", "first", "row_stride", "out_first", "out_stride"}
+    multiples = {
+        "V",
+        "D",
+        "chunk",
+        "hidden_stride",
+        "weight_stride",
+        "d_weight_stride",
+        "first_column",
+        "columns",
+        "first",
+        "row_stride",
+        "out_first",
+        "out_stride",
+    }
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
@@ -101,9 +126,13 @@ def _kernel(
     )
 
 
-def kernels(capability: int) -> list[AotKernel]:
-    """Return every kernel in its main variant for each type of logits, for sm_``capability`` (80, 90, 100, 120)."""
-    device = tuning.Device(f"sm_{capability}", 32, 132, 50 * 2**20)
+def kernels(capability: int | str) -> list[AotKernel]:
+    """Return every kernel in its main variant for each type of logits.
+
+    ``capability``  80, 90, 100, 120 for sm_80 and so on; "hip" for ROCm's gfx9, whose warps have 64 lanes.
+    """
+    name, warp_size = ("hip", 64) if capability == "hip" else (f"sm_{capability}", 32)
+    device = tuning.Device(name, warp_size, multiprocessors=132, cache_bytes=50 * 2**20)
     linear = {"CAPPED": False, "NEGATIVE": False}
     rule = {
         "HAS_OLD": True, "HAS_REF": False, "HAS_BETA": False, "HAS_SAMPLER_RATIO": False, "HAS_SAMPLING": False,
@@ -140,4 +169,24 @@ def kernels(capability: int) -> list[AotKernel]:
         _kernel("token_loss", token_loss_kernel, "fp32", {"weight": "fp32"},
                 {**rule, **absent_terms, "SEQUENCE": False, "SEQUENCE_SAMPLER": False, "BLOCK": 1024}, {}, None, 0)
     )  # fmt: skip
+    for element, dtype in _MATRIX_DTYPES.items():
+        options, blocks = product_options(device, dtype)
+        head = {"HAS_BIAS": False, "bias": None, "PRODUCT": TRITON_DTYPE[dtype], **linear, **blocks}
+        hidden, weight, buffer = {"hidden": element}, {"weight": element}, {"grad_logits": element}
+        found += [
+            _kernel("linear_fwd", linear_fwd_kernel, element, {**hidden, **weight}, head, options, None, 0),
+            _kernel("linear_bwd_logits", linear_bwd_logits_kernel, element, {**hidden, **weight, **buffer},
+                    {**head, "HAS_LOGPROBS": True, "HAS_ENTROPY": False, "HAS_LOGSUMEXP": False,
+                     "grad_entropy": None, "grad_logsumexp": None}, options, None, 0),
+            _kernel("linear_bwd_hidden", linear_bwd_hidden_kernel, element, {**weight, **buffer},
+                    {"IS_FIRST": False, **blocks}, options, None, 0),
+            _kernel("linear_bwd_weight", linear_bwd_weight_kernel, element,
+                    {**hidden, **buffer, "d_weight": element},
+                    {"HAS_WEIGHT": True, "HAS_BIAS": False, "ADDS": False, "d_bias": None, **blocks}, options, None, 0),
+        ]  # fmt: skip
+    found.append(
+        _kernel(
+            "linear_merge", linear_merge_kernel, "fp32", {}, {"CAPPED": False, "BLOCK": 16, "PARTS": 8}, {}, None, 0
+        )
+    )
     return found

@@ -16,7 +16,7 @@ from edge_kernels.token_loss import LossRule, TokenTerms
 from edge_kernels.token_stats import StatsGradients, Transform
 from edge_kernels.triton import tuning
 from edge_kernels.triton.arithmetic import gradient_factors, statistics
-from edge_kernels.triton.launch import LAUNCH, base_of, slope_of_x, transform_arguments
+from edge_kernels.triton.launch import LAUNCH, base_of, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.triton.rows import row_sums, write_gradient
 from edge_kernels.triton.token_loss import corrected, policy, rule_arguments, sampler_factor, term_tensors, token_loss
 from edge_kernels.triton.token_stats import (
@@ -146,6 +146,7 @@ def grpo_sweep_kernel(
             )  # fmt: skip
 
 
+@on_its_device
 def grpo_sweep(
     logits: Tensor, targets: Tensor, terms: TokenTerms, rule: LossRule, transform: Transform, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from edge_kernels.token_stats import Transform
+from edge_kernels.triton import tuning
 
 # The default of the first changes in Triton 3.10; the kernels' rounding is written out where it matters, elsewhere a
 # fused multiply-add is both faster and more exact.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
 _LOG2E = 1.4426950408889634
+
+_Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: _Launcher) -> _Launcher:
+    """Make a launcher's first tensor's GPU the current one, on whose current stream Triton launches."""
+
+    @functools.wraps(launcher)
+    def launch(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        if tensor.device.type == "cpu" or torch.cuda.device_count() < 2:
+            return launcher(tensor, *arguments, **options)
+        with torch.cuda.device(tensor.device):
+            return launcher(tensor, *arguments, **options)
+
+    return cast(_Launcher, launch)
 
 
 class Base(NamedTuple):
@@ -24,7 +42,16 @@ class Base(NamedTuple):
 
 
 def base_of(tensor: Tensor) -> Base:
-    return Base(tensor.as_strided((1,), (1,), 0), tensor.storage_offset())
+    """Return the aligned base of a tensor; allocators align storages, and what is not aligned is not taken."""
+    first = int(tensor.storage_offset())
+    if type(tensor) is Tensor:  # a tracer's has no address
+        misaligned = (tensor.data_ptr() - first * tensor.element_size()) % tuning.VECTOR_BYTES
+        if misaligned:
+            raise ValueError(
+                f"logits must lie in memory that begins at a multiple of {tuning.VECTOR_BYTES} bytes; got one that is "
+                f"off by {misaligned}; pass logits.clone()"
+            )
+    return Base(tensor.as_strided((1,), (1,), 0), first)
 
 
 def transform_arguments(transform: Transform) -> dict[str, Any]:
@@ -47,4 +74,5 @@ def slope_of_x(transform: Transform) -> float:
 
 
 def float32(tensor: Tensor | None) -> Tensor | None:
+    """Return a per-row tensor as the kernels take it."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()

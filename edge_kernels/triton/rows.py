@@ -169,7 +169,7 @@ def write_gradient(
             is_target = i + offsets == own_column
             g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
         tl.store(out_row + i + offsets, g, mask=mask)
-    for step in range(0, num_whole):
+    for step in range(num_whole):
         i = tl.multiple_of(whole - (step + 1) * STEP, VEC)
         g = zeros
         if ACTIVE:

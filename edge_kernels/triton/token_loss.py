@@ -16,7 +16,7 @@ from torch import Tensor
 from edge_kernels.reference import MAX_LOG_RATIO
 from edge_kernels.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
 from edge_kernels.triton.arithmetic import LOG2E, nan_max
-from edge_kernels.triton.launch import LAUNCH, float32
+from edge_kernels.triton.launch import LAUNCH, float32, on_its_device
 
 BLOCK = 1024
 SUMS = tl.constexpr(16)  # room for the loss and the metrics, a power of two
@@ -352,6 +352,7 @@ def term_tensors(terms: TokenTerms) -> dict[str, Tensor | None]:
     return {name: prepared(value) for name, value in terms._asdict().items()}
 
 
+@on_its_device
 def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
     shape, num_tokens = logprobs.shape, logprobs.numel()
     of_sequences = rule.level == "sequence"

@@ -13,8 +13,8 @@ from torch import Tensor
 from edge_kernels.rows import row_blocks, with_unit_stride
 from edge_kernels.token_stats import KernelStats, StatsGradients, Transform, new_stats
 from edge_kernels.triton import tuning
-from edge_kernels.triton.arithmetic import FLOOR, NAN, gradient_factors, merged, oriented, shifted, statistics
-from edge_kernels.triton.launch import LAUNCH, base_of, float32, slope_of_x, transform_arguments
+from edge_kernels.triton.arithmetic import LOWEST, NAN, gradient_factors, merged, oriented, shifted, statistics
+from edge_kernels.triton.launch import LAUNCH, base_of, float32, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.triton.rows import row_sums, write_gradient
 
 
@@ -126,7 +126,7 @@ def token_stats_merge_kernel(
     part = tl.arange(0, PARTS)
     at = partial + part[:, None].to(tl.int64) * 3 * rows + row[None, :]
     present = (part[:, None] < num_parts) & counts[None, :]
-    m = tl.load(at, mask=present, other=-3.4028234663852886e38)
+    m = tl.load(at, mask=present, other=LOWEST)
     s = tl.load(at + rows, mask=present, other=0.0)
     t = tl.load(at + 2 * rows, mask=present, other=0.0)
     m, s, t = merged(m, s, t, 0)
@@ -224,6 +224,7 @@ def share(rows: int, vocab: int, device: tuning.Device, options: dict[str, int])
     return -(-vocab // chunk), chunk
 
 
+@on_its_device
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     out = KernelStats(*(new_stats(logits) for _ in KernelStats._fields))
     if targets is None:
@@ -255,6 +256,7 @@ def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Trans
     return out
 
 
+@on_its_device
 def token_stats_backward(
     logits: Tensor,
     targets: Tensor | None,
@@ -266,7 +268,7 @@ def token_stats_backward(
 ) -> None:
     source = out if out is logits else with_unit_stride(logits)
     targets = None if targets is None else targets.contiguous().view(-1)
-    per_row = [None if value is None else float32(value).view(-1) for value in (*stats[1:], *gradients)]
+    per_row = [float32(None if value is None else value.reshape(-1)) for value in (*stats[1:], *gradients)]
     device = tuning.device_of(logits)
     options = tuning.stream(device, logits.element_size())
     for (start, block), (_, out_block) in zip(row_blocks(source), row_blocks(out, like=source), strict=True):

@@ -55,18 +55,18 @@ _STREAM_DEFAULT = Stream(num_warps=8, unroll=2)
 # One program a row, few rows at a time, so that they are still in L2 when they are read again: more bytes in flight
 # each.
 _SWEEP = {"interpreter": Stream(1, 2)}
-_SWEEP_DEFAULT = Stream(num_warps=16, unroll=2)
+_SWEEP_DEFAULT = Stream(num_warps=8, unroll=4)
 
 # By architecture and element size.
 _MATRIX = {
     ("interpreter", 2): Matrix(16, 32, 16, 1, 1),
     ("interpreter", 4): Matrix(16, 32, 16, 1, 1),
     ("sm_80", 2): Matrix(128, 128, 32, 8, 4),
-    ("sm_80", 4): Matrix(64, 64, 32, 4, 3),
+    ("sm_80", 4): Matrix(64, 64, 32, 8, 3),
     ("sm_90", 2): Matrix(128, 128, 64, 8, 4),
-    ("sm_90", 4): Matrix(64, 128, 32, 4, 3),
-    ("sm_100", 2): Matrix(128, 128, 64, 4, 4),
-    ("sm_100", 4): Matrix(64, 128, 32, 4, 3),
+    ("sm_90", 4): Matrix(64, 64, 32, 8, 3),
+    ("sm_100", 2): Matrix(128, 128, 64, 8, 4),
+    ("sm_100", 4): Matrix(64, 64, 32, 8, 3),
     ("sm_120", 2): Matrix(128, 64, 64, 4, 3),  # 100 KB of shared memory
     ("hip", 2): Matrix(128, 128, 32, 8, 2),  # 64 KB
     ("hip", 4): Matrix(64, 64, 32, 4, 2),
