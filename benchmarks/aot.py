@@ -7,13 +7,13 @@ architecture asked for, with the types, constants and alignments that this launc
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import sass
 
-ARCHITECTURES = (80, 90, 100)
+# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200.
+ARCHITECTURES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20)}
+MAX_THREADS = 1024  # of a block
 CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
 
@@ -118,7 +120,15 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    run, active = JITFunction.run, driver._active
+    run, active, properties = JITFunction.run, driver._active, torch.cuda.get_device_properties
+    multiprocessors, cache_bytes = ARCHITECTURES[architecture]
+    about = SimpleNamespace(
+        major=architecture // 10,
+        minor=architecture % 10,
+        multi_processor_count=multiprocessors,
+        L2_cache_size=cache_bytes,
+        warp_size=sass.WARP,
+    )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -130,18 +140,21 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
         return compiled
 
     JITFunction.run = compile_only
+    torch.cuda.get_device_properties = lambda device=None: about
     driver.set_active(_Device(architecture))
     try:
         yield
     finally:
-        JITFunction.run, driver._active = run, active
+        JITFunction.run, driver._active, torch.cuda.get_device_properties = run, active, properties
 
 
 def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
     """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU of this architecture, each once.
 
-    It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda".
+    It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda". Raises
+    RuntimeError where Triton cannot compile.
     """
+    require_triton()
     launched: list[tuple[Any, int]] = []
     with _recording(architecture, launched), FakeTensorMode(), _Methods(), torch.no_grad():
         launcher()
@@ -170,8 +183,9 @@ def nvcc() -> str:
 def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
     """Return the kernels of CUDA sources; raises RuntimeError with the compiler's message.
 
-    A kernel has to say how many threads a block has, with ``__launch_bounds__``; its element is the first of the types
-    that its mangled name says it is for. Shared memory is what the compiler knows of.
+    A kernel that does not say how many threads a block has, with ``__launch_bounds__``, is taken to have ``MAX_THREADS``,
+    as the compiler does. Its elements have 2 bytes where a type of 2 bytes is among its template's arguments, else 4.
+    Shared memory is what the compiler knows of.
     """
     found = []
     for source in sources:
@@ -185,8 +199,8 @@ def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
                 raise RuntimeError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
             kernels = sass.read(cubin.read_bytes())
         for kernel in kernels:
-            if kernel.max_threads is None:
-                raise RuntimeError(f"{kernel.name} does not say how many threads it has; give it __launch_bounds__")
-            itemsize = 2 if re.search(r"13__nv_bfloat16|6__half", kernel.name) else 4
-            found.append(Compiled(kernel, architecture, kernel.max_threads, kernel.shared_bytes, itemsize))
+            itemsize = 2 if "__nv_bfloat16" in kernel.name or "__half" in kernel.name else 4
+            found.append(
+                Compiled(kernel, architecture, kernel.max_threads or MAX_THREADS, kernel.shared_bytes, itemsize)
+            )
     return found

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from benchmarks import aot, gpu_peers, sass
+from benchmarks import aot, gpu_ours, gpu_peers, sass
 from benchmarks.aot import Compiled
 from benchmarks.gpu_peers import HIDDEN, VOCAB
 from benchmarks.harness import OURS, clean, explain
 
+OURS_CUDA, OURS_TRITON, OURS_HEAD = f"{OURS}, CUDA", f"{OURS}, Triton", f"{OURS}, Triton, fused head"
 Row = dict[str, Any]  # one main loop of one kernel, or one kernel that multiplies: JSON
 
 
@@ -176,7 +177,13 @@ def contenders() -> dict[str, Callable[[int], list[Compiled]]]:
     def triton(launcher: Callable[[int], None]) -> Callable[[int], list[Compiled]]:
         return lambda architecture: aot.launches(lambda: launcher(architecture), architecture)
 
-    return {f"{name} ({_version(package)})": triton(launch) for name, (package, launch) in gpu_peers.PEERS.items()}
+    ours = {
+        OURS_CUDA: gpu_ours.cuda_kernels,
+        OURS_TRITON: triton(gpu_ours.triton_logits),
+        OURS_HEAD: triton(gpu_ours.triton_head),
+    }
+    peers = {f"{name} ({_version(package)})": triton(launch) for name, (package, launch) in gpu_peers.PEERS.items()}
+    return ours | peers
 
 
 def _version(package: str) -> str:
@@ -193,7 +200,6 @@ def collect(architectures: Sequence[int]) -> tuple[list[Row], dict[str, str]]:
     for owner, kernels in contenders().items():
         for architecture in architectures:
             try:
-                aot.require_triton()
                 compiled = kernels(architecture)
             except Exception as error:  # a broken installation raises anything
                 missing[owner] = explain(error)
@@ -263,7 +269,7 @@ def _needs(row: Row) -> str:
 
 
 def _stream_line(row: Row) -> str:
-    kind = f"{row['kernel'][:36]}, {row['loop'] if row['is_loop'] else 'one tile'}"
+    kind = f"{row['kernel'].replace('_kernel', '').replace('__nv_', '')[:36]}, {row['loop'] if row['is_loop'] else 'one tile'}"
     return (
         f"    {kind:48} {_needs(row)} {row['instructions_per_element']:6.2f} {row['instructions_allowed']:5.1f}"
         f" {row['mufu_per_element']:5.2f} {row['mufu_allowed']:5.2f} {row['barriers_per_1024']:8.2f}"
@@ -277,7 +283,7 @@ def _product_line(row: Row) -> str:
     mufu = "?" if row["tile"] is None else f"{row['mufu_once']:.2f}"
     shape = f"{row['num_products']} x {row['matrix']}"
     return (
-        f"    {row['kernel'][:48]:48} {_needs(row)} {shape:20} {tile:>6} {row['barriers']:8} {once:>10} {mufu:>5}"
+        f"    {row['kernel'].replace('_kernel', '')[:48]:48} {_needs(row)} {shape:20} {tile:>6} {row['barriers']:8} {once:>10} {mufu:>5}"
         f"  {row['bound']}, {row['times_floor']:.2f}"
     )
 

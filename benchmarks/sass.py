@@ -361,7 +361,7 @@ def _in_brackets(instruction: Instruction) -> tuple[str, ...]:
 class Kernel:
     """A kernel's machine code, and what it needs of a multiprocessor."""
 
-    name: str  # as in the cubin: mangled
+    name: str  # without namespaces and arguments
     instructions: tuple[Instruction, ...]
     registers: int
     shared_bytes: int  # known to the compiler, without the system's
@@ -431,6 +431,16 @@ def _weight(loop: Loop) -> tuple[int, int, int]:
     return min(loop.num_mufu, 1), min((i.num_bytes for i in accesses), default=0), loop.moved_bytes
 
 
+def _readable(mangled: str) -> str:
+    """Return "token_stats_fwd_kernel<__nv_bfloat16, Linear>" for what a C++ compiler made of it."""
+    program = shutil.which("c++filt")  # a part of binutils, as the linker that nvcc needs
+    if program is None or not mangled.startswith("_Z"):
+        return mangled
+    name = _run(program, mangled).strip().replace("(anonymous namespace)", "anonymous")
+    name = re.sub(r"\(.*\)$", "", name).removeprefix("void ")
+    return re.sub(r"\w+::", "", name)
+
+
 def _run(*arguments: str) -> str:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -456,7 +466,7 @@ def read(cubin: bytes) -> list[Kernel]:
         shared = needs["SHARED"] - (RESERVED_SHARED_BYTES if architecture >= 90 else 0)  # counted in from there on
         local = max(needs["STACK"], needs["LOCAL"])
         threads = _max_threads(sections, name)
-        kernels.append(Kernel(name, code[name], needs["REG"], max(shared, 0), local, threads))
+        kernels.append(Kernel(_readable(name), code[name], needs["REG"], max(shared, 0), local, threads))
     return kernels
 
 
