@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
     kernel: sass.Kernel
     architecture: int
     threads: int  # of a block
-    shared_bytes: int  # of a block, the launch's own included
+    shared_bytes: int | None  # of a block; None where only the launch knows
     itemsize: int  # bytes of an element of what it streams: its largest argument
 
 
@@ -183,9 +183,8 @@ def nvcc() -> str:
 def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
     """Return the kernels of CUDA sources; raises RuntimeError with the compiler's message.
 
-    A kernel that does not say how many threads a block has, with ``__launch_bounds__``, is taken to have ``MAX_THREADS``,
-    as the compiler does. Its elements have 2 bytes where a type of 2 bytes is among its template's arguments, else 4.
-    Shared memory is what the compiler knows of.
+    A kernel without ``__launch_bounds__`` is taken to have ``MAX_THREADS`` a block, as the compiler takes it. Elements
+    have 2 bytes where a type of 2 bytes is among its template's arguments, else 4.
     """
     found = []
     for source in sources:

@@ -1,7 +1,7 @@
-"""On a GPU: our backends against float64 first, then the memory's and the products' rates, then ours and the peers' times.
+"""On a GPU: our backends against float64 first, then the rates of memory and products, then our times and the peers'.
 
-``--rehearse`` does the same with a few small rows on the CPU: only the clock, the shapes and the backends differ. A time
-is the median between two events around one call, after a write larger than the L2 cache; contenders take turns.
+``--rehearse`` does the same with a few small rows on the CPU: only the clock, the shapes and the backends differ. A
+time is the median between two events around one call, after a write larger than the L2 cache; contenders take turns.
 """
 
 from __future__ import annotations
@@ -326,11 +326,11 @@ def rates(sizes: Sizes, device: Device) -> dict[str, float]:
     """Return what the memory moves, in bytes/s read plus written, and the products' flops/s."""
     buffer = torch.ones(sizes.rows * sizes.vocab, dtype=torch.bfloat16, device=device.kind)
     other = torch.empty_like(buffer)
-    runs = {**limits.bandwidth(buffer), "copy": Run(lambda: other.copy_(buffer))}
+    runs = {**limits.bandwidth(buffer), "copy": Run(partial(other.copy_, buffer))}
     moved = {"read": 1, "in-place read-write": 2, "copy": 2}
     measured = take_turns({name: runs[name] for name in moved}, device, sizes.repetitions)
     found = {name: count * buffer.nbytes / (measured[name]["min_ms"] / 1e3) for name, count in moved.items()}
-    del buffer, other
+    del runs, buffer, other
     for dtype in (torch.bfloat16, torch.float32):
         a, b, out = (torch.ones(sizes.square, sizes.square, dtype=dtype, device=device.kind) for _ in range(3))
         key = f"{_name(dtype)} product"

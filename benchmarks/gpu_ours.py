@@ -1,4 +1,4 @@
-"""Our GPU kernels: launches of the Triton ones by their launchers, and the CUDA ones, for the shapes of gpu_peers.py."""
+"""Our GPU kernels: launches of the Triton ones by their own launchers, in the shapes of gpu_peers.py; the CUDA ones."""
 
 from __future__ import annotations
 

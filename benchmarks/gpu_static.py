@@ -68,11 +68,11 @@ WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
 
 
 def occupancy(compiled: Compiled) -> float:
-    """Warps that fit on a multiprocessor, as a part of those that it has places for."""
+    """Warps that fit on a multiprocessor, as a part of those that it has places for; unknown shared memory left out."""
     warps = math.ceil(compiled.threads / sass.WARP)
     each = math.ceil(compiled.kernel.registers * sass.WARP / 256) * 256
     by_registers = REGISTERS // each // 4 * 4 // warps
-    shared = compiled.shared_bytes + sass.RESERVED_SHARED_BYTES
+    shared = (compiled.shared_bytes or 0) + sass.RESERVED_SHARED_BYTES
     by_shared = MACHINES[compiled.architecture].shared_bytes // shared
     return min(BLOCKS, WARPS // warps, by_registers, by_shared) * warps / WARPS
 
@@ -114,7 +114,7 @@ def _stream(compiled: Compiled, loop: sass.Loop) -> Row:
     }
     resident = occupancy(compiled) * WARPS * sass.WARP
     return {
-        "loop": "gradient" if loop.stores else "statistics",
+        "loop": "statistics" if not loop.stores else "gradient" if loop.loads else "gradient of what was kept",
         "is_loop": loop.depth > 0,
         "load_bits": loop.widths(sass.LOADS),
         "store_bits": loop.widths(sass.STORES),
@@ -229,11 +229,11 @@ def balance() -> Iterator[str]:
 
 
 STREAM = (
-    f"{'':52} {'regs':>4} {'spill':>5} {'smem':>6} {'occ':>4} {'bits':>9} {'instr':>6} {'of':>5} {'MUFU':>5} {'of':>5}"
+    f"{'':58} {'regs':>4} {'spill':>5} {'smem':>6} {'occ':>4} {'bits':>9} {'instr':>6} {'of':>5} {'MUFU':>5} {'of':>5}"
     f" {'barriers':>8} {'bytes':>5}  bound by, x memory"
 )
 PRODUCTS = (
-    f"{'':52} {'regs':>4} {'spill':>5} {'smem':>6} {'occ':>4} {'bits':>9} {'shape':20} {'tile':>6} {'barriers':>8}"
+    f"{'':58} {'regs':>4} {'spill':>5} {'smem':>6} {'occ':>4} {'bits':>9} {'shape':22} {'tile':>6} {'barriers':>8}"
     f" {'instr once':>10} {'MUFU':>5}  bound by, x tensor cores"
 )
 
@@ -263,27 +263,30 @@ def tables(found: Sequence[Row]) -> Iterator[str]:
 def _needs(row: Row) -> str:
     loads = [*map(str, row["load_bits"]), *(["TMA"] if row["uses_copy_engine"] else [])]
     bits = f"{','.join(loads) or '-'}/{','.join(map(str, row['store_bits'])) or '-'}"
-    return (
-        f"{row['registers']:4} {row['spills']:5} {row['shared_bytes'] / 1024:5.1f}K {row['occupancy']:4.0%} {bits:>9}"
-    )
+    shared = "launch" if row["shared_bytes"] is None else f"{row['shared_bytes'] / 1024:.1f}K"
+    return f"{row['registers']:4} {row['spills']:5} {shared:>6} {row['occupancy']:4.0%} {bits:>9}"
+
+
+def _short(row: Row) -> str:
+    return row["kernel"].replace("_kernel", "").replace("__nv_", "").replace("efficient_entropy_", "")
 
 
 def _stream_line(row: Row) -> str:
-    kind = f"{row['kernel'].replace('_kernel', '').replace('__nv_', '')[:36]}, {row['loop'] if row['is_loop'] else 'one tile'}"
+    kind = f"{_short(row)[:38]}, {row['loop'] if row['is_loop'] else 'one tile'}"[:54]
     return (
-        f"    {kind:48} {_needs(row)} {row['instructions_per_element']:6.2f} {row['instructions_allowed']:5.1f}"
+        f"    {kind:54} {_needs(row)} {row['instructions_per_element']:6.2f} {row['instructions_allowed']:5.1f}"
         f" {row['mufu_per_element']:5.2f} {row['mufu_allowed']:5.2f} {row['barriers_per_1024']:8.2f}"
         f" {row['bytes_per_element']:5.1f}  {row['bound']}, {row['times_floor']:.2f}"
     )
 
 
 def _product_line(row: Row) -> str:
-    tile = "?" if row["tile"] is None else f"{row['tile']:,}"
-    once = "?" if row["tile"] is None else f"{row['instructions_once']:.1f}"
-    mufu = "?" if row["tile"] is None else f"{row['mufu_once']:.2f}"
+    tile, once, mufu = "?", "?", "?"
+    if row["tile"] is not None:
+        tile, once, mufu = f"{row['tile']:,}", f"{row['instructions_once']:.1f}", f"{row['mufu_once']:.2f}"
     shape = f"{row['num_products']} x {row['matrix']}"
     return (
-        f"    {row['kernel'].replace('_kernel', '')[:48]:48} {_needs(row)} {shape:20} {tile:>6} {row['barriers']:8} {once:>10} {mufu:>5}"
+        f"    {_short(row)[:54]:54} {_needs(row)} {shape:22} {tile:>6} {row['barriers']:8} {once:>10} {mufu:>5}"
         f"  {row['bound']}, {row['times_floor']:.2f}"
     )
 

@@ -401,27 +401,29 @@ class Kernel:
     def main_loops(self) -> list[Loop]:
         """The loops that the time goes into, innermost ones.
 
-        Of loops that multiply matrices all; else the widest that only reads, and the widest that writes too. A loop of
+        Of loops that multiply matrices all; else the widest that only read, and the widest that write too. A loop of
         the same kind with narrower accesses treats what is left over. A kernel whose blocks do one tile each has no
         loop: then it is all of it.
         """
         loops = [loop for loop in self.loops if loop.depth]
         products = _innermost([loop for loop in loops if loop.matrices])
         if products:
-            return sorted(products, key=lambda loop: loop.instructions[0].address)
-        chosen: dict[bool, Loop] = {}
-        for loop in _innermost([loop for loop in loops if loop.moved_bytes]):
-            writes = bool(loop.stores)
-            if writes not in chosen or _weight(loop) > _weight(chosen[writes]):
-                chosen[writes] = loop
-        if not chosen and self.loops[-1].moved_bytes:
-            return [self.loops[-1]]
-        return list(chosen.values())
+            return sorted(products, key=_address)
+        streaming = _innermost([loop for loop in loops if loop.moved_bytes])
+        chosen: list[Loop] = []
+        for writes in (False, True):
+            kind = [loop for loop in streaming if bool(loop.stores) == writes]
+            chosen += sorted((loop for loop in kind if _weight(loop) == max(map(_weight, kind))), key=_address)
+        return chosen or [loop for loop in self.loops if not loop.depth and loop.moved_bytes]
+
+
+def _address(loop: Loop) -> int:
+    return loop.instructions[0].address
 
 
 def _innermost(loops: Sequence[Loop]) -> list[Loop]:
     """Those of some loops that enclose no other of them: outer ones go over rows, or have a first pass peeled off."""
-    heads = {loop.instructions[0].address for loop in loops}
+    heads = {_address(loop) for loop in loops}
     return [loop for loop in loops if not loop.encloses & heads]
 
 

@@ -36,7 +36,9 @@ def rows(owner: str, architecture: int) -> list[Row]:
 
 def loops(owner: str, architecture: int, kind: str) -> list[Row]:
     """Loops over logits; other kernels' work is of size N."""
-    found = [row for row in rows(owner, architecture) if row["loop"] == kind and OF_LOGITS.match(row["kernel"])]
+    found = [
+        row for row in rows(owner, architecture) if row["loop"].startswith(kind) and OF_LOGITS.match(row["kernel"])
+    ]
     expected = {"statistics": "token_stats_fwd", "gradient": "token_stats_bwd"}[kind]
     names = {row["kernel"].partition("_kernel")[0] for row in found}
     assert names == {expected, "grpo_sweep"}
@@ -48,8 +50,7 @@ def loops(owner: str, architecture: int, kind: str) -> list[Row]:
 def test_loops_over_logits_have_wide_accesses_no_spills_and_no_barriers(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:
         assert row["spills"] == 0, row
-        assert row["load_bits"] == [128], row
-        assert row["store_bits"] in ([], [128]), row
+        assert {*row["load_bits"], *row["store_bits"]} == {128}, row
         assert row["barriers"] == 0, row
         assert row["shuffles_per_element"] == 0, row
 
@@ -72,7 +73,7 @@ def test_a_forward_loop_keeps_to_its_budget(owner: str, architecture: int, instr
 def test_memory_bounds_every_loop_over_logits(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:
         assert row["bound"] == "memory", row
-        assert row["bytes_per_element"] == (4 if row["loop"] == "gradient" else 2), row
+        assert row["bytes_per_element"] == (4 if row["loop"] == "gradient" else 2), row  # read, and written
 
 
 def test_the_head_multiplies_by_wgmma_on_sm_90() -> None:
