@@ -16,7 +16,8 @@ DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh \
+    tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*/*.h)
 
 export EDGE_KERNELS_WERROR = ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

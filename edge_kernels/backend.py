@@ -83,7 +83,7 @@ def extension() -> ModuleType:
 def unavailable(backend: str) -> str | None:
     """Return why ``backend`` cannot run in this installation, or None if it can.
 
-    Whether there is a GPU is not asked: without one there is no tensor that would go there, but shapes may be traced.
+    "cuda" needs a driver, and a device that it was compiled for if there is any. Shapes are traced without asking here.
     """
     if backend == "reference":
         return None
@@ -110,11 +110,8 @@ def _triton_unavailable() -> str | None:
 
 @cache
 def _cuda_unavailable(module: ModuleType) -> str | None:
-    if find_spec(_MODULES["cuda"]) is None:
-        return "this version of edge_kernels has no cuda kernels"
-    if module.built_with()["cuda"] is None:
-        return "the extension edge_kernels._C was built without CUDA; install nvcc and build it again"
-    return "torch is a build for ROCm" if torch.version.hip is not None else None
+    reason: str | None = importlib.import_module(_MODULES["cuda"]).unavailable(module)
+    return reason
 
 
 def is_interpreting() -> bool:

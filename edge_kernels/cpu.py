@@ -9,7 +9,6 @@ from torch import Tensor
 
 from edge_kernels._checks import stats_dtype
 from edge_kernels.backend import extension
-from edge_kernels.reference import MAX_LOG_RATIO
 from edge_kernels.rows import address, describe_rows, row_blocks, with_unit_stride
 from edge_kernels.token_loss import LossRule, TokenTerms, token_loss
 from edge_kernels.token_stats import KernelStats, StatsGradients, Transform, new_stats
@@ -83,21 +82,8 @@ def grpo_sweep(
         if name not in ("mask", "entropy_threshold", "bonus_weight")
     }
     targets = targets.contiguous()
-    infinity = float("inf")
-    options = {
-        "cispo": rule.loss_type == "cispo",
-        "epsilon_low": rule.epsilon_low,
-        "epsilon_high": rule.epsilon_high,
-        "delta": infinity if rule.delta is None else rule.delta,
-        "beta": rule.beta,
-        "sampler_cap": infinity if rule.sampler_cap is None else rule.sampler_cap,
-        "sampler_floor": rule.sampler_floor,
-        "sampler_masks": rule.sampler_mode.endswith("mask"),
-        "injected_treatment": {"sft": 1, "shaped": 2}.get(rule.injected, 0),
-        "sft_weight": rule.sft_weight,
-        "shaped_gamma": rule.shaped_gamma,
-        "max_log_ratio": MAX_LOG_RATIO,
-        "entropy_threshold": -infinity if terms.entropy_threshold is None else float(terms.entropy_threshold),
+    numbers = {
+        "entropy_threshold": -float("inf") if terms.entropy_threshold is None else float(terms.entropy_threshold),
         "bonus_weight": 0.0 if terms.bonus_weight is None else float(terms.bonus_weight),
     }
     for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):
@@ -108,7 +94,8 @@ def grpo_sweep(
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
             **{name: address(value, start) for name, value in per_token.items()},
-            **options,
+            **rule.for_extension(),
+            **numbers,
             **_options(transform),
         )
     return logprobs, entropy

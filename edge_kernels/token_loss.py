@@ -65,6 +65,24 @@ class LossRule(NamedTuple):
             shaped_gamma=float(config.shaped_gamma),
         )
 
+    def for_extension(self) -> dict[str, Any]:
+        """Return the rule as the compiled kernels take it; ratios of whole sequences are not among it."""
+        infinity = float("inf")
+        return {
+            "cispo": self.loss_type == "cispo",
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "delta": infinity if self.delta is None else self.delta,
+            "beta": self.beta,
+            "sampler_cap": infinity if self.sampler_cap is None else self.sampler_cap,
+            "sampler_floor": self.sampler_floor,
+            "sampler_masks": self.sampler_mode.endswith("mask"),
+            "injected_treatment": {"sft": 1, "shaped": 2}.get(self.injected, 0),
+            "sft_weight": self.sft_weight,
+            "shaped_gamma": self.shaped_gamma,
+            "max_log_ratio": MAX_LOG_RATIO,
+        }
+
 
 class TokenTerms(NamedTuple):
     """What the loss of each token depends on besides its statistics. Per-token tensors have one shape.

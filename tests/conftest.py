@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from cuda_on_cpu import harness
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -66,3 +68,16 @@ def make_model() -> Callable[..., PreTrainedModel]:
 def tiny_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     """A fresh random Llama with the vocabulary of ``tiny_tokenizer``."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def cuda_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[harness.Build], Path]:
+    """Return a function from a build of the CUDA kernels for the CPU to its program, compiled once a session."""
+    compiled: dict[int, Path] = {}
+
+    def compile_once(build: harness.Build) -> Path:
+        if id(build) not in compiled:
+            compiled[id(build)] = harness.compile_program(tmp_path_factory.mktemp("cuda_on_cpu"), build)
+        return compiled[id(build)]
+
+    return compile_once

@@ -87,18 +87,6 @@ def test_an_old_triton_is_a_missing_one(version: str, reason: str | None, monkey
     assert (found is None) if reason is None else found.startswith(reason)
 
 
-def test_why_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Extension:
-        @staticmethod
-        def built_with() -> dict[str, str | None]:
-            return {"cuda": None}
-
-    monkeypatch.setattr(backend, "find_spec", lambda name: object())
-    assert "built without CUDA" in backend._cuda_unavailable.__wrapped__(Extension)
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
-    assert "has no cuda kernels" in backend._cuda_unavailable.__wrapped__(Extension)
-
-
 def test_use_backend_restores_what_was_forced_before_even_after_an_error() -> None:
     set_backend("reference")
     with use_backend("cpu"):

@@ -124,7 +124,7 @@ void sweep_split_rows(SweepArguments arguments, const RowShape& shape, const Lau
 void grpo_sweep(const GrpoSweep& call, const DeviceNumbers& numbers, const Launch& launch) {
     const std::int64_t rows = call.rows.rows;
     if (rows == 0) return;
-    const DeviceGuard guard(launch);
+    const DeviceGuard guard(launch, "grpo_sweep_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
     SweepArguments arguments = arguments_of(call, numbers);
     const bool linear = arguments.transform.linear;

@@ -5,9 +5,10 @@
 // GPU, each is split over blocks: token_stats_fwd_kernel, grpo_finish_kernel and token_stats_bwd_kernel follow each
 // other, and the second read is served by the L2 cache, which such a matrix fits into.
 //
-// Main loops of grpo_sweep_kernel, in the order of token_stats.cuh's kPacketsAtOnce and kGradientPackets: sums of the
-// kept packets (128-bit loads, and stores to shared memory), sums of the rest, gradient of the rest, gradient of the
-// kept packets (128-bit loads from shared memory).
+// Main loops of grpo_sweep_kernel<T, Curve>, each with token_stats.cuh's number of packets a step and followed by one
+// for single packets: sums of the packets to keep (global loads, and stores to shared memory), sums of the rest,
+// gradient of the rest (global loads and stores), gradient of the kept ones (shared loads, global stores), and the
+// gradient where it is aligned differently (single elements loaded).
 #pragma once
 
 #include "../token_loss.h"

@@ -22,10 +22,10 @@ inline void check(cudaError_t status, const std::string& what) {
 // While it lives, a device is the current one.
 class DeviceGuard {
   public:
-    explicit DeviceGuard(const Launch& launch) {
-        check(cudaGetDevice(&previous_), "cudaGetDevice");
+    DeviceGuard(const Launch& launch, const std::string& kernel) {
+        check(cudaGetDevice(&previous_), kernel);
         if (previous_ == launch.device) return;
-        check(cudaSetDevice(launch.device), "cudaSetDevice");
+        check(cudaSetDevice(launch.device), kernel + " (device " + std::to_string(launch.device) + ")");
         changed_ = true;
     }
     ~DeviceGuard() {
@@ -41,7 +41,7 @@ class DeviceGuard {
 
 inline int attribute(int device, cudaDeviceAttr which) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&value, which, device), "the size of CUDA device " + std::to_string(device));
     return value;
 }
 

@@ -90,7 +90,7 @@ struct Element<__nv_bfloat16> {
     }
     static __device__ __forceinline__ __nv_bfloat162 from_bits(std::uint32_t bits) {
         __nv_bfloat162 value;
-        memcpy(&value, &bits, sizeof bits);
+        memcpy(static_cast<void*>(&value), &bits, sizeof bits);
         return value;
     }
 };
@@ -123,7 +123,7 @@ struct Element<__half> {
     }
     static __device__ __forceinline__ __half2 from_bits(std::uint32_t bits) {
         __half2 value;
-        memcpy(&value, &bits, sizeof bits);
+        memcpy(static_cast<void*>(&value), &bits, sizeof bits);
         return value;
     }
 };

@@ -22,7 +22,7 @@ std::size_t token_loss_workspace_bytes(std::int64_t sequences, std::int64_t leng
 }
 
 void token_loss(const TokenLoss& call, const Launch& launch) {
-    const DeviceGuard guard(launch);
+    const DeviceGuard guard(launch, "token_loss_kernel");
     const TokenGrid grid = grid_of(call.sequences, call.length, call.ratio_of_sequence || call.sampler_of_sequence);
     double* const row_sums = Workspace(launch).take<double>(grid.rows * kTokenSums);
     if (grid.rows > 0) {

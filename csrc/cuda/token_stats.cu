@@ -44,7 +44,7 @@ void launch_backward(const BackwardArguments& arguments, const Sharing& sharing,
 
 void token_stats_forward(const TokenStatsForward& call, const Launch& launch) {
     if (call.rows.rows == 0) return;
-    const DeviceGuard guard(launch);
+    const DeviceGuard guard(launch, "token_stats_fwd_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
     const Sharing sharing(launch.device, shape, call.rows.rows, kStatsThreads);
     ForwardArguments arguments{};
@@ -65,7 +65,7 @@ void token_stats_forward(const TokenStatsForward& call, const Launch& launch) {
 
 void token_stats_backward(const TokenStatsBackward& call, const Launch& launch) {
     if (call.rows.rows == 0) return;
-    const DeviceGuard guard(launch);
+    const DeviceGuard guard(launch, "token_stats_bwd_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
     BackwardArguments arguments{};
     arguments.rows = call.rows;

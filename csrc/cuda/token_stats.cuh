@@ -1,13 +1,15 @@
 // Kernels of token_stats: sums of rows or parts of rows, their merging, and the gradient.
 //
-// Names, as they stand in a cubin (mangled): token_stats_fwd_kernel<T, Curve> and token_stats_bwd_kernel<T, Curve> for
-// T in float, __nv_bfloat16, __half and Curve in Linear, Curved; token_stats_finish_kernel. The main loop of each is
-// the innermost loop with several 128-bit global loads:
-//     forward, Linear    4 packets a step: 32 elements of 16 bits, 16 of float
-//     forward, Curved    2 packets
-//     backward           2 packets loaded, 2 stored
-// The other innermost loops take the remaining packets one at a time, or, in the backward, rows whose gradient is
-// aligned differently (the loads are then single elements).
+// For who reads the machine code (`nvcc -std=c++17 -O3 -arch=sm_90 -cubin csrc/cuda/token_stats.cu -o out.cubin`, the
+// same for grpo_sweep.cu and token_loss.cu; sm_80, sm_90, sm_100 and sm_120 are built): the kernels are
+// edge::cuda::token_stats_fwd_kernel<T, Curve> and edge::cuda::token_stats_bwd_kernel<T, Curve>, with T one of float,
+// __nv_bfloat16, __half and Curve one of Linear, Curved, and token_stats_finish_kernel. The main loop of each template
+// is its innermost loop with the most 128-bit global loads; a step of it takes, in each thread,
+//     forward, Linear     4 packets of 16 bytes: 32 elements of 16 bits, 16 of float
+//     backward, Linear    2 packets, loaded and stored
+//     Curved              1 packet
+// The other innermost loops take the packets that are left one at a time; where the gradient is aligned differently
+// from the logits, the backward loads single elements and stores packets. No loop over packets has a barrier.
 #pragma once
 
 #include "statistics.cuh"
