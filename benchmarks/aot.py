@@ -120,7 +120,8 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    run, active, properties = JITFunction.run, driver._active, torch.cuda.get_device_properties
+    cuda: Any = torch.cuda
+    run, active, properties = JITFunction.run, driver._active, cuda.get_device_properties
     multiprocessors, cache_bytes = ARCHITECTURES[architecture]
     about = SimpleNamespace(
         major=architecture // 10,
@@ -140,12 +141,12 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
         return compiled
 
     JITFunction.run = compile_only
-    torch.cuda.get_device_properties = lambda device=None: about
+    cuda.get_device_properties = lambda device=None: about
     driver.set_active(_Device(architecture))
     try:
         yield
     finally:
-        JITFunction.run, driver._active, torch.cuda.get_device_properties = run, active, properties
+        JITFunction.run, driver._active, cuda.get_device_properties = run, active, properties
 
 
 def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:

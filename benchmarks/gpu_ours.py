@@ -70,8 +70,8 @@ def triton_head(architecture: int) -> None:
         backend.linear_backward(*inputs, stats, gradients, wanted, hidden.dtype, TRANSFORM, None)
 
 
-def cuda_kernels(architecture: int) -> list[aot.Compiled]:
-    """The kernels for bfloat16, and those that have no element type."""
-    sources = sorted(aot.CUDA_SOURCES.glob("*.cu"))
+def cuda_kernels(architecture: int, names: str = "*") -> list[aot.Compiled]:
+    """The kernels of the CUDA sources of these names: those for bfloat16, and those that have no element type."""
+    sources = sorted(aot.CUDA_SOURCES.glob(f"{names}.cu"))
     compiled = aot.cuda_kernels(sources, architecture)
     return [each for each in compiled if not re.search(r"<(float|__half)\b", each.kernel.name)]

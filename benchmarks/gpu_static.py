@@ -299,7 +299,7 @@ def main() -> int:
         "--arch", type=int, choices=aot.ARCHITECTURES, action="append", help="only this one; repeatable"
     )
     options = parser.parse_args()
-    found, missing = collect(options.arch or aot.ARCHITECTURES)
+    found, missing = collect(options.arch or list(aot.ARCHITECTURES))
     print(f"V = {VOCAB:,}, bfloat16; Triton {_version('triton')}")
     print("\n".join(balance()))
     print("\n".join(tables(found)))
