@@ -200,7 +200,7 @@ def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
             kernels = sass.read(cubin.read_bytes())
         for kernel in kernels:
             itemsize = 2 if "__nv_bfloat16" in kernel.name or "__half" in kernel.name else 4
-            found.append(
-                Compiled(kernel, architecture, kernel.max_threads or MAX_THREADS, kernel.shared_bytes, itemsize)
-            )
+            uses_shared = any(i.name in ("LDS", "STS", "ATOMS") for i in kernel.instructions)
+            shared = kernel.shared_bytes if kernel.shared_bytes or not uses_shared else None
+            found.append(Compiled(kernel, architecture, kernel.max_threads or MAX_THREADS, shared, itemsize))
     return found

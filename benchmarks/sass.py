@@ -248,7 +248,7 @@ class _Block:
 
 def _blocks(instructions: Sequence[Instruction]) -> list[_Block]:
     """Basic blocks in the order of their addresses, with where control goes from each."""
-    ends = ("BRA", "BRX", "JMP", "EXIT", "RET", "BSYNC")
+    ends = ("BRA", "BRX", "JMP", "EXIT", "RET", "BSYNC", "CALL")
     starts = {instructions[0].address} | {i.target for i in instructions if i.target is not None}
     starts |= {b.address for a, b in pairwise(instructions) if a.name in ends}
     blocks: list[_Block] = []
@@ -260,9 +260,10 @@ def _blocks(instructions: Sequence[Instruction]) -> list[_Block]:
     regions = [i for i in instructions if i.name == "BSSY"]
     for number, block in enumerate(blocks):
         last = block.instructions[-1]
-        conditional = bool(last.guard) or (last.name == "BRA" and len(last.operands) > 1)
+        # A call may return, or be a jump out of a loop in disguise.
+        conditional = bool(last.guard) or last.name == "CALL" or (last.name == "BRA" and len(last.operands) > 1)
         targets = []
-        if last.name == "BRA" and last.target is not None:
+        if last.name in ("BRA", "CALL") and last.target is not None:
             targets.append(last.target)
         if last.name == "BSYNC":
             targets += _meeting_points(last, regions)

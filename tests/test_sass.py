@@ -84,6 +84,22 @@ def test_threads_that_meet_go_on_where_their_own_region_ends() -> None:
     assert [i.address for i in loop.instructions] == [0x50, 0x60, 0x70, 0x80]
 
 
+def test_a_loop_that_is_left_by_a_call_lies_in_the_loop_around_it() -> None:
+    """As compilers for sm_80 leave loops; without it the outer loop would be taken for an innermost one."""
+    code = (
+        "S2R R0, SR_TID.X",  # 00
+        "LDG.E.U16 R2, desc[UR6][R0.64]",  # 10: the outer loop begins
+        "LDG.E.128 R4, desc[UR6][R0.64]",  # 20: the inner loop begins
+        "@P1 CALL.REL.NOINC 0x50",  # 30
+        "BRA 0x20",  # 40
+        "BAR.SYNC.DEFER_BLOCKING 0x0",  # 50
+        "@P0 BRA 0x10",  # 60
+        "EXIT",  # 70
+    )
+    (loop,) = parse(*code).main_loops
+    assert [i.address for i in loop.instructions] == [0x20, 0x30, 0x40]
+
+
 def test_a_kernel_of_one_tile_a_block_is_all_of_it() -> None:
     (loop,) = parse("S2R R0, SR_TID.X", "LDG.E.64 R2, desc[UR4][R0.64]", "MUFU.EX2 R2, R2", "EXIT", "NOP").main_loops
     assert (loop.depth, loop.num_instructions, loop.moved_bytes) == (0, 4, 8)
