@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import BACKENDS, DTYPES, INTERPRETING, WIDEST
 from error_budget import assert_within_budget
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +19,6 @@ from edge_kernels import reference, token_entropy, token_stats, use_backend
 from edge_kernels._checks import IGNORE_INDEX
 from edge_kernels.token_stats import Transform, inplace_token_stats, token_stats_op
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TRANSFORMS = [
     {},
     {"temperature": 0.6},
@@ -29,9 +29,11 @@ TRANSFORMS = [
 # which one unit in the last place is allowed.
 STATS_TOLERANCE = {torch.float64: 1e-13}
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-13}
+if INTERPRETING:  # Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest
+    GRADIENT_TOLERANCE[torch.bfloat16] = 2**-7
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with use_backend(request.param):
         yield request.param
@@ -83,6 +85,7 @@ def test_values_and_gradients_are_as_exact_as_plain_pytorch(dtype: torch.dtype, 
         assert_exact(*make_rows(5, vocab, dtype), options)
 
 
+@pytest.mark.skipif(INTERPRETING, reason="half a minute there, and a longer row is not another case")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vocabulary_of_today(dtype: torch.dtype) -> None:
     assert_exact(*make_rows(3, 151_936, dtype), {"temperature": 0.6})
@@ -126,8 +129,9 @@ def test_forbidden_tokens(dtype: torch.dtype, options: dict) -> None:
     exact = reference.token_stats(allowed, torch.zeros(5, dtype=torch.long), **options)
     torch.testing.assert_close(stats.entropy[:5].double(), exact.entropy, rtol=0, atol=1e-5)
     assert stats.logprobs[3] == -math.inf
-    assert stats.logprobs[5] == 0
-    assert stats.entropy[5] == 0
+    rounding = 1e-6 if INTERPRETING else 0  # a GPU's exp2 and log2 are not each other's exact inverse
+    assert abs(stats.logprobs[5]) <= rounding
+    assert 0 <= stats.entropy[5] <= rounding
     gradient = gradients(stats, logits)
     assert gradient.isfinite().all()
     forbidden = logits.detach().isinf()
@@ -189,7 +193,8 @@ def test_any_strides_give_what_a_contiguous_copy_gives(name: str, backend: str) 
     targets = torch.randint(10, (4, 3)).t()  # not contiguous either
     copy = logits.detach().contiguous().requires_grad_()
     stats, expected = token_stats(logits, targets), token_stats(copy, targets.contiguous())
-    tolerance = 1e-6 if backend == "reference" else 0  # PyTorch sums in the order of memory
+    # PyTorch and Triton sum in an order that depends on where in memory a row begins.
+    tolerance = 0 if backend == "cpu" else 1e-6
     torch.testing.assert_close(stats, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(gradients(stats, logits), gradients(expected, copy), rtol=0, atol=tolerance)
 
@@ -206,7 +211,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_a_gradient_through_one_statistic_alone(used: int) -> None:
-    logits, targets = make_rows(4, 23, torch.float64)
+    logits, targets = make_rows(4, 23, WIDEST)
     logits.requires_grad_()
     (actual,) = torch.autograd.grad(token_stats(logits, targets)[used].sum(), logits)
     (expected,) = torch.autograd.grad(reference.token_stats(logits, targets)[used].sum(), logits)
@@ -214,7 +219,7 @@ def test_a_gradient_through_one_statistic_alone(used: int) -> None:
 
 
 def test_entropy_alone() -> None:
-    logits, _ = make_rows(4, 23, torch.float64)
+    logits, _ = make_rows(4, 23, WIDEST)
     logits.requires_grad_()
     entropy, expected = token_entropy(logits, temperature=0.7), reference.token_entropy(logits, temperature=0.7)
     torch.testing.assert_close(entropy, expected)
@@ -225,6 +230,7 @@ def test_entropy_alone() -> None:
     torch.testing.assert_close(entropy, categorical)
 
 
+@pytest.mark.skipif(INTERPRETING, reason="finite differences need float64")
 def test_gradcheck() -> None:
     logits, targets = make_rows(3, 6, torch.float64)
     targets[1] = IGNORE_INDEX
@@ -354,8 +360,8 @@ class TestMachinery:
 
     @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
     def test_compiles_into_one_graph(self, compiler: str, backend: str) -> None:
-        if (compiler, backend) == ("inductor", "reference"):
-            pytest.skip("what surrounds the op is the same for both backends, and a compilation takes seconds")
+        if compiler == "inductor" and backend != "cpu":
+            pytest.skip("what surrounds the op is the same for every backend, and a compilation takes seconds")
         logits, targets = make_rows(6, 9, torch.float32)
         logits.requires_grad_()
 

@@ -26,10 +26,10 @@ from edge_kernels.triton.linear_head import (
     linear_merge_kernel,
     product_options,
 )
-from edge_kernels.triton.token_loss import token_loss_kernel
+from edge_kernels.triton.token_loss import token_loss_kernel, token_loss_sum_kernel
 from edge_kernels.triton.token_stats import token_stats_bwd_kernel, token_stats_fwd_kernel, token_stats_merge_kernel
 
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 _MATRIX_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,10 +43,24 @@ _POINTERS = {
 _FLOAT_POINTERS = {
     "logprobs", "entropy", "logsumexp", "logsumexp_low", "partial", "grad_logprobs", "grad_entropy", "grad_logsumexp",
     "advantages", "old_logprobs", "ref_logprobs", "sampler_ratio", "sampling_logprobs",
-    "entropy_threshold", "bonus_weight", "d_logprobs", "d_entropy", "sums", "target_logits", "d_hidden",
+    "entropy_threshold", "bonus_weight", "d_logprobs", "d_entropy", "sums", "loss", "metrics", "target_logits",
+    "d_hidden",
 }  # fmt: skip
 _LONGS = {"first", "row_stride", "out_first", "out_stride"}
-_INTS = {"rows", "N", "V", "D", "chunk", "num_parts", "ignore_index", "num_tokens", "length", "first_column", "columns"}
+_INTS = {
+    "rows",
+    "N",
+    "V",
+    "D",
+    "chunk",
+    "num_parts",
+    "ignore_index",
+    "num_tokens",
+    "length",
+    "programs",
+    "first_column",
+    "columns",
+}
 
 
 class AotKernel(NamedTuple):
@@ -74,8 +88,13 @@ def _kernel(
     options: dict[str, Any],
     per_iteration: int | None,
     passes: int,
+    *,
+    any_length: bool = False,
 ) -> AotKernel:
-    """Fill in the types: of the arguments that hold logits or matrices from ``elements``, of the rest by their name."""
+    """Fill in the types: of the arguments that hold logits or matrices from ``elements``, of the rest by their name.
+
+    With ``any_length`` nothing is said about sizes and strides, as where V = 50,257.
+    """
     signature = {}
     for argument in kernel.arg_names:
         if argument in constexprs:
@@ -110,7 +129,7 @@ def _kernel(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or argument in multiples
+        if signature[argument].startswith("*") or (argument in multiples and not any_length)
     }
     size = _ELEMENT_BYTES[element]
     return AotKernel(
@@ -126,13 +145,17 @@ def _kernel(
     )
 
 
+def _device(capability: int | str) -> tuning.Device:
+    name, warp_size = ("hip", 64) if capability == "hip" else (f"sm_{capability}", 32)
+    return tuning.Device(name, warp_size, multiprocessors=132, cache_bytes=50 * 2**20)
+
+
 def kernels(capability: int | str) -> list[AotKernel]:
     """Return every kernel in its main variant for each type of logits.
 
     ``capability``  80, 90, 100, 120 for sm_80 and so on; "hip" for ROCm's gfx9, whose warps have 64 lanes.
     """
-    name, warp_size = ("hip", 64) if capability == "hip" else (f"sm_{capability}", 32)
-    device = tuning.Device(name, warp_size, multiprocessors=132, cache_bytes=50 * 2**20)
+    device = _device(capability)
     linear = {"CAPPED": False, "NEGATIVE": False}
     rule = {
         "HAS_OLD": True, "HAS_REF": False, "HAS_BETA": False, "HAS_SAMPLER_RATIO": False, "HAS_SAMPLING": False,
@@ -143,7 +166,7 @@ def kernels(capability: int | str) -> list[AotKernel]:
         ("ref_logprobs", "sampler_ratio", "sampling_logprobs", "injected", "entropy_threshold", "bonus_weight")
     )
     found = []
-    for element, size in _ELEMENT_BYTES.items():
+    for element, size in _ELEMENT_BYTES.items():  # bfloat16 last
         stream, sweep = dict(tuning.stream(device, size)), dict(tuning.sweep(device, size))
         warps, sweep_warps = {"num_warps": stream.pop("num_warps")}, {"num_warps": sweep.pop("num_warps")}
         each, each_sweep = stream["UNROLL"] * stream["VEC"], sweep["UNROLL"] * sweep["VEC"]
@@ -165,12 +188,19 @@ def kernels(capability: int | str) -> list[AotKernel]:
             _kernel("grpo_sweep", grpo_sweep_kernel, element, {**both, "weight": "fp32"},
                     {**rule, **linear, **sweep, **absent_terms, "SAME_SHIFT": True}, sweep_warps, each_sweep, 2),
         ]  # fmt: skip
+    found += [
+        _kernel("token_stats_fwd any length", token_stats_fwd_kernel, element, logits,
+                {**forward, "SPLIT": False, "partial": None}, warps, each, 1, any_length=True),
+        _kernel("token_stats_bwd any length", token_stats_bwd_kernel, element, both,
+                {**forward, "HAS_LOGPROBS": True, "HAS_ENTROPY": True, "HAS_LOGSUMEXP": False,
+                 "grad_logsumexp": None, "SAME_SHIFT": True}, warps, each, 1, any_length=True),
+    ]  # fmt: skip
     found.append(
         _kernel("token_loss", token_loss_kernel, "fp32", {"weight": "fp32"},
                 {**rule, **absent_terms, "SEQUENCE": False, "SEQUENCE_SAMPLER": False, "BLOCK": 1024}, {}, None, 0)
     )  # fmt: skip
     for element, dtype in _MATRIX_DTYPES.items():
-        options, blocks = product_options(device, dtype)
+        options, blocks = product_options(device, dtype, dtype.itemsize)
         head = {"HAS_BIAS": False, "bias": None, "PRODUCT": TRITON_DTYPE[dtype], **linear, **blocks}
         hidden, weight, buffer = {"hidden": element}, {"weight": element}, {"grad_logits": element}
         found += [
@@ -190,3 +220,84 @@ def kernels(capability: int | str) -> list[AotKernel]:
         )
     )
     return found
+
+
+def variants(capability: int | str) -> list[AotKernel]:
+    """Return every kernel once more, with the options that ``kernels`` leaves out; for bfloat16."""
+    device = _device(capability)
+    stream, sweep = dict(tuning.stream(device, 2)), dict(tuning.sweep(device, 2))
+    warps, sweep_warps = {"num_warps": stream.pop("num_warps")}, {"num_warps": sweep.pop("num_warps")}
+    options, blocks = product_options(device, torch.bfloat16, 2)
+    logits, both = {"logits": "bf16"}, {"logits": "bf16", "out": "bf16"}
+    turned, capped = {"CAPPED": False, "NEGATIVE": True}, {"CAPPED": True, "NEGATIVE": False}
+    everything = dict.fromkeys(
+        (
+            "HAS_OLD",
+            "HAS_REF",
+            "HAS_BETA",
+            "HAS_SAMPLING",
+            "HAS_INJECTED",
+            "HAS_THRESHOLD",
+            "HAS_BONUS",
+            "SAMPLER_MASKS",
+        ),
+        True,
+    )
+    nothing = dict.fromkeys(everything, False)
+    absent = dict.fromkeys(
+        ("old_logprobs", "ref_logprobs", "sampling_logprobs", "injected", "entropy_threshold", "bonus_weight")
+    )
+    shaped = {
+        **everything,
+        "HAS_SAMPLER_RATIO": False,
+        "sampler_ratio": None,
+        "CISPO": False,
+        "SFT": False,
+        "SHAPED": True,
+    }
+    cispo = {
+        **everything,
+        "HAS_SAMPLER_RATIO": False,
+        "sampler_ratio": None,
+        "CISPO": True,
+        "SFT": True,
+        "SHAPED": False,
+    }
+    bare = {**nothing, **absent, "HAS_SAMPLER_RATIO": True, "CISPO": False, "SFT": False, "SHAPED": False}
+    no_targets = {"HAS_TARGETS": False, "targets": None}
+    gradients = {"HAS_LOGPROBS": True, "HAS_ENTROPY": True, "HAS_LOGSUMEXP": True}
+    head = {"HAS_BIAS": True, "PRODUCT": TRITON_DTYPE[torch.bfloat16], **capped, **blocks}
+    inputs, buffer = {"hidden": "bf16", "weight": "bf16", "bias": "bf16"}, {"grad_logits": "bf16"}
+    sequences = {"SEQUENCE": True, "SEQUENCE_SAMPLER": True, "BLOCK": 1024}
+    return [
+        _kernel("token_stats_fwd without targets", token_stats_fwd_kernel, "bf16", logits,
+                {**no_targets, **turned, **stream, "SPLIT": False, "partial": None}, warps, None, 1),
+        _kernel("token_stats_merge without targets", token_stats_merge_kernel, "bf16", logits,
+                {**no_targets, **capped, "BLOCK": 16, "PARTS": 1}, {}, None, 0),
+        _kernel("token_stats_bwd of everything", token_stats_bwd_kernel, "bf16", both,
+                {"HAS_TARGETS": True, **gradients, **capped, **stream, "SAME_SHIFT": False}, warps, None, 1),
+        _kernel("token_stats_bwd without targets", token_stats_bwd_kernel, "bf16", both,
+                {**no_targets, **gradients, "HAS_LOGPROBS": False, "grad_logprobs": None, **turned, **stream,
+                 "SAME_SHIFT": True}, warps, None, 1),
+        *(_kernel(f"grpo_sweep {label}", grpo_sweep_kernel, "bf16", {**both, "weight": "fp32"},
+                  {**rule, **transform, **sweep, "SAME_SHIFT": True}, sweep_warps, None, 2)
+          for label, rule, transform in (("shaped", shaped, capped), ("cispo", cispo, turned), ("bare", bare, turned))),
+        *(_kernel(f"token_loss {label}", token_loss_kernel, "fp32", {"weight": "fp32"}, {**rule, **sequences}, {},
+                  None, 0)
+          for label, rule in (("shaped", shaped), ("cispo", cispo))),
+        _kernel("token_loss bare", token_loss_kernel, "fp32", {"weight": "fp32"},
+                {**bare, "SEQUENCE": True, "SEQUENCE_SAMPLER": False, "BLOCK": 1024}, {}, None, 0),
+        _kernel("token_loss_sum", token_loss_sum_kernel, "fp32", {},
+                {"NUM_METRICS": 10, "RATIO_MAX": 4, "FACTOR_MAX": 10, "BLOCK": 64}, {}, None, 0),
+        _kernel("linear_fwd bias", linear_fwd_kernel, "bf16", inputs, head, options, None, 0),
+        _kernel("linear_bwd_logits bias", linear_bwd_logits_kernel, "bf16", {**inputs, **buffer}, {**head, **gradients},
+                options, None, 0),
+        _kernel("linear_bwd_hidden first", linear_bwd_hidden_kernel, "bf16", {"weight": "bf16", **buffer},
+                {"IS_FIRST": True, **blocks}, options, None, 0),
+        _kernel("linear_bwd_weight adds", linear_bwd_weight_kernel, "bf16",
+                {"hidden": "bf16", "d_weight": "bf16", "d_bias": "bf16", **buffer},
+                {"HAS_WEIGHT": True, "HAS_BIAS": True, "ADDS": True, **blocks}, options, None, 0),
+        _kernel("linear_bwd_weight bias alone", linear_bwd_weight_kernel, "bf16",
+                {"hidden": "bf16", "d_bias": "bf16", **buffer},
+                {"HAS_WEIGHT": False, "HAS_BIAS": True, "ADDS": False, "d_weight": None, **blocks}, options, None, 0),
+    ]  # fmt: skip

@@ -372,14 +372,17 @@ def _unit_stride(matrix: Tensor) -> Tensor:
 
 def _active_first(active: Tensor) -> tuple[Tensor, Tensor]:
     """Return (rows in order, those that are active first, and how many these are, (1)), both int64, without waiting."""
-    order = torch.argsort(active, descending=True, stable=True)
+    order = torch.argsort((~active).to(torch.uint8), stable=True)
     return order, active.sum(dtype=torch.int64).view(1)
 
 
-def product_options(device: tuning.Device, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def product_options(
+    device: tuning.Device, dtype: torch.dtype, loaded_bytes: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (launch options, constants of the kernels around tl.dot) for products of ``dtype``.
 
-    float32 is multiplied as ``torch.set_float32_matmul_precision`` says.
+    ``loaded_bytes``: of an element as it is loaded; float32 under autocast takes twice the shared memory. float32 is
+    multiplied as ``torch.set_float32_matmul_precision`` says.
     """
     matrix = tuning.matrix(device, dtype.itemsize)
     is_exact = torch.get_float32_matmul_precision() == "highest" or device.architecture == "hip"
@@ -387,7 +390,7 @@ def product_options(device: tuning.Device, dtype: torch.dtype) -> tuple[dict[str
         "PRECISION": "ieee" if dtype == torch.float32 and is_exact else "tf32",
         "BLOCK_M": matrix.block_m,
         "BLOCK_N": matrix.block_n,
-        "BLOCK_K": matrix.block_k,
+        "BLOCK_K": max(16, matrix.block_k * dtype.itemsize // loaded_bytes),
         "NUM_STAGES": matrix.num_stages,
     }
     return {"num_warps": matrix.num_warps, **LAUNCH}, blocks
@@ -410,7 +413,7 @@ def linear_forward(
     if N == 0:
         return out
     device = tuning.device_of(hidden)
-    launch, blocks = product_options(device, dtype)
+    launch, blocks = product_options(device, dtype, max(hidden.itemsize, weight.itemsize, dtype.itemsize))
     order, num_active = _active_first(targets != transform.ignore_index)
     row_blocks, tiles = triton.cdiv(N, blocks["BLOCK_M"]), triton.cdiv(V, blocks["BLOCK_N"])
     shares = tuning.programs_per_row(device, row_blocks, tiles)
@@ -449,7 +452,7 @@ def linear_backward(
     (N, D), V = hidden.shape, weight.shape[0]
     want_hidden, want_weight, want_bias = wanted
     device = tuning.device_of(hidden)
-    launch, blocks = product_options(device, dtype)
+    launch, blocks = product_options(device, dtype, max(hidden.itemsize, weight.itemsize, dtype.itemsize))
     block_m, block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
 
     active = torch.zeros_like(targets, dtype=torch.bool)

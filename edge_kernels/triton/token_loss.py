@@ -38,7 +38,8 @@ def policy(log_ratio, A, logprob, low, high, delta, CISPO: tl.constexpr):
     if CISPO:
         direct = -tl.where(ratio > high, high, ratio) * A
         is_high = (ratio > high) & (A > 0)
-        return direct * logprob, direct, tl.zeros_like(direct), ratio, is_high & (A < 0), is_high
+        never = is_high & (A < 0)
+        return direct * logprob, direct, tl.zeros_like(direct), ratio, never, is_high
     else:
         unclipped = tl.where(ratio > delta, delta, ratio)
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
