@@ -78,11 +78,12 @@ class _Methods(TorchFunctionMode):
         if function is Tensor.__setitem__:
             return None  # there are no values
         if kwargs and kwargs.get("out") is not None:
-            return kwargs["out"]
+            return kwargs["out"]  # as if it had been written
+        if function is Tensor.__invert__:
+            return torch.bitwise_not(args[0])
         if function is Tensor.contiguous:
-            return (
-                args[0] if args[0].is_contiguous() else torch.empty_like(args[0], memory_format=torch.contiguous_format)
-            )
+            row_major = torch.contiguous_format
+            return args[0] if args[0].is_contiguous() else torch.empty_like(args[0], memory_format=row_major)
         if function is not Tensor.__getitem__:
             return function(*args, **(kwargs or {}))
         tensor, index = args
