@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy, head, limits, logits, peers
+from benchmarks import accuracy, gpu_peers, head, limits, logits, peers
 from benchmarks.harness import OURS, Result, Run, WrongError, clean, explain
 from benchmarks.peers import PLAIN, Answer, Batch
 from edge_kernels import backend as edge_backend
@@ -360,10 +360,25 @@ def _cut_fused() -> peers.HeadLoss:
 
 
 def _verl_fused() -> peers.HeadLoss:
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+    major, minor = torch.cuda.get_device_capability()
+    kernels = gpu_peers.verl_kernels(10 * major + minor)
+    options = kernels.get_entropy_reduction_enum_number("none"), 1.0, None  # reduction, temperature, process group
+
+    class Function(torch.autograd.Function):  # as verl's own, whose module needs ray
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logprobs, entropy, *kept = kernels.efficient_entropy_forward(hidden, weight, labels, *options)
+            ctx.save_for_backward(hidden, weight, labels, *kept)
+            return logprobs, entropy
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            reduction, temperature, group = options
+            given = (*gradients, *ctx.saved_tensors, reduction, False, temperature, group)
+            return (*kernels.efficient_entropy_backward(*given), None)
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
-        logprobs, entropy = linear_cross_entropy(hidden, weight, batch.targets, 1.0, "none", None)
+        logprobs, entropy = Function.apply(hidden.flatten(0, 1), weight, batch.targets.flatten())
         return peers.answer(logprobs.view_as(batch.targets), entropy.view_as(batch.targets), batch)
 
     return loss

@@ -87,7 +87,7 @@ def cut_cross_entropy(architecture: int) -> None:
 
 
 def verl(architecture: int) -> None:
-    module = _verl_kernels(architecture)
+    module = verl_kernels(architecture)
     hidden, weight, labels = _empty(SEQUENCES * TOKENS, HIDDEN), _empty(VOCAB, HIDDEN), _per_token(torch.int64)
     none = module.EntropyReductionEnum._None
     logprobs, entropy, *kept = module.efficient_entropy_forward(hidden, weight, labels, none, TEMPERATURE, None)
@@ -95,7 +95,7 @@ def verl(architecture: int) -> None:
     module.efficient_entropy_backward(*gradients)
 
 
-def _verl_kernels(architecture: int) -> ModuleType:
+def verl_kernels(architecture: int) -> ModuleType:
     """verl's utils/kernel/kernels.py as it would be on a GPU of this architecture."""
     spec = importlib.util.find_spec("verl")  # finds without importing
     if spec is None or not spec.submodule_search_locations:
