@@ -81,11 +81,17 @@ def compile_kernel(item, capability: int | str, folder: Path) -> MachineCode:  #
 
 
 def chosen(capability: int | str) -> list:  # type: ignore[type-arg]
-    """Every kernel for bfloat16, and for sm_90 also those for float32."""
+    """Every kernel for bfloat16, and for sm_90 those over rows for float32 too: a matrix product without matrix
+    instructions takes half a minute to compile.
+    """
     from edge_kernels.triton import aot
 
-    types = ("bf16", "fp32") if capability == 90 else ("bf16",)
-    return [item for item in aot.kernels(capability) if item.name.endswith(types) or "token_loss" in item.name]
+    found = []
+    for item in aot.kernels(capability):
+        is_float32 = capability == 90 and item.name.endswith("fp32") and not item.name.startswith("linear")
+        if item.name.endswith("bf16") or is_float32:
+            found.append(item)
+    return found
 
 
 # With what a bfloat16 logit may cost in the loop of the forward pass: instructions, and special-function operations,
@@ -124,6 +130,6 @@ def test_compiles_for_rocm(tmp_path: Path) -> None:
         text = compile_kernel(item, "hip", tmp_path).text
         assert ".vgpr_spill_count: 0" in text, item.name
         if item.elements_per_iteration is not None:
-            assert "global_load_dwordx4" in text, item.name
+            assert re.search(r"(global|buffer)_load_dwordx4", text), item.name
         if item.name.startswith(("linear_fwd", "linear_bwd")):
             assert "v_mfma" in text, item.name
