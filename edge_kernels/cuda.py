@@ -170,7 +170,8 @@ def grpo_sweep(
 def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
     values = _per_token(terms)
     logprobs, entropy = logprobs.contiguous(), entropy.contiguous()
-    results = torch.empty(1 + len(METRICS), dtype=torch.float32, device=logprobs.device)
+    loss = torch.empty((), dtype=torch.float32, device=logprobs.device)  # an op's results may not share memory
+    metrics = torch.empty(len(METRICS), dtype=torch.float32, device=logprobs.device)
     d_logprobs, d_entropy = torch.empty_like(logprobs), torch.empty_like(entropy)
     length = logprobs.shape[-1]
     sequences = math.prod(logprobs.shape[:-1])
@@ -185,12 +186,12 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         entropy=address(entropy, 0),
         **{name: address(value, 0) for name, value in values.items()},
         **rule.for_extension(),
-        loss=address(results, 0),
-        metrics=address(results, 1),
+        loss=address(loss, 0),
+        metrics=address(metrics, 0),
         d_logprobs=address(d_logprobs, 0),
         d_entropy=address(d_entropy, 0),
         **_where(logprobs),
         workspace=workspace.data_ptr(),
         workspace_bytes=workspace.numel(),
     )
-    return TokenLoss(results[0], results[1:], d_logprobs, d_entropy)
+    return TokenLoss(loss, metrics, d_logprobs, d_entropy)

@@ -14,6 +14,7 @@ struct WholeRows {
     std::int64_t kept_packets;  // in shared memory
     std::size_t shared_bytes;
 
+    // most_threads: of a block, and of all blocks that one multiprocessor's registers hold.
     WholeRows(int device, const RowShape& shape, int most_threads) {
         constexpr std::int64_t kReserved = 1024;  // bytes of shared memory that each block costs beyond its own
         const std::int64_t in_all = attribute(device, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -23,8 +24,8 @@ struct WholeRows {
         std::int64_t blocks = 1;
         while (blocks < 16 && 2 * blocks * (shape.bytes + kReserved + std::int64_t{sizeof(SweepShared)}) <= in_all)
             blocks *= 2;
-        threads = std::min(shape.threads(most_threads), static_cast<int>(kResidentThreads / blocks));
-        blocks = std::min<std::int64_t>(blocks, kResidentThreads / threads);
+        threads = std::min(shape.threads(most_threads), static_cast<int>(most_threads / blocks));
+        blocks = std::min<std::int64_t>(blocks, most_threads / threads);
         const std::int64_t budget = std::min(most, in_all / blocks - kReserved) - std::int64_t{sizeof(SweepShared)};
         kept_packets = std::clamp<std::int64_t>(budget / std::int64_t{sizeof(Packet)}, 0, shape.packets);
         shared_bytes = sizeof(SweepShared) + static_cast<std::size_t>(kept_packets) * sizeof(Packet);

@@ -84,7 +84,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), const Launch
     check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-// Registers allow this many threads a multiprocessor in every kernel that walks rows.
+// Registers allow this many threads a multiprocessor in the kernels of token_stats.
 inline constexpr int kResidentThreads = 1024;
 
 struct RowShape {
@@ -118,8 +118,8 @@ struct Sharing {
         : threads(shape.threads(most_threads)) {
         const std::int64_t per_multiprocessor = std::min(16, kResidentThreads / threads);
         const std::int64_t slots = attribute(device, cudaDevAttrMultiProcessorCount) * per_multiprocessor;
-        constexpr std::int64_t kStepsAPart = 2;  // less is not worth a block
-        const std::int64_t step = static_cast<std::int64_t>(threads) * kPacketsAtOnce<Linear> * kStepsAPart;
+        // Less than a step for each thread is not worth a block.
+        const std::int64_t step = static_cast<std::int64_t>(threads) * kPacketsAtOnce<Linear>;
         const std::int64_t most_parts =
             std::clamp<std::int64_t>(shape.packets / step, 1, std::min<std::int64_t>(slots, 64));
         double best = 0.0;

@@ -47,7 +47,7 @@ __device__ inline RowStats row_stats(const Sums& total, const Transform& transfo
     if (!(total.sum > 0.0f && total.sum <= -kLowest && total.max <= -kLowest)) return out;
     const double log_sum = std::log2(static_cast<double>(total.sum));
     const double entropy = log_sum - static_cast<double>(total.weighted) / static_cast<double>(total.sum);
-    out.entropy = entropy > 0.0 ? entropy * kLn2 : 0.0;
+    out.entropy = entropy < 0.0 ? 0.0 : entropy * kLn2;  // below it by rounding only
     // The sums are those of z / (1 + gain_error): to first order, which is far below their own precision, logsumexp
     // moves by the error times the mean of z, logsumexp - entropy.
     out.logsumexp = (static_cast<double>(total.max) + log_sum) * kLn2;

@@ -16,7 +16,7 @@
 
 namespace edge::cuda {
 
-inline constexpr int kStatsThreads = 512;  // at most; fewer for small vocabularies
+inline constexpr int kStatsThreads = 256;  // at most; fewer for small vocabularies
 
 struct ForwardArguments {
     TokenRows rows;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void add_ends(ThreadSums& sums, const Row<const T>& r
 
 // Grid (blocks, parts of a row); blocks take rows in turn.
 template <class T, class Curve>
-__global__ void __launch_bounds__(kStatsThreads, 2) token_stats_fwd_kernel(const ForwardArguments call) {
+__global__ void __launch_bounds__(kStatsThreads, 4) token_stats_fwd_kernel(const ForwardArguments call) {
     Sums* const partial = reinterpret_cast<Sums*>(shared_memory());  // 2 * kMaxWarps, used alternately
     const CachePolicy policy(call.streams ? Keep::kBriefly : Keep::kNormal);
     const Curve curve(call.transform);
@@ -221,7 +221,7 @@ __device__ inline RowGradient gradient_from_stats(const BackwardArguments& call,
 
 // Grid (blocks, parts of a row); blocks take rows in turn.
 template <class T, class Curve>
-__global__ void __launch_bounds__(kStatsThreads, 2) token_stats_bwd_kernel(const BackwardArguments call) {
+__global__ void __launch_bounds__(kStatsThreads, 4) token_stats_bwd_kernel(const BackwardArguments call) {
     RowGradient* const shared = reinterpret_cast<RowGradient*>(shared_memory());  // 2, used alternately
     const CachePolicy policy(call.streams ? Keep::kBriefly : Keep::kNormal);
     const Curve curve(call.transform);

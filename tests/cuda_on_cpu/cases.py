@@ -495,8 +495,8 @@ def token_stats_cases() -> Iterator[Case]:
             given = matrix(dtype, rows, 50257, seed=rows, offset=offset)
             yield forward_case(f"{short} split rows={rows}", given, MANY)
             yield backward_case(f"{short} split rows={rows}", given, MANY, inplace=offset > 0)
-        given = special(dtype, 1000, stride=1001)
-        for device, sharing in ((ONE, "whole"), (Device(multiprocessors=512), "split")):
+        for vocab, device, sharing in ((1000, ONE, "whole"), (17000, MANY, "split")):
+            given = special(dtype, vocab, stride=vocab + 1)
             yield forward_case(f"{short} special, {sharing}", given, device)
             yield backward_case(f"{short} special, {sharing}", given, device, inplace=True)
         shift = 1e4 if dtype != torch.float16 else 1e3
@@ -551,8 +551,8 @@ def grpo_sweep_cases() -> Iterator[Case]:
         yield sweep_case(
             f"{short} other alignment", given, CONFIGS["plain"], ONE, inplace=False, out_stride=518, out_offset=0
         )
-        given = special(dtype, 1000, stride=1001)
-        for device, sharing in ((ONE, "whole"), (Device(multiprocessors=512), "split")):
+        for vocab, device, sharing in ((1000, ONE, "whole"), (17000, MANY, "split")):
+            given = special(dtype, vocab, stride=vocab + 1)
             yield sweep_case(f"{short} special, {sharing}", given, CONFIGS["bonus, quantile"], device)
         given = matrix(dtype, 4, 771, seed=5, stride=773, scale=20.0, softcap=30.0, temperature=0.8)
         yield sweep_case(f"{short} soft cap", given, CONFIGS["plain"], ONE)

@@ -183,6 +183,22 @@ void open_barrier() {
     for (Fiber& fiber : block->fibers) fiber.state = State::kReady;
 }
 
+// Runs a warp's threads as far as they come without the others; returns whether any of them moved.
+bool run_warp(std::uint64_t first, const std::vector<std::uint64_t>& lanes) {
+    bool moved = false;
+    for (bool again = true; again; moved |= again) {
+        again = false;
+        for (const std::uint64_t lane : lanes) {
+            if (first + lane >= block->fibers.size()) continue;
+            Fiber& fiber = block->fibers[first + lane];
+            if (fiber.state != State::kReady) continue;
+            again = true;
+            to_fiber(fiber);
+        }
+    }
+    return moved;
+}
+
 void run_block(char* shared, std::mt19937_64& random) {
     const unsigned threads = block->launch->block.x;
     block->shared = shared;
@@ -207,14 +223,14 @@ void run_block(char* shared, std::mt19937_64& random) {
 #endif
     }
     release(&block->kernel);
-    std::vector<std::uint64_t> turns(threads);
+    std::vector<std::uint64_t> warps(block->warps.size());
+    std::vector<std::uint64_t> lanes(kWarp);
     while (block->done < threads) {
-        arrange(turns, random);
         bool moved = false;
-        for (const std::uint64_t i : turns) {
-            if (block->fibers[i].state != State::kReady) continue;
-            moved = true;
-            to_fiber(block->fibers[i]);
+        arrange(warps, random);
+        for (const std::uint64_t warp : warps) {
+            arrange(lanes, random);
+            moved |= run_warp(warp * kWarp, lanes);
         }
         if (!moved) open_barrier();
     }
@@ -277,9 +293,9 @@ void block_barrier(const char* file, int line) {
     Fiber* const me = block->current;
     me->state = State::kAtBarrier;
     me->place = Place{file, line};
-    release(&block->done);
+    release(block->shared);  // an address that no other block of the launch has
     to_scheduler();
-    acquire(&block->done);
+    acquire(block->shared);
 }
 
 std::uint64_t exchange(const char* file, int line, unsigned mask, std::uint64_t value, int distance) {

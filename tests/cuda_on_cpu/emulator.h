@@ -1,8 +1,8 @@
 // Runs the threads of a CUDA block as fibers on one CPU thread: each runs until it must wait for others or ends, in
-// forward, reverse or random order. What a GPU leaves undefined and a kernel may not rely on ends the process with a
-// message: a barrier that not every thread reaches, or that threads reach at different places; a shuffle whose mask
-// names a lane that is elsewhere or gone. Shared memory starts as NaN in every block and has exactly the size asked
-// for.
+// forward, reverse or random order, and a warp as far as it comes before the next one, which is as unevenly as a GPU
+// may run them. What a GPU leaves undefined and a kernel may not rely on ends the process with a message: a barrier
+// that not every thread reaches, or that threads reach at different places; a shuffle whose mask names a lane that is
+// elsewhere or gone. Shared memory starts as NaN in every block and has exactly the size asked for.
 //
 // The sanitizers know the fibers. Under ThreadSanitizer only barriers, shuffles and the launch itself order memory
 // accesses, so that it reports a race wherever a barrier is missing, between blocks of a launch too.

@@ -73,7 +73,7 @@ def missing() -> str | None:
     return None
 
 
-def compile_unit(source: Path, target: Path, build: Build) -> None:
+def compile_unit(source: Path, target: Path, build: Build, *options: str) -> None:
     is_hidden = build is THREAD and source.name == "emulator.cpp"  # its bookkeeping is not what is to be checked
     sanitizers = ["-DEMULATOR_UNDER_TSAN"] if is_hidden else list(build.flags)
     command = ["g++", "-std=c++17", "-fPIC", "-O1", "-g1", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
@@ -81,7 +81,7 @@ def compile_unit(source: Path, target: Path, build: Build) -> None:
     command += [f"-I{HERE / 'include'}"]
     for folder in (cuda_headers(), pybind11.get_include(), sysconfig.get_path("include")):
         command += ["-isystem", str(folder)]
-    command += ["-x", "c++", "-c", str(source), "-o", str(target)]
+    command += [*options, "-x", "c++", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"g++ could not compile {source.name}:\n{done.stderr}")
