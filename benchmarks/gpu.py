@@ -209,12 +209,12 @@ def _check_logits(sizes: Sizes, device: Device, names: Sequence[str]) -> Errors:
             if vocab == 1 and work == logits.DRIVEN:
                 continue  # an entropy of 0 relative to a mean of 0
             calls: dict[str, logits.Call] = {}
-            for name, call in [(PLAIN, None), *((f"{OURS}, {name}", name) for name in names)]:
-                of_statistics, of_loss = peers.LOGITS[PLAIN if call is None else OURS]()
-                plain: logits.Call = partial(logits.with_gradient, of_loss, shaped, batch, work == logits.DRIVEN)
+            for name, chosen in [(PLAIN, None), *((f"{OURS}, {name}", name) for name in names)]:
+                of_statistics, of_loss = peers.LOGITS[PLAIN if chosen is None else OURS]()
+                call: logits.Call = partial(logits.with_gradient, of_loss, shaped, batch, work == logits.DRIVEN)
                 if work == logits.FORWARD:
-                    plain = partial(logits._forward, of_statistics, shaped, batch)
-                calls[name] = plain if call is None else _with(call, plain)
+                    call = partial(logits._forward, of_statistics, shaped, batch)
+                calls[name] = call if chosen is None else _with(chosen, call)
             with torch.device(device.kind):
                 exact = logits.Exact.of(pristine, batch.targets.flatten())
                 checked = logits.check(calls, refill, exact, batch, work)
@@ -566,7 +566,8 @@ def main() -> int:
         message |= {"rates": rate, "results": results}
     message["seconds"] = time.perf_counter() - start
     print(json.dumps(clean(message)))
-    return 0
+    rows = [row for result in message.get("results", ()) for row in result["contenders"].items()]
+    return int(any(name.startswith(OURS) and "failed" in row for name, row in rows))
 
 
 if __name__ == "__main__":
