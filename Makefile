@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build vllm test lint format bench bench-quick demo smollm2 wheel sdist clean clean-venv
+.PHONY: help build vllm test lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -82,6 +82,12 @@ bench: build $(VENV)/.bench smollm2  ## time, memory and error against every pee
 
 bench-quick: build $(VENV)/.bench  ## a selection of that; a minute or two
 	$(BIN)/python -m benchmarks --quick
+
+gpu-static: build $(VENV)/.bench  ## what compilers make of our GPU kernels and the peers'; no GPU needed
+	$(BIN)/python -m benchmarks.gpu_static
+
+gpu: build $(VENV)/.bench  ## on a GPU: every backend against float64, then times; under 5 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 demo: build  ## train the small model that is shipped; before, after, report; shorter: DEMO_ARGS='steps=3'
 	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)

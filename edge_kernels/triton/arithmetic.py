@@ -15,7 +15,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of nothing: finite, as -inf - -inf would be NaN
 FLOOR = tl.constexpr(-1e4)  # 2^FLOOR is 0, and 0 * FLOOR too; 0 * -inf would be NaN
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def statistics(m, s, t, target_y):
 
     NaN throughout where a logit was NaN or +inf (s is NaN), and where all were -inf (s is 0).
     """
-    s = tl.where(s > 0, s, NAN)
+    s = tl.where(s > 0, s, float("nan"))
     log_s = tl.log2(s)
     logprob = tl.minimum((target_y - log_s) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     entropy = at_least((log_s - t / s) * LN2, 0.0)

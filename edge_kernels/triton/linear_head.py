@@ -27,7 +27,6 @@ from edge_kernels.token_stats import KernelStats, StatsGradients, Transform
 from edge_kernels.triton import tuning
 from edge_kernels.triton.arithmetic import (
     LOWEST,
-    NAN,
     gradient,
     gradient_factors,
     merged,
@@ -185,7 +184,7 @@ def linear_merge_kernel(
     t = tl.load(at + 2 * N, mask=present, other=0.0)
     m, s, t = merged(m, s, t, 0)
     inside = counts & (target >= 0) & (target < V)
-    x = tl.where(inside, tl.load(target_logits + place, mask=inside, other=0.0), NAN)
+    x = tl.where(inside, tl.load(target_logits + place, mask=inside, other=0.0), float("nan"))
     logprob, h, lse, low = statistics(m, s, t, target_shifted(x, slope, m, CAPPED))
     tl.store(logprobs + row, tl.where(counts, logprob, 0.0), mask=valid)
     tl.store(entropy + row, tl.where(counts, h, 0.0), mask=valid)

@@ -13,7 +13,7 @@ from torch import Tensor
 from edge_kernels.rows import row_blocks, with_unit_stride
 from edge_kernels.token_stats import KernelStats, StatsGradients, Transform, new_stats
 from edge_kernels.triton import tuning
-from edge_kernels.triton.arithmetic import LOWEST, NAN, gradient_factors, merged, oriented, shifted, statistics
+from edge_kernels.triton.arithmetic import LOWEST, gradient_factors, merged, oriented, shifted, statistics
 from edge_kernels.triton.launch import LAUNCH, base_of, float32, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.triton.rows import row_sums, write_gradient
 
@@ -23,7 +23,7 @@ def target_logit(logits, start, target, V, cap_in, cap_out, CAPPED: tl.constexpr
     """The oriented logit of a row's target, NaN for a target outside the row."""
     inside = (target >= 0) & (target < V)
     x = tl.load(logits + start + tl.where(inside, target, 0), mask=inside, other=0.0)
-    return tl.where(inside, oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), NAN)
+    return tl.where(inside, oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), float("nan"))
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def token_stats_merge_kernel(
     if HAS_TARGETS:
         inside = counts & (target >= 0) & (target < V)
         x = tl.load(logits + first + row.to(tl.int64) * row_stride + target, mask=inside, other=0.0)
-        x = tl.where(inside, oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), NAN)
+        x = tl.where(inside, oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), float("nan"))
         target_y = target_shifted(x, slope, m, CAPPED)
     logprob, h, lse, low = statistics(m, s, t, target_y)
     if HAS_TARGETS:

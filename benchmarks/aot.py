@@ -1,0 +1,207 @@
+"""Kernels compiled ahead of time for GPUs that need not be there: what launchers launch, and CUDA sources.
+
+A Triton launcher runs on fake tensors, as its package's own code calls it; what reaches Triton is compiled for the
+architecture asked for, with the types, constants and alignments that this launch has, and is not launched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import sass
+
+# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200.
+ARCHITECTURES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20)}
+MAX_THREADS = 1024  # of a block
+CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+
+
+class Compiled(NamedTuple):
+    """A kernel for one architecture, and how its launcher launches it."""
+
+    kernel: sass.Kernel
+    architecture: int
+    threads: int  # of a block
+    shared_bytes: int | None  # of a block; None where only the launch knows
+    itemsize: int  # bytes of an element of what it streams: its largest argument
+
+
+class _Device:
+    """A GPU of which nothing but the architecture exists: what Triton asks its driver before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, sass.WARP)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it compiled for each device apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Pointer:
+    """What Triton looks at in a tensor: its dtype and how its address is aligned."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()  # allocations start at multiples of 256
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        return 2**40  # more than 32 bits can address
+
+
+class _Methods(TorchFunctionMode):
+    """Methods of fake tensors on "cuda", by operators: Python's own ask for a device that a CPU's PyTorch has not."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__setitem__:
+            return None  # there are no values
+        if kwargs and kwargs.get("out") is not None:
+            return kwargs["out"]  # as if it had been written
+        if function is Tensor.__invert__:
+            return torch.bitwise_not(args[0])
+        if function is Tensor.contiguous:
+            row_major = torch.contiguous_format
+            return args[0] if args[0].is_contiguous() else torch.empty_like(args[0], memory_format=row_major)
+        if function is not Tensor.__getitem__:
+            return function(*args, **(kwargs or {}))
+        tensor, index = args
+        dimension = 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if part is Ellipsis:
+                dimension = tensor.dim() - (len(index) - index.index(Ellipsis) - 1)
+            elif part is None:
+                tensor, dimension = tensor.unsqueeze(dimension), dimension + 1
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, dimension, part.start, part.stop, part.step or 1)
+                dimension += 1
+            elif isinstance(part, int):
+                tensor = tensor.select(dimension, part)
+            else:
+                raise NotImplementedError(f"a fake tensor indexed by {type(part).__name__}")
+        return tensor
+
+
+def require_triton() -> None:
+    """Raise RuntimeError with the reason where Triton cannot compile here."""
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError(f"{error}; pip install 'triton>=3.5'") from None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets and does not compile")
+    del triton
+
+
+@contextmanager
+def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[None]:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    cuda: Any = torch.cuda
+    run, active, properties = JITFunction.run, driver._active, cuda.get_device_properties
+    multiprocessors, cache_bytes = ARCHITECTURES[architecture]
+    about = SimpleNamespace(
+        major=architecture // 10,
+        minor=architecture % 10,
+        multi_processor_count=multiprocessors,
+        L2_cache_size=cache_bytes,
+        warp_size=sass.WARP,
+    )
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        largest = max(tensors, key=lambda tensor: tensor.untyped_storage().nbytes())
+        positional = [_Pointer(value) if isinstance(value, Tensor) else value for value in args]
+        named = {name: _Pointer(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        compiled = run(self, *positional, grid=grid, warmup=True, **named)
+        launched.append((compiled, largest.element_size()))
+        return compiled
+
+    JITFunction.run = compile_only
+    cuda.get_device_properties = lambda device=None: about
+    driver.set_active(_Device(architecture))
+    try:
+        yield
+    finally:
+        JITFunction.run, driver._active, cuda.get_device_properties = run, active, properties
+
+
+def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
+    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU of this architecture, each once.
+
+    It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda". Raises
+    RuntimeError where Triton cannot compile.
+    """
+    require_triton()
+    launched: list[tuple[Any, int]] = []
+    with _recording(architecture, launched), FakeTensorMode(), _Methods(), torch.no_grad():
+        launcher()
+    found: dict[int, Compiled] = {}
+    for compiled, itemsize in launched:
+        if id(compiled) not in found:
+            kernel = sass.read(compiled.asm["cubin"])[0]
+            about = compiled.metadata
+            threads = kernel.max_threads or about.num_warps * sass.WARP
+            shared = max(about.shared, kernel.shared_bytes)
+            found[id(compiled)] = Compiled(kernel, architecture, threads, shared, itemsize)
+    return list(found.values())
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def nvcc() -> str:
+    """Return the path of nvcc; raises FileNotFoundError."""
+    path = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if path is None:
+        raise FileNotFoundError("nvcc was not found on PATH, nor does CUDACXX name it")
+    return path
+
+
+def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
+    """Return the kernels of CUDA sources; raises RuntimeError with the compiler's message.
+
+    A kernel without ``__launch_bounds__`` is taken to have ``MAX_THREADS`` a block, as the compiler takes it. Elements
+    have 2 bytes where a type of 2 bytes is among its template's arguments, else 4.
+    """
+    found = []
+    for source in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(CUDA_SOURCES.parent)]
+            done = subprocess.run(
+                [nvcc(), *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
+            kernels = sass.read(cubin.read_bytes())
+        for kernel in kernels:
+            itemsize = 2 if "__nv_bfloat16" in kernel.name or "__half" in kernel.name else 4
+            uses_shared = any(i.name in ("LDS", "STS", "ATOMS") for i in kernel.instructions)
+            shared = kernel.shared_bytes if kernel.shared_bytes or not uses_shared else None
+            found.append(Compiled(kernel, architecture, kernel.max_threads or MAX_THREADS, shared, itemsize))
+    return found
