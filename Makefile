@@ -77,10 +77,10 @@ $(VENV)/.vllm: $(VENV)/.installed
 
 vllm: build $(VENV)/.vllm  ## vLLM 0.32 for the CPU, into .venv; the tests that need it run from then on
 
-bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; a good 15 minutes
+bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; about 14 minutes
 	$(BIN)/python -m benchmarks
 
-bench-quick: build $(VENV)/.bench  ## a selection of that; a minute or two
+bench-quick: build $(VENV)/.bench  ## a selection of that; about a minute
 	$(BIN)/python -m benchmarks --quick
 
 gpu-static: build $(VENV)/.bench  ## what compilers make of our GPU kernels and the peers'; no GPU needed

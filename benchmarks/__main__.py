@@ -1,6 +1,6 @@
 """Run every benchmark and sum them up: against the best peer and against the floor. The last line is JSON.
 
-Takes a good 15 minutes on two cores; ``--quick`` a minute or two. Pictures and the JSON go to ``--output``.
+Takes about 14 minutes on two cores; ``--quick`` about one. Pictures and the JSON go to ``--output``.
 """
 
 from __future__ import annotations

@@ -337,3 +337,23 @@ def test_train_eval_report_and_info(
     printed = capsys.readouterr().out
     assert "\n  tiny " in printed
     assert "token_stats" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "positional", "keys"),
+    [
+        ("check --recipe tiny seed=3", None, ["seed=3"]),
+        ("check seed=3 math.jsonl", "math.jsonl", ["seed=3"]),
+        ("check math.jsonl seed=3", "math.jsonl", ["seed=3"]),
+        ("eval --self-check data.eval_size=5", None, ["data.eval_size=5"]),
+        ("eval --suite folder seed=1 my-model optim.epochs=2", "my-model", ["seed=1", "optim.epochs=2"]),
+    ],
+)
+def test_settings_may_stand_where_a_name_was_left_out(monkeypatch, line, positional, keys):
+    seen = []
+    for command in ("_check", "_eval"):
+        monkeypatch.setattr(cli, command, lambda options, overrides: seen.append((options, overrides)) or 0)
+    assert cli.main(line.split()) == 0
+    [(options, overrides)] = seen
+    assert (options.data if options.command == "check" else options.model) == positional
+    assert sorted(overrides) == sorted(keys)

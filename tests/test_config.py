@@ -309,11 +309,14 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.vllm.port=99"], "rollout.vllm must not set port, which is part of rollout.server"),
         (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
         (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),
+        (["rollout.server=localhost:65536"], "rollout.server must read HOST:PORT"),
+        (["rollout.timeout=.inf"], "rollout.timeout must be a number in (0, 1e6]; got inf"),
+        (["rollout.vllm.max-model-len=99"], "rollout.vllm takes its arguments with underscores"),
         (
             ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"],
             "rollout.vllm.tensor_parallel_size = 2 takes processes that the weights do not reach",
         ),
-        (["rollout.timeout=0"], "rollout.timeout must be a number > 0; got 0.0"),
+        (["rollout.timeout=0"], "rollout.timeout must be a number in (0, 1e6]; got 0.0"),
         (
             ["rollout.engine=vllm", "rollout.top_p=0.9", "loss.sampler_ratio_cap=3"],
             "loss.sampler_ratio_cap = 3.0 needs the sampler's logprobs; vLLM reports those that top_p changed",

@@ -88,6 +88,13 @@ def test_sampler_metrics_below_the_floor_and_far_from_the_tail():
     assert (found["ratio/sampler_p99"], found["ratio/sampler_max"]) == pytest.approx((1.0, 3.0))
 
 
+def test_sampler_metrics_leave_skipped_responses_out():
+    kept, skipped = two_with_ratios()
+    skipped.reward = Reward(0.0, {"accuracy": 0.0}, "wrong", {}, True)
+    config = GRPOLossConfig(sampler_ratio_cap=2.5)
+    assert sampler_metrics([kept, skipped], config) == sampler_metrics([kept], config)
+
+
 def test_sampler_metrics_without_any_record():
     injected = response([INJECTED, INJECTED], correction="solution")
     sample = Sample(PROMPT, 0, injected, WRONG, injected, WRONG, logprobs=torch.zeros(2))

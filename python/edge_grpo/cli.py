@@ -1,4 +1,4 @@
-"""The command ``edge-grpo``: train, evaluate, compare, check, report, info.
+"""The command ``edge-grpo``: train, evaluate, compare, check, serve, report, info.
 
 Parses arguments and prints; what it does lives in the modules that it imports late, so that help appears at once.
 """
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RolloutError as error:
         print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
         return 3
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, TypeError, RuntimeError, FloatingPointError, FileNotFoundError, FileExistsError) as error:
         if not _is_for_the_user(error):
             raise
         print(f"edge-grpo {options.command}: {error}", file=sys.stderr)
@@ -252,9 +252,19 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Positional arguments that may be left out: argparse then gives them the first KEY=VALUE.
+_OPTIONAL_POSITIONALS = {"eval": "model", "check": "data"}
+
+
 def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     """The KEY=VALUE arguments, which may stand anywhere on the command line."""
     takes_keys = options.command in ("train", "eval", "check", "serve")
+    name = _OPTIONAL_POSITIONALS.get(options.command)
+    word = getattr(options, name) if name else None
+    if name and word and "=" in word and not Path(word).exists():
+        meant = next((other for other in rest if not other.startswith("-") and "=" not in other), None)
+        rest = [word, *(other for other in rest if other is not meant)]
+        setattr(options, name, meant)
     for argument in rest:
         if not takes_keys or argument.startswith("-") or "=" not in argument:
             hint = "; settings are given as KEY=VALUE" if takes_keys and not argument.startswith("-") else ""
@@ -335,8 +345,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         if is_main:
             _say_how_to_resume(output)
         return 130
-    except RolloutError:
-        if is_main:
+    except (RuntimeError, FloatingPointError):
+        if is_main and (output / "config.yaml").is_file():  # else the run has not begun
             _say_how_to_resume(output)
         raise
     if is_main:
@@ -410,7 +420,8 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.resume and not options.json:
         raise ValueError("--resume needs to know which result: give --json FILE")
     if options.model and options.model.endswith(".json"):
-        return eval_cli.grade_again(Path(options.model), options, load_config(None, overrides))
+        source = recipe_path(options.recipe) if options.recipe else options.config
+        return eval_cli.grade_again(Path(options.model), options, load_config(source, overrides))
     config, name = _eval_config(options, overrides)
     if options.self_check:
         return eval_cli.self_check(options, config)

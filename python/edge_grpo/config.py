@@ -54,8 +54,13 @@ def _whole(least: int, **values: object) -> list[str]:
 
 
 def _real(bound: str, **values: object) -> list[str]:
-    """The complaints about values that are not numbers within ``bound``: "> 0", ">= 0" or "(0, 1]"."""
-    inside = {"> 0": lambda x: x > 0, ">= 0": lambda x: x >= 0, "(0, 1]": lambda x: 0 < x <= 1}[bound]
+    """The complaints about values that are not numbers within ``bound``: one of those listed here."""
+    inside = {
+        "> 0": lambda x: x > 0,
+        ">= 0": lambda x: x >= 0,
+        "(0, 1]": lambda x: 0 < x <= 1,
+        "(0, 1e6]": lambda x: 0 < x <= 1e6,  # seconds: what waits on them takes no infinity
+    }[bound]
     return [
         f"{name} must be a number {'in ' if bound[0] == '(' else ''}{bound}; got {value!r}"
         for name, value in values.items()
@@ -101,6 +106,7 @@ _FIXED_IN_VLLM = {
     "logprobs_mode": "must be what the loss recomputes",
     "generation_config": "would change the distribution that is sampled",
     "skip_tokenizer_init": "is set, since only token ids pass",
+    "disable_log_stats": "is set",
     "host": "is part of rollout.server",
     "port": "is part of rollout.server",
 }
@@ -127,9 +133,12 @@ class RolloutConfig:
             max_completion_length=self.max_completion_length,
             batch_size=self.batch_size,
         )
-        problems += _real("(0, 1]", top_p=self.top_p) + _real("> 0", timeout=self.timeout)
-        if not re.fullmatch(r"[^/\s:]+:\d+", self.server):
+        problems += _real("(0, 1]", top_p=self.top_p) + _real("(0, 1e6]", timeout=self.timeout)
+        address = re.fullmatch(r"[^/\s:]+:(\d{1,5})", self.server)
+        if not address or not 0 < int(address[1]) < 65536:
             problems.append(f"server must read HOST:PORT; got {self.server!r}")
+        for name in sorted(name for name in self.vllm if "-" in name):
+            problems.append(f"vllm takes its arguments with underscores; got {name!r}")
         for name in sorted(_FIXED_IN_VLLM.keys() & self.vllm.keys()):
             problems.append(f"vllm must not set {name}, which {_FIXED_IN_VLLM[name]}")
         if problem := _real("> 0", temperature=self.temperature):
@@ -153,7 +162,7 @@ class RewardConfig:
         weights = {"accuracy": self.accuracy, "format": self.format}
         weights |= {f"functions[{path!r}]": weight for path, weight in self.functions.items()}
         problems = _whole(1, workers=self.workers)
-        problems += _real("> 0", timeout=self.timeout, function_timeout=self.function_timeout)
+        problems += _real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 problems.append(f"{name} must be a finite number; got {weight!r}")

@@ -118,7 +118,7 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
 def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) -> int:
     """Grade the answers of an earlier result with the present grader, without a model."""
     asking = ("template", "sets", "k", "temperature", "max_tokens", "size", "seed", "engine", "chunk", "resume")
-    if given := [f"--{name.replace('_', '-')}" for name in asking if getattr(options, name)]:
+    if given := [f"--{name.replace('_', '-')}" for name in asking if getattr(options, name) not in (None, False)]:
         raise ValueError(f"{source} is graded again as it was asked; {', '.join(given)} cannot change that")
     saved = Result.load(source)
     if options.json and options.json.exists() and not options.overwrite:
@@ -151,6 +151,8 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
 
 def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
     """Grade a perfect and a wrong answer sheet; the status is 1 if any answer is misjudged."""
+    if options.json and options.json.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.json} exists already; replace it with --overwrite, or name another file")
     template = _template(options, config)
     with _grader(config) as grader:
         checks = {
@@ -165,6 +167,8 @@ def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
 
 def compare_results(options: argparse.Namespace) -> int:
     """Print whether the second result is better than the first, and by how much."""
+    if options.json and options.json.resolve() in (options.first.resolve(), options.second.resolve()):
+        raise ValueError(f"--json {options.json} is one of the results; name another file")
     first, second = Result.load(options.first), Result.load(options.second)
     found = compare(first, second)
     _print_comparison(found, first, second)

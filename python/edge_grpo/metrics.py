@@ -40,7 +40,7 @@ def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     corrections = Counter(sample.response.correction for sample in samples)
     metrics |= {
         "reward/mean": _mean(rewards),
-        "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0,
+        "reward/std": stdev(rewards) if len(rewards) > 1 else 0.0 if rewards else math.nan,
         "accuracy/before": _share(sample.first_reward.correct for sample in samples),
         "accuracy/after": _share(sample.reward.correct for sample in samples),
         "collapsed/before": _collapsed((sample.group, sample.first_reward) for sample in samples),
@@ -81,10 +81,13 @@ def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[s
 
     Of each token that has the sampler's record, or, as ``config.sampler_ratio_mode`` says, of the product of those of
     each response; before truncation or masking. ``truncated`` is the share outside of [floor, cap], which is truncated
-    or masked in the loss. Injected tokens have no record and take no part; nothing recorded makes no metrics.
+    or masked in the loss. Injected tokens have no record and take no part, nor do skipped responses; nothing recorded
+    makes no metrics.
     """
     logs: list[float] = []
     for sample in samples:
+        if sample.reward.skipped:
+            continue
         assert sample.logprobs is not None, "the scoring pass fills the logprobs of every sample"
         pairs = zip(sample.logprobs.tolist(), sample.response.logprobs, strict=True)
         differences = [own - recorded for own, recorded in pairs if not math.isnan(recorded)]

@@ -80,10 +80,6 @@ class RunLog:
             for sample in samples:
                 _append(self._completions, completion_record(step, sample, decode))
 
-    def say(self, message: str) -> None:
-        if self._accelerator.is_main_process:
-            self._console.print(message, highlight=False, soft_wrap=True)
-
 
 def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """Return a completion as completions.jsonl holds it: its text cut where the provenance changes, both its rewards.

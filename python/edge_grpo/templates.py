@@ -1,7 +1,7 @@
 r"""The prompts that evaluations are published with, and where each of them makes a model put its answer.
 
 ``qwen_math`` and ``r1`` are whole texts, the same for every model; ``chat`` is a user message within the model's own
-chat template; ``config`` is what a run trains with. Grading the answer is ``edge_grpo.rewards``.
+chat template; ``config`` is what a run trains with. Grading the answer is ``edge_grpo.answers``.
 """
 
 from __future__ import annotations

@@ -58,6 +58,9 @@ _MAY_CHANGE_ON_RESUME = {
     "eval_every",
     "log_completions",
     "trackers",
+    "reward.function_timeout",
+    "reward.on_error",
+    "reward.workers",
     "rollout.server",
     "rollout.server_folder",
     "rollout.timeout",
@@ -382,10 +385,12 @@ class Trainer:
         return Evaluation.merge(gather_object([share]))
 
     def close(self) -> None:
-        self.engine.close()
-        self.rewarder.close()
-        # accelerate would hold the next run in this process to this one's precision.
-        AcceleratorState._reset_state()
+        try:
+            self.engine.close()
+        finally:
+            self.rewarder.close()
+            # accelerate would hold the next run in this process to this one's precision.
+            AcceleratorState._reset_state()
 
     # ------------------------------------------------------------------ details
 

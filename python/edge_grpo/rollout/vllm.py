@@ -53,7 +53,7 @@ class VLLMEngine:
         except ImportError as error:
             raise ValueError(f"rollout.engine='vllm' could not import vLLM: {error}; {INSTALL}") from error
         self._can_sleep = bool(current_platform.is_sleep_mode_available())
-        arguments = {"load_format": "dummy"} | engine_arguments(config, policy)  # the weights are loaded below
+        arguments = engine_arguments(config, policy) | {"load_format": "dummy"}  # the weights are loaded below
         if self._can_sleep:
             arguments = {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True} | arguments
         self._sampling_params = vllm.SamplingParams

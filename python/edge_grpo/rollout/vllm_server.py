@@ -62,8 +62,8 @@ class ServerEngine:
     version of its own, and every response must have been sampled under the latest one throughout: a server that was
     restarted, or that takes weights from somebody else, is noticed before anything is trained on.
 
-    A request is attempted three times; meanwhile the server's health is looked at, so that a dead one is noticed within
-    half a minute even where no connection breaks. In a distributed run every process generates its own prompts and the
+    A request is attempted three times; while it samples the server's health is looked at, so that a dead one is noticed
+    within half a minute even where no connection breaks. In a distributed run every process generates its own prompts and the
     first one sends the weights.
     """
 
@@ -226,7 +226,10 @@ class ServerEngine:
             print(f"waiting for the vLLM server at {self._url}", file=sys.stderr)
         while not self._is_healthy():
             if time.monotonic() > deadline:
-                raise self._failure(f"did not come up within {self._rollout.timeout:g} s (rollout.timeout)")
+                raise self._failure(
+                    f"did not come up within {self._rollout.timeout:g} s (rollout.timeout)",
+                    "Start it with the same configuration (edge-grpo serve), then repeat the command",
+                )
             time.sleep(1)
 
     def _is_healthy(self) -> bool:
@@ -266,14 +269,15 @@ class ServerEngine:
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise _UnavailableError(_reason(error)) from error
 
-    def _failure(self, what: str) -> RolloutError:
+    def _failure(self, what: str, remedy: str | None = None) -> RolloutError:
         """The error that says what happened, what to do, and how the server's log ends."""
+        remedy = remedy or (
+            "Nothing of this step was trained on. Start the server again (edge-grpo serve, with the run's "
+            "configuration), then go on with the run (--resume)"
+        )
         lines = _last_lines(self._log)
         log = f"the last lines of {self._log}:\n{lines}" if lines else f"there is no log at {self._log}"
-        return RolloutError(
-            f"the vLLM server at {self._url} {what}. Nothing of this step was trained on. Start the server again "
-            f"(edge-grpo serve, with the run's configuration), then go on with the run (--resume); {log}"
-        )
+        return RolloutError(f"the vLLM server at {self._url} {what}. {remedy}; {log}")
 
 
 # Proxies are for the world outside.

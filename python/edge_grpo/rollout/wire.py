@@ -133,6 +133,7 @@ def max_length_of(config: TrainConfig, model: PreTrainedModel) -> int:
     """
     correction = config.correction.max_length if config.use_gec else 0
     length = config.data.max_prompt_length + config.rollout.max_completion_length + correction
+    length = max(length, 32)  # what ``verify`` asks for
     return min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
 
 
