@@ -28,9 +28,15 @@ def unavailable(module: ModuleType) -> str | None:
         return "the extension edge_kernels._C was built without CUDA; install nvcc and build it again"
     if torch.version.hip is not None:
         return "torch is a build for ROCm"
-    if module.cuda_versions()["driver"] is None:
+    versions = module.cuda_versions()
+    if versions["driver"] is None:
         return "there is no CUDA driver on this machine"
     devices = {device["name"]: device["capability"] for device in module.cuda_devices()}
+    if not devices and torch.cuda.is_available():
+        return (
+            f"the extension edge_kernels._C was built with CUDA {versions['runtime']} and finds no device where torch "
+            f"does: the driver supports CUDA {versions['driver']}; update it, or build with an older nvcc"
+        )
     compiled = built["cuda_architectures"]
     if devices and not any(_is_compiled_for(compiled, *capability) for capability in devices.values()):
         names = ", ".join(f"{name} (sm_{major}{minor})" for name, (major, minor) in devices.items())
@@ -144,7 +150,8 @@ def grpo_sweep(
 ) -> tuple[Tensor, Tensor]:
     logprobs, entropy = new_stats(logits), new_stats(logits)
     values = _per_token(terms)
-    numbers = {name: address(values.pop(name)) for name in ("entropy_threshold", "bonus_weight")}
+    scalars = {name: values.pop(name) for name in ("entropy_threshold", "bonus_weight")}  # alive until the launch
+    numbers = {name: address(value) for name, value in scalars.items()}
     del values["mask"]  # the targets say it
     targets = targets.contiguous()
     for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):

@@ -19,7 +19,7 @@ from edge_kernels._checks import (
     stats_dtype,
 )
 from edge_kernels.advantages import entropy_driven_advantages
-from edge_kernels.backend import kernels
+from edge_kernels.backend import kernels, unavailable
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.memory import fresh
 from edge_kernels.reference import tokens_above_quantile
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
                 acting_items = mask.sum()
             else:
                 acting_items = (mask & ~(stats.entropy.detach() < threshold)).sum()
-            acting_items = torch.as_tensor(acting_items, dtype=self.dtype, device=mask.device)
+            acting_items = _scalar(acting_items, self.dtype, mask.device)
             bonus_weight = config.entropy_coef / acting_items.clamp(min=1)
         return TokenTerms(
             mask=mask,
@@ -112,6 +112,13 @@ class Batch(NamedTuple):
             entropy_threshold=threshold,
             bonus_weight=bonus_weight,
         )
+
+
+def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a scalar on the device; a number is filled in there, since copying it would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _at_least_one(total: Tensor | float) -> Tensor | float:
@@ -211,7 +218,7 @@ def check_batch(
         sampler_ratio = sampler_correction(old, sampling, mask, LossRule.of(config))
         sampling = None
     if entropy_threshold is not None:
-        entropy_threshold = torch.as_tensor(entropy_threshold, dtype=stats_dtype(dtype), device=like.device).detach()
+        entropy_threshold = _scalar(entropy_threshold, stats_dtype(dtype), like.device).detach()
     return Batch(
         config=config,
         dtype=stats_dtype(dtype),
@@ -361,6 +368,10 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         return gradient * factor.to(gradient.dtype)
     if is_one(factor):
         return gradient
+    if gradient.is_cuda and gradient.dtype != torch.float64 and gradient.is_contiguous() and not unavailable("triton"):
+        from edge_kernels.triton.scale import scale_
+
+        return scale_(gradient, factor)
     return gradient.mul_(factor)
 
 

@@ -299,7 +299,7 @@ def linear_edge_grpo_loss(
     Masked rows are left out before the first product.
 
     One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
-    own statistics are. A batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
+    own statistics are. On a CPU a batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
     tile's gradient until the backward pass, which adds to an existing ``weight.grad`` where it lies. The gradient of a
     larger batch is made in the forward pass, scaled by the incoming one in the backward pass, and handed out once
     (``retain_graph`` for a second pass raises).
@@ -345,7 +345,9 @@ def linear_edge_grpo_loss(
         bias,
         batch.targets.flatten(),
         *wanted,
-        batch.mask.numel() <= rows_per_tile(weight, product_dtype(dtype, weight.device)),
+        # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
+        weight.device.type == "cpu"
+        and batch.mask.numel() <= rows_per_tile(weight, product_dtype(dtype, weight.device)),
         dtype,
         *batch.transform,
         *batch.terms(batch.advantages, None).flatten(),

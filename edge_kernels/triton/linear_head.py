@@ -382,10 +382,14 @@ def product_options(
     """Return (launch options, constants of the kernels around tl.dot) for products of ``dtype``.
 
     ``loaded_bytes``: of an element as it is loaded; float32 under autocast takes twice the shared memory. float32 is
-    multiplied as ``torch.set_float32_matmul_precision`` says.
+    multiplied as ``torch.backends.cuda.matmul.fp32_precision`` says.
     """
     matrix = tuning.matrix(device, dtype.itemsize)
-    is_exact = torch.get_float32_matmul_precision() == "highest" or device.architecture == "hip"
+    chosen = getattr(
+        torch.backends.cuda.matmul, "fp32_precision", None
+    )  # from torch 2.9; the older call raises beside it
+    allows_tf32 = torch.get_float32_matmul_precision() != "highest" if chosen is None else chosen == "tf32"
+    is_exact = not allows_tf32 or device.architecture == "hip"
     blocks = {
         "PRECISION": "ieee" if dtype == torch.float32 and is_exact else "tf32",
         "BLOCK_M": matrix.block_m,

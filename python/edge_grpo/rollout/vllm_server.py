@@ -63,8 +63,8 @@ class ServerEngine:
     restarted, or that takes weights from somebody else, is noticed before anything is trained on.
 
     A request is attempted three times; while it samples the server's health is looked at, so that a dead one is noticed
-    within half a minute even where no connection breaks. In a distributed run every process generates its own prompts and the
-    first one sends the weights.
+    within half a minute even where no connection breaks. In a distributed run every process generates its own prompts
+    and the first one sends the weights.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
