@@ -95,6 +95,11 @@ def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert old is not None
     assert "GPU 7.5 (sm_75), GPU 10.0 (sm_100) cannot run" in old
     assert "-DCMAKE_CUDA_ARCHITECTURES=100;75" in old
+    with monkeypatch.context() as patch:  # torch's own CUDA finds what the extension's newer one does not
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        behind = cuda.unavailable(extension_with(cuda_versions={"driver": "12.4", "runtime": "13.0"}))
+        assert "built with CUDA 13.0" in str(behind)
+        assert "the driver supports CUDA 12.4; update it" in str(behind)
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "ROCm" in str(cuda.unavailable(extension_with()))
 
