@@ -308,8 +308,8 @@ def linear_edge_grpo_loss(
     by block, so that it is summed in float32 without a float32 tensor of its size. Two sweeps and a fourth (there a
     fifth) product where coefficients depend on other tokens: with rewards instead of advantages; with
     ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no old_logprobs; with
-    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. Without
-    gradients there is one product.
+    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. On a GPU
+    four at all times: its kernels keep no logits, and make them again. Without gradients there is one product.
 
     Extra memory: one tile of logits (``TILE_BYTES``, 80 MiB) and O(N), besides the gradients. Products are in the
     inputs' dtype, under ``torch.autocast`` in its; 16-bit ones on a CPU without instructions for them are made in
