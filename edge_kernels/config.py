@@ -117,6 +117,11 @@ class GRPOLossConfig:
         _number("sampler_ratio_floor", self.sampler_ratio_floor, least=0)
         if self.sampler_ratio_cap is not None:
             _number("sampler_ratio_cap", self.sampler_ratio_cap, above=0)
+            if self.sampler_ratio_floor > self.sampler_ratio_cap:
+                raise ValueError(
+                    f"sampler_ratio_floor must be at most sampler_ratio_cap = {self.sampler_ratio_cap!r}; "
+                    f"got {self.sampler_ratio_floor!r}"
+                )
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile must lie in (0, 1]; got {self.top_entropy_quantile!r}")
         if self.max_completion_length is not None and self.max_completion_length < 1:

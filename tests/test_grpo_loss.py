@@ -735,6 +735,8 @@ class TestErrors:
             self.call(group_ids=batch.groups)
         with pytest.raises(ValueError, match=r"beta = 0\.1 needs ref_logprobs; got None"):
             self.call(config=config_of(beta=0.1))
+        with pytest.raises(ValueError, match=r"sampler_ratio_floor must be at most sampler_ratio_cap = 0\.5; got 0\.9"):
+            GRPOLossConfig(sampler_ratio_cap=0.5, sampler_ratio_floor=0.9)
         with pytest.raises(ValueError, match=r"sampler_ratio_cap = 2\.0 needs sampling_logprobs; got None"):
             self.call(config=config_of(sampler_ratio_cap=2.0))
         with pytest.raises(TypeError, match="config must be a GRPOLossConfig; got EDAConfig"):
