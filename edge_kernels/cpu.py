@@ -16,13 +16,7 @@ from edge_kernels.token_stats import KernelStats, StatsGradients, Transform, new
 
 
 def _options(transform: Transform) -> dict[str, Any]:
-    return {
-        "inv_temperature": 1 / transform.temperature,
-        "softcap": transform.softcap or 0.0,
-        "logit_scale": transform.logit_scale,
-        "ignore_index": transform.ignore_index,
-        "threads": torch.get_num_threads(),
-    }
+    return transform.for_extension() | {"threads": torch.get_num_threads()}
 
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:

@@ -75,15 +75,6 @@ def _row_workspace(block: Tensor, described: dict[str, Any]) -> Tensor:
     return _workspace(block, extension().cuda_row_workspace_bytes(device=device, **sizes))
 
 
-def _options(transform: Transform) -> dict[str, Any]:
-    return {
-        "inv_temperature": 1 / transform.temperature,
-        "softcap": transform.softcap or 0.0,
-        "logit_scale": transform.logit_scale,
-        "ignore_index": transform.ignore_index,
-    }
-
-
 def _per_token(terms: TokenTerms) -> dict[str, Tensor | None]:
     """Return the terms as kernels read them: contiguous, float32 or one byte."""
     values = terms._asdict()
@@ -109,7 +100,7 @@ def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Trans
             entropy=address(out.entropy, start),
             logsumexp=address(out.logsumexp, start),
             logsumexp_low=address(out.logsumexp_low, start),
-            **_options(transform),
+            **transform.for_extension(),
             **_where(logits),
             workspace=workspace.data_ptr(),
             workspace_bytes=workspace.numel(),
@@ -140,7 +131,7 @@ def token_stats_backward(
             grad_logsumexp=address(gradients.logsumexp, start),
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
-            **_options(transform),
+            **transform.for_extension(),
             **_where(logits),
         )
 
@@ -166,7 +157,7 @@ def grpo_sweep(
             **{name: address(value, start) for name, value in values.items()},
             **numbers,
             **rule.for_extension(),
-            **_options(transform),
+            **transform.for_extension(),
             **_where(logits),
             workspace=workspace.data_ptr(),
             workspace_bytes=workspace.numel(),

@@ -32,6 +32,15 @@ class Transform(NamedTuple):
     logit_scale: float
     ignore_index: int
 
+    def for_extension(self) -> dict[str, Any]:
+        """Return the transform as the compiled kernels take it."""
+        return {
+            "inv_temperature": 1 / self.temperature,
+            "softcap": self.softcap or 0.0,
+            "logit_scale": self.logit_scale,
+            "ignore_index": self.ignore_index,
+        }
+
 
 class KernelStats(NamedTuple):
     """``TokenStats``, and what rounding took from logsumexp: at logits of 3e4 it is 1e-3, and p would be off by it."""

@@ -121,8 +121,7 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
     if given := [f"--{name.replace('_', '-')}" for name in asking if getattr(options, name) not in (None, False)]:
         raise ValueError(f"{source} is graded again as it was asked; {', '.join(given)} cannot change that")
     saved = Result.load(source)
-    if options.json and options.json.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.json} exists already; replace it with --overwrite, or name another file")
+    _refuse_to_replace(options)
     data = {name: part.data for name, part in saved.sets.items()}
     if options.suite:
         data |= {name: spec for name, spec in suite_sets(options.suite).items() if name in data}
@@ -151,8 +150,7 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
 
 def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
     """Grade a perfect and a wrong answer sheet; the status is 1 if any answer is misjudged."""
-    if options.json and options.json.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.json} exists already; replace it with --overwrite, or name another file")
+    _refuse_to_replace(options)
     template = _template(options, config)
     with _grader(config) as grader:
         checks = {
@@ -178,6 +176,11 @@ def compare_results(options: argparse.Namespace) -> int:
 
 
 # ---- What is asked -------------------------------------------------------------------------------------------------
+
+
+def _refuse_to_replace(options: argparse.Namespace) -> None:
+    if options.json and options.json.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.json} exists already; replace it with --overwrite, or name another file")
 
 
 def _saved(path: Path, options: argparse.Namespace) -> Result | None:
