@@ -41,7 +41,7 @@ def measure(config: Config) -> list[Result]:
     if "contender" in config:
         return [{**where, "contenders": {config["contender"]: _step(config)}}]
     from edge_grpo.config import ModelConfig
-    from edge_grpo.model import load_model
+    from edge_grpo.policy.model import load_model
 
     rows: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ LossOf = Callable[[Tensor, peers.Batch], tuple[Tensor, Tensor]]  # input_ids, ba
 
 
 def _ours(model: PreTrainedModel) -> LossOf:
-    from edge_grpo.model import hidden_states, lm_head
+    from edge_grpo.policy.model import hidden_states, lm_head
     from edge_kernels import linear_edge_grpo_loss
 
     def loss(input_ids: Tensor, batch: peers.Batch) -> tuple[Tensor, Tensor]:

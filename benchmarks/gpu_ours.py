@@ -12,8 +12,8 @@ import torch
 from benchmarks import aot
 from benchmarks.gpu_peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.token_loss import LossRule, TokenTerms
-from edge_kernels.token_stats import StatsGradients, Transform
+from edge_kernels.ops.token_loss import LossRule, TokenTerms
+from edge_kernels.ops.token_stats import StatsGradients, Transform
 
 ROWS = SEQUENCES * TOKENS
 TRANSFORM = Transform(TEMPERATURE, None, 1.0, -100)
@@ -26,8 +26,8 @@ def _per_token(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @contextmanager
 def _triton_backend() -> Iterator[Any]:
     """The backend's module, that has looked at no device yet and will not remember the fake one."""
-    from edge_kernels import triton as backend
-    from edge_kernels.triton import tuning
+    from edge_kernels.backends import triton as backend
+    from edge_kernels.backends.triton import tuning
 
     tuning._gpu.cache_clear()
     try:

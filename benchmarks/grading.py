@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness import describe, machine
-from edge_grpo import equivalence
-from edge_grpo.answers import Grader, normalize
-from edge_grpo.data import load_examples
+from edge_grpo.data.sources import load_examples
+from edge_grpo.grading import equivalence
+from edge_grpo.grading.answers import Grader, normalize
 from edge_grpo.types import Outcome
 
 

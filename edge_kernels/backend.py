@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from edge_kernels import _extension
-from edge_kernels.kernels import HeadKernels, Kernels
+from edge_kernels.contract import HeadKernels, Kernels
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES = {
-    "reference": "edge_kernels.plain",
-    "cpu": "edge_kernels.cpu",
-    "triton": "edge_kernels.triton",
-    "cuda": "edge_kernels.cuda",
+    "reference": "edge_kernels.backends.plain",
+    "cpu": "edge_kernels.backends.cpu",
+    "triton": "edge_kernels.backends.triton",
+    "cuda": "edge_kernels.backends.cuda",
 }
 
 OPS = (

@@ -28,9 +28,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from edge_grpo.arithmetic import LEVELS, generate
 from edge_grpo.config import CorrectionConfig
-from edge_grpo.rewards import judge
+from edge_grpo.data.arithmetic import LEVELS, generate
+from edge_grpo.grading.rewards import judge
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.text import last_box
 from edge_grpo.types import Example, Sampling
@@ -63,7 +63,7 @@ First it learned to work problems out step by step; then the habit of answering 
 guess on others; and to begin anew after a reflection prompt. So it can do more than it usually does, which is what
 reinforcement learning finds out. The script's docstring says more.
 
-Accuracy on {per_level} held-out problems per level (levels as in `edge_grpo.arithmetic`), as stored: *greedy* and
+Accuracy on {per_level} held-out problems per level (levels as in `edge_grpo.data.arithmetic`), as stored: *greedy* and
 *sampled* (temperature 1) from the prompt alone; *worked*: sampled after a first word that begins a worked solution;
 *reflected*: sampled after a wrong quick answer and " Wait! Something is wrong here."; *works by itself*: the share of
 sampled answers with steps.

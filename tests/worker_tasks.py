@@ -1,4 +1,4 @@
-"""What the tests of ``edge_grpo.workers`` have done in other processes: every way to misbehave."""
+"""What the tests of ``edge_grpo.grading.workers`` have done in other processes: every way to misbehave."""
 
 from __future__ import annotations
 

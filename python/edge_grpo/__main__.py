@@ -1,6 +1,6 @@
 """``python -m edge_grpo`` is ``edge-grpo``; ``accelerate launch -m edge_grpo train ...`` needs it."""
 
-from .cli import main
+from edge_grpo.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

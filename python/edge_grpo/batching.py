@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .types import Prompt, Provenance, Response, Reward
+from edge_grpo.types import Prompt, Provenance, Response, Reward
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Guided Error Correction (arXiv:2507.21848, section 3.3): turn incorrect responses into ones that teach something.
 
 Everything happens on token ids: what the policy sampled is never decoded and encoded again. Judging a response, before
-and after, is ``edge_grpo.rewards``; what injected tokens do in the loss is ``edge_kernels``.
+and after, is ``edge_grpo.grading.rewards``; what injected tokens do in the loss is ``edge_kernels``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from .config import CorrectionConfig
-from .seeding import derive_seed
-from .text import bare_answer, fill
-from .types import Correction, Prompt, Provenance, Response, Reward, RolloutEngine, Sampling
+from edge_grpo.config import CorrectionConfig
+from edge_grpo.config.seeds import derive_seed
+from edge_grpo.text import bare_answer, fill
+from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward, RolloutEngine, Sampling
 
 _KINDS: tuple[Correction, ...] = get_args(Correction)
 # What a kind turns into when its text does not fit the token budget: the next shorter one.

@@ -12,10 +12,9 @@ from statistics import fmean, pvariance, stdev
 
 import torch
 
+from edge_grpo.batching import Sample
+from edge_grpo.types import Provenance, Reward
 from edge_kernels import GRPOLossConfig
-
-from .batching import Sample
-from .types import Provenance, Reward
 
 
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 r"""Pure functions on strings: filling one placeholder into a template, and finding the \boxed{} answers of a text.
 
-Whether an answer is right is ``edge_grpo.answers``; nothing here knows tokens.
+Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
 """
 
 from __future__ import annotations

@@ -25,6 +25,20 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
+from edge_grpo.batching import Batch, Sample, micro_batches, minibatches, pad, unpad
+from edge_grpo.config import TrainConfig, flatten, to_dict
+from edge_grpo.config.seeds import derive_seed
+from edge_grpo.correction import Corrector
+from edge_grpo.data.check import rejected_solutions
+from edge_grpo.data.sources import load_examples, render_prompts
+from edge_grpo.evaluation.evaluate import Evaluation, evaluate
+from edge_grpo.grading.rewards import Rewarder
+from edge_grpo.metrics import drift_metrics, sampler_metrics, step_metrics
+from edge_grpo.policy.model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
+from edge_grpo.rollout import build_engine
+from edge_grpo.run import checkpoint
+from edge_grpo.run.log import RunLog
+from edge_grpo.types import Prompt, Provenance, Response, Sampling
 from edge_kernels import (
     GRPOLossOutput,
     entropy_driven_advantages,
@@ -33,21 +47,6 @@ from edge_kernels import (
     linear_edge_grpo_loss,
     linear_token_stats,
 )
-
-from . import checkpoint
-from .batching import Batch, Sample, micro_batches, minibatches, pad, unpad
-from .config import TrainConfig, flatten, to_dict
-from .correction import Corrector
-from .data import load_examples, render_prompts
-from .evaluate import Evaluation, evaluate
-from .metrics import drift_metrics, sampler_metrics, step_metrics
-from .model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
-from .preflight import rejected_solutions
-from .rewards import Rewarder
-from .rollout import build_engine
-from .runlog import RunLog
-from .seeding import derive_seed
-from .types import Prompt, Provenance, Response, Sampling
 
 # What a resumed run may change: none of it touches the steps that were already made.
 _MAY_CHANGE_ON_RESUME = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from cuda_on_cpu.harness import Buffer, Call, Device
 from edge_kernels import reference
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.token_loss import LossRule, TokenTerms, token_loss
+from edge_kernels.ops.token_loss import LossRule, TokenTerms, token_loss
 
 IGNORED = -100
 NAN, INF = float("nan"), float("inf")

@@ -101,7 +101,7 @@ def compile_program(folder: Path, build: Build) -> Path:
 
 
 def load_module(program: Path, folder: Path) -> ModuleType:
-    """Return the kernels of a program of build ``PLAIN`` as a Python module, which ``edge_kernels.cuda`` can use."""
+    """Return the kernels of a program of build ``PLAIN`` as a module that ``edge_kernels.backends.cuda`` can use."""
     sources = [CSRC / "bindings_cuda.cpp", HERE / "module.cpp"]
     objects = compile_units(folder, PLAIN, sources)
     objects += [path for path in sorted(program.parent.glob("*.o")) if path.stem != "runner"]

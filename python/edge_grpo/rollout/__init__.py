@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import TrainConfig
-from ..model import eos_token_ids, unwrap
-from ..types import RolloutEngine
-from .transformers import TransformersEngine
+from edge_grpo.config import TrainConfig
+from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.rollout.transformers import TransformersEngine
+from edge_grpo.types import RolloutEngine
 
 __all__ = ["TransformersEngine", "build_engine"]
 
@@ -21,11 +21,11 @@ def build_engine(config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTok
     not reached within ``rollout.timeout``.
     """
     if config.rollout.engine == "vllm":
-        from .vllm import VLLMEngine
+        from edge_grpo.rollout.vllm import VLLMEngine
 
         return VLLMEngine(config, model, tokenizer)
     if config.rollout.engine == "vllm-server":
-        from .vllm_server import ServerEngine
+        from edge_grpo.rollout.server import ServerEngine
 
         return ServerEngine(config, model, tokenizer)
     return TransformersEngine(

@@ -21,10 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from edge_grpo.policy.model import unwrap
+from edge_grpo.types import Provenance, Response, Sampling
 from edge_kernels import token_stats
-
-from ..model import unwrap
-from ..types import Provenance, Response, Sampling
 
 _IGNORED = -100  # the target of a row that has ended
 _STAGE = 16  # tokens between two looks at which rows have ended
@@ -55,7 +54,9 @@ class TransformersEngine:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if not eos_token_ids:
-            raise ValueError("eos_token_ids must name at least one token; got none; see edge_grpo.model.eos_token_ids")
+            raise ValueError(
+                "eos_token_ids must name at least one token; got none; see edge_grpo.policy.model.eos_token_ids"
+            )
         self.model = model
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id

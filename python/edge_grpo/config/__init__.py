@@ -1,0 +1,41 @@
+"""Configuration of a run: the keys and their rules, reading and writing them, the help about them."""
+
+from edge_grpo.config.keys import (
+    CorrectionConfig,
+    DataConfig,
+    Engine,
+    Method,
+    ModelConfig,
+    OnError,
+    OptimConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+    describe,
+    flatten,
+    from_dict,
+    load_config,
+    recipe_names,
+    recipe_path,
+    to_dict,
+)
+
+__all__ = [
+    "CorrectionConfig",
+    "DataConfig",
+    "Engine",
+    "Method",
+    "ModelConfig",
+    "OnError",
+    "OptimConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "describe",
+    "flatten",
+    "from_dict",
+    "load_config",
+    "recipe_names",
+    "recipe_path",
+    "to_dict",
+]

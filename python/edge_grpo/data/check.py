@@ -1,0 +1,216 @@
+"""Whether a dataset is fit to train on: what its rows lack, and what their own grader says of their solutions.
+
+``rejected_solutions`` is what training leaves out by; ``examine`` adds all else, for ``edge-grpo check``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from edge_grpo.config import TrainConfig
+from edge_grpo.data.sources import render_prompts
+from edge_grpo.grading.answers import Grader, accepted_answers, is_literal
+from edge_grpo.text import last_box
+from edge_grpo.types import Example, Outcome
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal[
+    "empty problem",
+    "repeated problem",
+    "no answer",
+    "unreadable answer",
+    "rejected solution",
+    "long prompt",
+    "long solution",
+]
+# What training makes of each.
+_CONSEQUENCES: dict[Kind, str] = {
+    "empty problem": "refused",
+    "repeated problem": "seen more often",
+    "no answer": "not judged",
+    "unreadable answer": "only equal text is right",
+    "rejected solution": "not injected",
+    "long prompt": "left out",
+    "long solution": "not injected whole",
+}
+# Equal to no answer of a dataset, and sure to be read.
+_OTHER = r"\frac{1}{7919}"
+_BINS = 12
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row's defect. ``row`` is its number in the dataset, from 0."""
+
+    kind: Kind
+    row: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. Lengths are in tokens, one per example, None where there was no tokenizer to count them."""
+
+    columns: Mapping[str, int]  # how many rows have something there
+    num_rows: int
+    findings: tuple[Finding, ...]
+    prompt_lengths: tuple[int, ...] | None = None
+    solution_lengths: tuple[int, ...] | None = None
+
+    @property
+    def counts(self) -> dict[Kind, int]:
+        found = Counter(finding.kind for finding in self.findings)
+        return {kind: found[kind] for kind in get_args(Kind)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        return {
+            "rows": self.num_rows,
+            "columns": dict(self.columns),
+            "counts": dict(self.counts),
+            "prompt_tokens": _summary(self.prompt_lengths),
+            "solution_tokens": _summary(self.solution_lengths),
+            "findings": [{"kind": f.kind, "row": f.row, "detail": f.detail} for f in self.findings],
+        }
+
+    def render(self) -> RenderableType:
+        """Return what the terminal shows: columns, findings by kind, and how long prompts are."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        columns = ", ".join(f"{name} {count:,}" for name, count in self.columns.items())
+        table = Table("found", "rows", "share", "first rows", "in training", box=None, pad_edge=False)
+        table.columns[1].justify = table.columns[2].justify = "right"
+        for kind, count in self.counts.items():
+            if kind.startswith("long") and self.prompt_lengths is None:
+                continue
+            rows = [str(finding.row) for finding in self.findings if finding.kind == kind]
+            first = ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
+            share = f"{100 * count / max(self.num_rows, 1):.1f}%"
+            table.add_row(kind, f"{count:,}", share, first, _CONSEQUENCES[kind], style="" if count else "dim")
+        parts: list[RenderableType] = [Text(f"{self.num_rows:,} rows; of these with {columns}"), "", table]
+        for name, lengths in (("prompts", self.prompt_lengths), ("solutions", self.solution_lengths)):
+            if lengths:
+                parts += ["", _histogram(name, lengths)]
+        return Group(*parts)
+
+
+def rejected_solutions(examples: Sequence[Example], grader: Grader) -> dict[int, Outcome]:
+    """Return what the grader makes of those reference solutions that it does not call correct, by position.
+
+    A solution is judged as a response of the model is, by its last box. Where there is no answer nothing is rejected.
+    """
+    judged = [
+        (position, accepted_answers(example), last_box(example.solution))
+        for position, example in enumerate(examples)
+        if example.solution is not None and example.answer is not None
+    ]
+    outcomes = grader([(accepted, box) for _, accepted, box in judged])
+    return {position: outcome for (position, *_), outcome in zip(judged, outcomes, strict=True) if outcome != "correct"}
+
+
+def examine(
+    examples: Sequence[Example], grader: Grader, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Preflight:
+    """Return what is the matter with the examples; lengths are looked at only with a ``tokenizer``."""
+    columns: Counter[str] = Counter({"problem": 0})
+    findings: list[Finding] = []
+    first: dict[str, Example] = {}
+    for example in examples:
+        values = {"problem": example.problem, "answer": example.answer, "solution": example.solution, **example.extra}
+        columns.update(name for name, value in values.items() if value is not None and value != "")
+        problem = " ".join(example.problem.split())
+        earlier = first.setdefault(problem, example)
+        if not problem:
+            findings.append(Finding("empty problem", example.index, ""))
+        elif earlier is not example:
+            same = "the same answer" if accepted_answers(earlier) == accepted_answers(example) else "another answer"
+            findings.append(Finding("repeated problem", example.index, f"row {earlier.index} has it with {same}"))
+        if example.answer is None:
+            findings.append(Finding("no answer", example.index, ""))
+    findings += _unreadable_answers(examples, grader)
+    for position, outcome in rejected_solutions(examples, grader).items():
+        example = examples[position]
+        box = last_box(example.solution or "")
+        detail = (
+            f"{outcome}: its box holds {_short(box)}, the answer is {_short(' or '.join(accepted_answers(example)))}"
+        )
+        findings.append(Finding("rejected solution", example.index, detail))
+    if tokenizer is None:
+        return Preflight(columns, len(examples), tuple(findings))
+
+    unlimited = replace(config.data, max_prompt_length=10**9)
+    filled = [example for example in examples if example.problem]
+    prompts = render_prompts(filled, tokenizer, unlimited)[0] if filled else []
+    solutions = [example for example in examples if example.solution is not None]
+    encoded = tokenizer([e.solution for e in solutions], add_special_tokens=False)["input_ids"] if solutions else []
+    solution_lengths = [len(ids) + 1 for ids in encoded]  # with the end of sequence
+    limit = config.data.max_prompt_length
+    findings += [
+        Finding("long prompt", prompt.example.index, f"{len(prompt.token_ids)} tokens of {limit}")
+        for prompt in prompts
+        if len(prompt.token_ids) > limit
+    ]
+    limit = config.rollout.max_completion_length + config.correction.max_length
+    findings += [
+        Finding("long solution", example.index, f"{length} tokens of {limit}")
+        for example, length in zip(solutions, solution_lengths, strict=True)
+        if length > limit
+    ]
+    lengths = tuple(len(prompt.token_ids) for prompt in prompts)
+    return Preflight(columns, len(examples), tuple(findings), lengths, tuple(solution_lengths))
+
+
+def _unreadable_answers(examples: Sequence[Example], grader: Grader) -> list[Finding]:
+    """Accepted answers that are neither text to be taken literally nor read as mathematics."""
+    answers = [(e, answer) for e in examples for answer in accepted_answers(e) if not is_literal(answer)]
+    outcomes = grader([((_OTHER,), answer) for _, answer in answers])
+    return [
+        Finding("unreadable answer", example.index, f"{outcome}: {_short(answer)}")
+        for (example, answer), outcome in zip(answers, outcomes, strict=True)
+        if outcome in ("unparseable", "timed_out")
+    ]
+
+
+def _short(text: str | None, limit: int = 80) -> str:
+    if text is None:
+        return "nothing"
+    return repr(text if len(text) <= limit else f"{text[:limit]}...")
+
+
+def _bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Equal ranges of lengths, each as first, last, and how many there are."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // _BINS))
+    found = Counter((length - low) // width for length in lengths)
+    return [(low + n * width, low + (n + 1) * width - 1, found[n]) for n in range((high - low) // width + 1)]
+
+
+def _summary(lengths: Sequence[int] | None) -> dict[str, Any] | None:
+    if not lengths:
+        return None
+    bins = [{"from": first, "to": last, "count": count} for first, last, count in _bins(lengths)]
+    return {"min": min(lengths), "median": median(lengths), "max": max(lengths), "histogram": bins}
+
+
+def _histogram(name: str, lengths: Sequence[int]) -> RenderableType:
+    from rich.table import Table
+
+    bins = _bins(lengths)
+    most = max(count for *_, count in bins)
+    title = f"tokens of {name}: median {median(lengths):g}, at most {max(lengths):,}"
+    table = Table(title=title, title_justify="left", title_style="", box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    for first, last, count in bins:
+        table.add_row(f"{first:,} to {last:,}", f"{count:,}", "█" * -(-_BAR * count // most))
+    return table

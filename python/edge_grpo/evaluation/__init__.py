@@ -1,0 +1,1 @@
+"""Held-out accuracy: generating, estimating, keeping and comparing results."""

@@ -1,0 +1,144 @@
+r"""Whether an answer is right: what the texts alone decide, and the workers that ask math-verify about the rest.
+
+Finding the answer in a completion is ``edge_grpo.text``. math-verify itself, ``edge_grpo.grading.equivalence``, runs in
+processes that can be killed, because what a model may write can keep it busy for ever.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from edge_grpo.grading.workers import Failure, WorkerPool
+from edge_grpo.text import bare_answer
+from edge_grpo.types import Example, Outcome
+
+# Longer answers are not given to math-verify: no answer of the usual benchmarks has more than 204 characters, and the
+# time that LaTeX takes to parse grows much faster than its length.
+MAX_ANSWER_LENGTH = 1000
+# What math-verify gets by with, sympy included, is a tenth of it.
+_MEMORY_BYTES = 1 << 30
+_CACHE_SIZE = 1 << 16
+_Comparison = tuple[str, str]  # the accepted answer and the one that was read, both normalized
+
+_BLANKS_BY_SYMBOLS = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_INTEGER = re.compile(r"[+-]?\d+")
+_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+# Words, or several bare numbers in a row: math-verify would read "tea" as t * e * a, which equals "eat", and "0 1" as
+# a product or a mixed number.
+_WORDS = re.compile(r"""(?=.*[A-Za-z]{4})[A-Za-z][A-Za-z\s.,;:!?'"-]*""", re.DOTALL)
+_NUMBER_ROW = re.compile(r"[+-]?\d+(?:\s+[+-]?\d+)+")
+
+
+class Grader:
+    r"""Judges answers, each comparison within ``timeout`` seconds and in one of ``workers`` processes.
+
+    The outcome of an answer is
+
+        correct      it equals one of the accepted answers
+        wrong        it equals none
+        unparseable  it cannot be read (while an accepted answer can): no box, an open or a blank one, text that is not
+                     mathematics, more than ``MAX_ANSWER_LENGTH`` characters; or there is no accepted answer
+        timed_out    comparing took more than its share of time or memory, or crashed, so that nobody knows
+
+    Equal after ``normalize``, integers, words and rows of numbers are decided at once; processes start when first
+    needed. Outcomes do not depend on the number of processes, on the order, or on what else is judged. From any thread.
+    """
+
+    def __init__(self, *, workers: int = 2, timeout: float = 5.0) -> None:
+        self._pool = WorkerPool(
+            "edge_grpo.grading.equivalence:load", timeout=timeout, size=workers, memory_limit=_MEMORY_BYTES
+        )
+        self._known: OrderedDict[_Comparison, Outcome] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, pairs: Sequence[tuple[Sequence[str], str | None]]) -> list[Outcome]:
+        """Return one outcome per pair of accepted answers and the content of a completion's last box (None: no box).
+
+        Never raises because of what an answer holds; RuntimeError when no process can be started.
+        """
+        entries = [[_settle(gold, answer) for gold in accepted] for accepted, answer in pairs]
+        # Where one accepted answer matches to the letter the others do not matter.
+        entries = [["correct"] if "correct" in entry else entry for entry in entries]
+        with self._lock:
+            found = self._compare([item for entry in entries for item in entry if isinstance(item, tuple)])
+        return [_best([found[item] if isinstance(item, tuple) else item for item in entry]) for entry in entries]
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _compare(self, comparisons: Sequence[_Comparison]) -> dict[_Comparison, Outcome]:
+        """What math-verify says of each comparison; the same ones are made once, now and in later calls."""
+        unknown = [key for key in dict.fromkeys(comparisons) if key not in self._known]
+        for key, result in zip(unknown, self._pool.map(unknown) if unknown else [], strict=True):
+            self._known[key] = "timed_out" if isinstance(result, Failure) else result
+        found = {key: self._known[key] for key in comparisons}
+        for key in found:
+            self._known.move_to_end(key)
+        while len(self._known) > _CACHE_SIZE:
+            self._known.popitem(last=False)
+        return found
+
+
+def accepted_answers(example: Example) -> tuple[str, ...]:
+    """Every answer that counts as right: ``extra["accepted_answers"]`` where a row has several, else its answer."""
+    several = example.extra.get("accepted_answers")
+    if several:
+        return tuple(several)
+    return () if example.answer is None else (example.answer,)
+
+
+def is_literal(gold: str) -> bool:
+    """Whether only the same text, but for case, is equal to an accepted answer: lines, words, or a row of numbers."""
+    words = _without_text_command(normalize(gold))
+    return "\n" in gold.strip() or bool(_WORDS.fullmatch(words) or _NUMBER_ROW.fullmatch(words))
+
+
+def normalize(answer: str) -> str:
+    r"""An answer without what never changes its meaning: delimiters, ``\left``, sizes of fractions, runs of blanks."""
+    text = bare_answer(answer)
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\(?:left|right)(?:\s*\.|(?![A-Za-z]))", "", text)
+    text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text).replace("{,}", ",")  # 10,\!000 and 10\,000 and 10{,}000
+    text = re.sub(r"\\[,;:]|~", " ", text)
+    text = " ".join(text.split())
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    if match := _SCIENTIFIC.fullmatch(text):
+        return f"{match[1]} \\times 10^{{{match[2].lstrip('+')}}}"
+    return text
+
+
+def _settle(gold: str, answer: str | None) -> Outcome | _Comparison:
+    """The outcome where the texts decide, else what is to be compared."""
+    right, read = normalize(gold), normalize(answer) if answer is not None else ""
+    if not read:
+        return "unparseable"
+    if _BLANKS_BY_SYMBOLS.sub("", read) == _BLANKS_BY_SYMBOLS.sub("", right):
+        return "correct"
+    if _INTEGER.fullmatch(read) and _INTEGER.fullmatch(right):
+        return "correct" if _canonical_integer(read) == _canonical_integer(right) else "wrong"
+    right_words, read_words = _without_text_command(right), _without_text_command(read)
+    if is_literal(gold) or right_words == read_words:
+        return "correct" if right_words.casefold() == read_words.casefold() else "wrong"
+    return (right, read) if len(read) <= MAX_ANSWER_LENGTH else "unparseable"
+
+
+def _best(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of the outcomes with each accepted answer the one that counts."""
+    ranks: tuple[Outcome, ...] = ("correct", "timed_out", "wrong")
+    return next((outcome for outcome in ranks if outcome in outcomes), "unparseable")
+
+
+def _canonical_integer(text: str) -> tuple[bool, str]:
+    """Sign and digits, compared as text because Python refuses to convert integers of thousands of digits."""
+    digits = text.lstrip("+-").lstrip("0")
+    return text.startswith("-") and bool(digits), digits
+
+
+def _without_text_command(text: str) -> str:
+    match = _TEXT_COMMAND.fullmatch(text)
+    return " ".join(match[1].split()) if match else text

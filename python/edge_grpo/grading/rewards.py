@@ -1,0 +1,176 @@
+r"""What a completion earns: the boxed answer's accuracy, its format, and the user's own functions, as a weighted sum.
+
+Whether an answer is right is ``edge_grpo.grading.answers``; finding it in a text is ``edge_grpo.text``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from edge_grpo.config import RewardConfig
+from edge_grpo.grading.answers import Grader, accepted_answers
+from edge_grpo.grading.workers import Failure, WorkerPool
+from edge_grpo.text import boxes, last_box
+from edge_grpo.types import Prompt, Reward
+
+_log = logging.getLogger(__name__)
+
+
+class Rewarder:
+    """Judges batches of completions. Use it from one thread at a time; ``close`` when done.
+
+    A function of the user is named by a dotted path, ``package.module:function`` (the working directory is searched
+    last), and is called as in TRL: ``f(prompts=[...], completions=[...], **columns)`` with one list entry per
+    completion and the dataset's columns by name (``problem``, ``answer``, ``solution`` and the row's others). Of these
+    it receives those that it has parameters for, or all with ``**kwargs``. It returns one number per completion; None
+    says that the function does not apply and counts as 0.
+
+    Each function has a process of its own, which imports its module once, and ``function_timeout`` seconds for a batch.
+    When a batch is not done by then, or raises, or takes its process down, the function is called again with one
+    completion at a time, each within the same limit, to find out which are to blame. Of these ``on_error`` decides:
+
+        fail   RuntimeError names the function, the completion, and what was raised, with its traceback
+        zero   the function counts as 0 for this completion
+        skip   this completion counts for nothing: ``Reward.skipped``
+
+    A function that breaks its contract (parameters that there are no columns for, a list of another length) raises
+    ValueError in any case. ``grader`` judges the answers, for whoever needs no more than that.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.grader = Grader(workers=config.workers, timeout=config.timeout)
+        self._functions: dict[str, WorkerPool] = {}
+        self._warned: set[tuple[str, str]] = set()
+        try:
+            for path in config.functions:
+                self._functions[path] = WorkerPool(
+                    "edge_grpo.grading.functions:load", (path,), timeout=config.function_timeout
+                )
+                self._functions[path].start()  # now, not in the first step
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError for a prompt that cannot be judged: one without an answer, when accuracy has a weight."""
+        if not self.config.accuracy:
+            return
+        missing = [prompt.example.index for prompt in prompts if prompt.example.answer is None]
+        if missing:
+            rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"reward.accuracy is {self.config.accuracy}, but {len(missing)} of {len(prompts)} examples have no "
+                f"answer to compare with (row {rows}); name the column with data.columns.answer, remove the rows, or "
+                "set reward.accuracy to 0 and judge with reward.functions"
+            )
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
+        r"""Return what each completion earns for its prompt (prompts repeat over a group).
+
+        ``parts`` always has "accuracy" and "format", 0 or 1, and an entry per function, named by its path, whatever
+        their weights. A completion whose prompt has no answer is "unparseable": nothing is known about it (and
+        ``check``'s ValueError is raised if accuracy has a weight).
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"prompts and completions must be of one length; got {len(prompts)} and {len(completions)}; repeat "
+                "a prompt for each of its completions"
+            )
+        if not prompts:
+            return []
+        self.check(prompts)
+        outcomes = self.grader(
+            [
+                (accepted_answers(prompt.example), last_box(completion))
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+        )
+        weights = {"accuracy": self.config.accuracy, "format": self.config.format} | self.config.functions
+        by_function = {path: self._call(path, prompts, completions) for path in self._functions}
+        rewards = []
+        for index, (outcome, completion) in enumerate(zip(outcomes, completions, strict=True)):
+            results = {path: values[index] for path, values in by_function.items()}
+            failures = {path: result.kind for path, result in results.items() if isinstance(result, Failure)}
+            parts = {"accuracy": float(outcome == "correct"), "format": float(has_good_format(completion))}
+            parts |= {path: 0.0 if isinstance(result, Failure) else result for path, result in results.items()}
+            total = math.fsum(weights[name] * value for name, value in parts.items())
+            skipped = bool(failures) and self.config.on_error == "skip"
+            rewards.append(Reward(total, parts, outcome, failures, skipped))
+        return rewards
+
+    def close(self) -> None:
+        """End all processes; a later call would start new ones."""
+        for pool in self._functions.values():
+            pool.close()
+        self.grader.close()
+
+    def _call(self, path: str, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | Failure]:
+        """What the function gives each completion, or why it gives nothing."""
+        columns = _columns(prompts, completions)
+        [reply] = self._functions[path].map([(columns,)])
+        if not isinstance(reply, Failure):
+            return [self._result(path, value, i, prompts, completions) for i, value in enumerate(_valid(path, reply))]
+        results: list[float | Failure] = []
+        for index in range(len(prompts)):
+            [alone] = self._functions[path].map([({name: [values[index]] for name, values in columns.items()},)])
+            [value] = [alone] if isinstance(alone, Failure) else _valid(path, alone)
+            results.append(self._result(path, value, index, prompts, completions))
+        if not any(isinstance(result, Failure) for result in results):
+            message = (
+                f"reward function {path!r} failed on the batch as a whole, on no completion alone: {reply.message}"
+            )
+            if self.config.on_error == "fail":
+                raise RuntimeError(message)
+            self._warn(path, "batch", f"{message}\nWhat it gives each completion alone is used.")
+        return results
+
+    def _result(
+        self, path: str, value: float | str | Failure, index: int, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> float | Failure:
+        """A function's value for one completion; a failure is raised, or told once, as ``on_error`` says."""
+        if isinstance(value, float):
+            return value
+        failure = value if isinstance(value, Failure) else Failure("raised", f"returned {value}, not a finite number")
+        message = f"reward function {path!r} failed on {_sample(index, prompts, completions)}: {failure.message}"
+        if self.config.on_error == "fail":
+            raise RuntimeError(message)
+        self._warn(path, failure.kind, message)
+        return failure
+
+    def _warn(self, path: str, kind: str, message: str) -> None:
+        if (path, kind) not in self._warned:
+            self._warned.add((path, kind))
+            _log.warning("%s\nreward.on_error is %s; more of the kind are only counted", message, self.config.on_error)
+
+
+def has_good_format(completion: str) -> bool:
+    r"""Whether there is exactly one ``\boxed{...}``, closed and not blank."""
+    found = boxes(completion)
+    return len(found) == 1 and found[0][1] is not None and bool(completion[slice(*found[0])].strip())
+
+
+def _columns(prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, list[Any]]:
+    """Everything that a function may ask for, one list entry per completion."""
+    examples = [prompt.example for prompt in prompts]
+    columns: dict[str, list[Any]] = {
+        name: [example.extra.get(name) for example in examples]
+        for name in dict.fromkeys(key for example in examples for key in example.extra)
+    }
+    columns |= {name: [getattr(example, name) for example in examples] for name in ("problem", "answer", "solution")}
+    return columns | {"prompts": [prompt.text for prompt in prompts], "completions": list(completions)}
+
+
+def _valid(path: str, reply: list[float | str] | str) -> list[float | str]:
+    if isinstance(reply, str):
+        raise ValueError(f"reward function {path!r} {reply}")
+    return reply
+
+
+def _sample(index: int, prompts: Sequence[Prompt], completions: Sequence[str], limit: int = 200) -> str:
+    text = completions[index]
+    shown = text if len(text) <= limit else f"{text[:limit]}..."
+    return f"sample {index} (row {prompts[index].example.index}), completion {shown!r}"

@@ -1,0 +1,142 @@
+"""What a run leaves behind while it runs: metrics.jsonl, completions.jsonl, trackers, and the lines on the terminal.
+
+Only the main process writes. Each line is written and flushed whole, so that a killed run leaves a readable log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from edge_grpo.batching import Sample
+
+_SHOWN = {
+    "eval/accuracy": "held-out",
+    "reward/mean": "reward",
+    "accuracy/before": "accuracy",
+    "collapsed/before": "collapsed",
+    "collapsed/after": "after GEC",
+    "entropy/token_mean": "entropy",
+    "length/mean": "length",
+    "throughput/tokens_per_s": "tok/s",
+}
+
+
+class RunLog:
+    """Writes one run's records; ``resume_step`` drops what a killed run logged beyond its last checkpoint."""
+
+    def __init__(
+        self, accelerator: Accelerator, output: Path, *, steps: int, resume_step: int, console: Console | None = None
+    ) -> None:
+        self._accelerator = accelerator
+        self._metrics = output / "metrics.jsonl"
+        self._completions = output / "completions.jsonl"
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not accelerator.is_main_process or not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=resume_step, figures="")
+        if accelerator.is_main_process:
+            for path in (self._metrics, self._completions):
+                _keep_until(path, resume_step if resume_step else -1)
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one step's metrics everywhere."""
+        if self._accelerator.is_main_process:
+            _append(self._metrics, {"step": step} | {key: _finite(value) for key, value in metrics.items()})
+            figures = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics)
+            self._progress.update(self._task, completed=step, figures=figures)
+            if not self._console.is_terminal:
+                self._console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+        self._accelerator.log(dict(metrics), step=step)
+
+    def completions(self, step: int, samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> None:
+        """Record whole completions with the provenance of their parts."""
+        if self._accelerator.is_main_process:
+            for sample in samples:
+                _append(self._completions, completion_record(step, sample, decode))
+
+
+def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """Return a completion as completions.jsonl holds it: its text cut where the provenance changes, both its rewards.
+
+    ``*_before`` is the first attempt, the rest what was trained on; they are the same where nothing was corrected.
+    """
+    segments: list[list[str]] = []
+    ids, provenance = sample.response.token_ids, sample.response.provenance
+    start = 0
+    for stop in range(1, len(ids) + 1):
+        if stop == len(ids) or provenance[stop] != provenance[start]:
+            segments.append([provenance[start].name.lower(), decode(ids[start:stop])])
+            start = stop
+    example = sample.prompt.example
+    return {
+        "step": step,
+        "index": example.index,
+        "problem": example.problem,
+        "prompt": sample.prompt.text,
+        "answer": example.answer,
+        "segments": segments,
+        "correction": sample.response.correction,
+        "reward_before": sample.first_reward.total,
+        "reward": sample.reward.total,
+        "outcome_before": sample.first_reward.outcome,
+        "outcome": sample.reward.outcome,
+        "parts_before": dict(sample.first_reward.parts),
+        "parts": dict(sample.reward.parts),
+        "failures": sample.first_reward.failures | sample.reward.failures,
+        "skipped": sample.reward.skipped,
+        "advantage": sample.advantage,
+        "weight": sample.weight,
+    }
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN or infinity; such a metric becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrite a JSONL log so that it ends with ``step``; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

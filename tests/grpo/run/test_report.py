@@ -1,0 +1,434 @@
+"""The report page: what a run left is on it, nothing breaks it, nothing is fetched, no text escapes into markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from edge_grpo.config import from_dict, to_dict
+from edge_grpo.run.report import MAX_CHARACTERS, MAX_POINTS, MAX_TEXT, read_run, write_report
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} &amp; \u2028 \\boxed{7}"
+
+
+def make_run(
+    folder: Path, *, method: str = "edge", steps: int = 30, seed: int = 0, final_accuracy: float = 0.7
+) -> Path:
+    """A run folder as the trainer leaves it, with plausible curves."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True)
+    tree = {"method": method, "steps": steps, "output": str(folder), "data": {"eval": "arithmetic@test"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(tree)), sort_keys=False))
+    corrects, metrics, completions = method != "grpo", [], []
+    metrics.append({"step": 0, "eval/accuracy": 0.22, "eval/stderr": 0.029})
+    for step in range(1, steps + 1):
+        level = 0.22 + (final_accuracy - 0.22) * (1 - math.exp(-3 * step / steps))
+        before = min(1.0, max(0.0, rng.gauss(level, 0.07)))
+        after = before + (1 - before) * 0.6 * corrects
+        entropy = 0.9 * math.exp(-step / steps) + rng.gauss(0, 0.03)
+        wrong = round(64 * (1 - before))
+        row = {
+            "step": step,
+            "loss": rng.gauss(0, 0.02),
+            "reward/mean": after,
+            "reward/std": math.sqrt(after * (1 - after)),
+            "reward/accuracy": after,
+            "accuracy/before": before,
+            "accuracy/after": after,
+            "collapsed/before": abs(rng.gauss(0.4, 0.1)),
+            "collapsed/after": abs(rng.gauss(0.1 if corrects else 0.4, 0.05)),
+            "advantage/var": abs(rng.gauss(0.8 if corrects else 0.5, 0.08)),
+            "entropy/token_mean": entropy,
+            "entropy/response_mean": entropy * 1.05,
+            "eda/weight_min": 0.6 if method == "edge" else 1.0,
+            "eda/weight_mean": 1.08 if method == "edge" else 1.0,
+            "eda/weight_max": rng.uniform(1.6, 3.0) if method == "edge" else 1.0,
+            "tokens/injected_share": 0.2 * (1 - before) * corrects,
+            "length/mean": rng.gauss(48, 3),
+            "length/min": 12,
+            "length/max": 128,
+            "length/truncated": abs(rng.gauss(0.04, 0.02)),
+            "kl/mean": 0.0,
+            "clip/low": 0.001,
+            "clip/high": 0.002,
+            "clip/region": abs(rng.gauss(0.003, 0.001)),
+            "ratio/mean": 1 + rng.gauss(0, 1e-3),
+            "ratio/max": 1.3 + rng.random(),
+            "grad/norm": math.exp(rng.gauss(-0.5, 0.4)),
+            "optim/lr": 1e-3 * min(1, step / 5),
+            "drift/logprob_mean": 2e-7 * math.exp(rng.gauss(0, 0.3)),
+            "drift/logprob_max": 4e-6 * math.exp(rng.gauss(0, 0.6)),
+            "drift/entropy_max": 6e-6 * math.exp(rng.gauss(0, 0.6)),
+            "correction/reflect": round(wrong * 0.5) * corrects,
+            "correction/answer": round(wrong * 0.25) * corrects,
+            "correction/solution": round(wrong * 0.25) * corrects,
+            "outcome/correct": 64 - wrong,
+            "outcome/wrong": wrong - wrong // 4,
+            "outcome/unparseable": wrong // 4,
+            "outcome/timed_out": 0,
+            "throughput/tokens_per_s": rng.gauss(2100, 120),
+            "time/rollout": 0.8 + rng.random() * 0.2,
+            "time/reward": 0.05,
+            "time/correction": 0.3 * corrects,
+            "time/score": 0.1,
+            "time/update": 0.5,
+            "time/total": 2.1 if corrects else 1.7,
+            "memory/peak_bytes": 9.1e8,
+        }
+        if step == steps or step % 10 == 0:
+            accuracy = level * 0.97
+            row |= {"eval/accuracy": accuracy, "eval/stderr": math.sqrt(accuracy * (1 - accuracy) / 200)}
+        metrics.append(row)
+        for index, correction in enumerate([None, "reflect", "answer", "solution"][: 4 if corrects else 1]):
+            a, b, c = rng.randint(2, 30), rng.randint(2, 30), rng.randint(2, 9)
+            attempt = f"First I add {a} and {b}.\n{a} + {b} = {a + b}.\nThen I multiply by {c}: the answer is "
+            right, wrong_text = f"\\boxed{{{(a + b) * c}}}", f"\\boxed{{{(a + b) * c + 3}}}"
+            segments = {
+                None: [["sampled", attempt + right]],
+                "reflect": [
+                    ["sampled", attempt + wrong_text],
+                    ["injected", " Wait! Something is wrong here."],
+                    ["continued", f" Let me check.\n{a + b} * {c} = {(a + b) * c}, so the answer is {right}<eos>"],
+                ],
+                "answer": [
+                    ["sampled", attempt + wrong_text],
+                    ["injected", f" Wait! Something is wrong here. The correct answer is {right}."],
+                    ["injected", "<eos>"],
+                ],
+                "solution": [["injected", f"{a} + {b} = {a + b}; {a + b} * {c} = {(a + b) * c}. {right}<eos>"]],
+            }[correction]
+            completions.append(
+                {
+                    "step": step,
+                    "index": step * 10 + index,
+                    "problem": f"What is ({a} + {b}) * {c}?",
+                    "prompt": f"<user>What is ({a} + {b}) * {c}?<assistant>",
+                    "answer": str((a + b) * c),
+                    "segments": segments,
+                    "correction": correction,
+                    "reward_before": 0.0 if correction else 1.0,
+                    "reward": 1.0,
+                    "outcome_before": "wrong" if correction else "correct",
+                    "outcome": "correct",
+                    "advantage": rng.gauss(0, 1),
+                    "weight": rng.uniform(0.6, 2),
+                }
+            )
+    for name, records in (("metrics.jsonl", metrics), ("completions.jsonl", completions)):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, text outside of scripts, the data, and unbalanced tags."""
+
+    VOID = ("meta", "input", "br", "img", "link")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.script = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+        body = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.DOTALL)
+        assert body is not None
+        self.runs = json.loads(body[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["runs"]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.script += data
+        elif not (self.open and self.open[-1] == "style"):
+            self.text += f" {data}"
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+# ---- What is on the page
+
+
+def test_a_run_is_on_its_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "first", steps=30)
+    path = write_report([run])
+    assert path == run / "report.html"
+    assert [entry.name for entry in run.iterdir() if "partial" in entry.name] == []
+    page = Page(path)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = records[-1]
+    assert f"22.0% ± 2.9 → {100 * last['eval/accuracy']:.1f}% ± {100 * last['eval/stderr']:.1f}" in page.words
+    assert f"{100 * (last['eval/accuracy'] - 0.22):+.1f} points held-out accuracy, step 0 → 30" in page.words
+    assert "Steps 30 of 30" in page.words
+    assert "Time in steps 1 min" in page.words  # 30 steps of 2.1 seconds
+    assert "model edge_grpo:tiny · trained on arithmetic · held-out arithmetic@test" in page.words
+    (data,) = page.runs
+    assert data["steps"] == list(range(1, 31))  # step 0 has an evaluation only
+    assert data["minutes"][-1] == pytest.approx(30 * 2.1 / 60)
+    assert [e["step"] for e in data["evals"]] == [0, 10, 20, 30]
+    assert data["columns"]["reward/mean"] == pytest.approx([r["reward/mean"] for r in records[1:]], rel=1e-4)
+    assert len(data["completions"]) == 30 * 4
+    assert data["prompt"].startswith("<user>What is")
+
+
+def test_columns_are_derived_from_what_is_logged(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(
+            {
+                "step": 1,
+                "outcome/correct": 5,
+                "outcome/wrong": 2,
+                "outcome/unparseable": 1,
+                "outcome/timed_out": 0,
+                "time/total": 3.0,
+                "time/rollout": 1.25,
+                "time/update": 1.0,
+            }
+        )
+    )
+    columns = read_run(tmp_path).columns
+    assert columns["outcome_share/unparseable"] == [0.125]
+    assert columns["outcome_share/timed_out"] == [0.0]
+    assert columns["time/other"] == [0.75]
+
+
+def test_the_configuration_marks_what_differs(tmp_path: Path) -> None:
+    def differing(page: Page) -> set[str]:
+        return set(re.findall(r'<tr class="differs"><th scope="row">([^<]*)</th>', page.source))
+
+    edge = make_run(tmp_path / "edge", steps=3)
+    grpo = make_run(tmp_path / "grpo", steps=4, method="grpo")
+    assert differing(Page(write_report([edge]))) == {"steps", "data.eval"}  # from the defaults; output never counts
+    assert differing(Page(write_report([edge, grpo]))) == {"method", "steps"}  # from each other
+
+
+def test_several_runs_share_one_page(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a" / name, method=m, steps=5) for name, m in (("x", "edge"), ("y", "grpo"))]
+    runs.append(make_run(tmp_path / "b" / "x", method="grpo+reflection", steps=6))
+    path = write_report(runs)
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    assert [run["name"] for run in page.runs] == ["a/x", "a/y", "b/x"]  # as long as it takes to tell them apart
+    assert [run["index"] for run in page.runs] == [0, 1, 2]
+    assert "EDGE-GRPO: 3 runs compared" in page.words
+    with pytest.raises(ValueError, match="each run can be given once"):
+        write_report([runs[0], runs[0]])
+
+
+def test_output_goes_where_it_is_wanted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    wanted = tmp_path / "new" / "page.html"
+    assert write_report([run], wanted) == wanted
+    assert Page(wanted).runs[0]["name"] == "run"
+
+
+# ---- What must not happen
+
+
+def test_nothing_is_fetched(tmp_path: Path) -> None:
+    page = Page(write_report([make_run(tmp_path / "run", steps=3)]))
+    fetching = {"src", "href", "srcset", "action", "data", "poster"}
+    assert [(tag, attrs) for tag, attrs in page.elements if fetching & attrs.keys()] == []
+    assert [tag for tag, _ in page.elements if tag in ("link", "img", "iframe", "object", "embed", "base")] == []
+    urls = set(re.findall(r"https?://[^\s\"'`)]+", page.source))
+    assert urls == {"http://www.w3.org/2000/svg"}  # a namespace, which no browser opens
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", page.source)
+    policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_text_cannot_become_markup(tmp_path: Path) -> None:
+    clean = Page(write_report([make_run(tmp_path / "clean", steps=2)]))
+    run = make_run(tmp_path / "<b>&run", steps=2)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["data"]["system_prompt"] = tree["model"]["path"] = HOSTILE
+    tree["method"] = HOSTILE
+    tree[HOSTILE] = 1
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    record = {"step": 2, "problem": HOSTILE, "prompt": HOSTILE, "answer": HOSTILE, "segments": [["sampled", HOSTILE]]}
+    append(run / "completions.jsonl", json.dumps(record | {"outcome": HOSTILE, "correction": HOSTILE}) + "\n")
+    append(run / "metrics.jsonl", json.dumps({"step": 2, HOSTILE: 1.0}) + "\n")
+    page = Page(write_report([run]))
+    assert [tag for tag, _ in page.elements if tag == "img"] == []
+    assert [t for t, _ in page.elements].count("script") == [t for t, _ in clean.elements].count("script")
+    sample = page.runs[0]["completions"][-1]
+    assert sample["segments"] == [["sampled", HOSTILE]]  # and yet nothing is lost
+    assert sample["problem"] == HOSTILE
+    assert "outcome" not in sample  # it would name a style
+    assert HOSTILE in page.runs[0]["columns"]
+    # Script puts text into the page as text nodes only.
+    assert "innerHTML" not in page.script
+    assert "insertAdjacentHTML" not in page.script
+
+
+def test_what_could_not_be_judged_is_counted_over_the_whole_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    assert "Answers timed out" not in Page(write_report([run])).words
+    for step in range(3, MAX_POINTS + 103):
+        row = {"step": step, "grading/answers_timed_out": 1, "grading/functions_timed_out": 2, "grading/skipped": 0}
+        append(run / "metrics.jsonl", json.dumps(row) + "\n")
+    words = Page(write_report([run])).words
+    assert f"Answers timed out {MAX_POINTS + 100:,}" in words  # although the curves are thinned
+    assert f"Reward calls timed out {2 * MAX_POINTS + 200:,}" in words
+    assert "Responses skipped" not in words
+
+
+# ---- What a run may lack
+
+
+def test_broken_and_repeated_lines(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4)
+    append(
+        run / "metrics.jsonl", '{"step": 4, "loss": 0.5}\n[1]\n{"loss": 1}\n{"step": 5, "loss": NaN, "grad/norm": Inf'
+    )
+    append(run / "completions.jsonl", '{"step": 4, "segments": [["samp')
+    found = read_run(run)
+    assert found.steps == [1, 2, 3, 4]
+    assert found.columns["loss"][-1] == 0.5  # a step logged again after a resume: the later line counts
+    assert found.notes == [
+        "metrics.jsonl: 3 unreadable lines were skipped",
+        "completions.jsonl: 1 unreadable line was skipped",
+    ]
+    assert "metrics.jsonl: 3 unreadable lines were skipped" in Page(write_report([run])).words
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    append(
+        run / "metrics.jsonl",
+        '{"step": 3, "loss": NaN, "grad/norm": Infinity, "kl/mean": null, "reward/mean": "?", "time/total": 1e999}\n',
+    )
+    (data,) = Page(write_report([run])).runs  # Page fails on a NaN, which is not JSON
+    assert data["steps"] == [1, 2, 3]
+    assert [data["columns"][key][-1] for key in ("loss", "grad/norm", "kl/mean", "reward/mean")] == [None] * 4
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "completions.jsonl"])
+def test_a_missing_file_is_said(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    (run / missing).unlink()
+    assert f"{missing} is missing" in Page(write_report([run])).words
+
+
+def test_a_run_without_steps_or_evaluations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        (run / name).write_text("")
+    page = Page(write_report([run]))
+    assert "no held-out evaluation" in page.words
+    assert "not finished: step 0 of 3" in page.words
+    assert page.runs[0]["steps"] == []
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval/accuracy": 0.5, "eval/stderr": null}\n')
+    assert "50.0% held-out accuracy before training" in Page(write_report([run])).words
+
+
+def test_an_unreadable_configuration(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    (run / "config.yaml").write_text("steps: [1")
+    assert "config.yaml is not readable" in Page(write_report([run])).words
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        write_report([tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match="is not a run folder: it holds neither config"):
+        write_report([tmp_path])
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([])
+
+
+# ---- Size
+
+
+def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    run.mkdir()
+    steps = 4000
+    (run / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "loss": {i}, "time/total": 60}}\n' for i in range(1, steps + 1))
+    )
+    record = {"segments": [["sampled", "x" * (MAX_TEXT - 10)], ["injected", "y" * 15]], "problem": "?"}
+    (run / "completions.jsonl").write_text(
+        "".join(json.dumps(record | {"step": 1 + i // 8}) + "\n" for i in range(8 * 200))
+    )
+    path = write_report([run])
+    page = Page(path)
+    (data,) = page.runs
+    assert len(data["steps"]) == MAX_POINTS
+    assert (data["steps"][0], data["steps"][-1], data["minutes"][-1]) == (1, steps, steps)
+    assert f"the curves show {MAX_POINTS} of {steps} steps" in page.words
+    chosen = [sample["step"] for sample in data["completions"]]
+    assert {chosen.count(step) for step in chosen} == {8}  # steps stay whole
+    assert (chosen[0], chosen[-1]) == (1, 200)
+    assert f"{len(chosen)} of 1600 completions are shown, from {len(chosen) // 8} steps" in page.words
+    assert path.stat().st_size < 1.3 * MAX_CHARACTERS
+    sample = data["completions"][0]
+    assert sample["segments"][1] == ["injected", "y" * 10]
+    assert sample["cut"] == 5
+
+
+def test_a_short_runs_page_is_small(tmp_path: Path) -> None:
+    assert write_report([make_run(tmp_path / "run", steps=100)]).stat().st_size < 300_000
+
+
+# ---- In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on PATH")
+def test_the_script_draws_everything_without_an_error(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "edge", steps=20), make_run(tmp_path / "grpo", steps=8, method="grpo")]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "custom/one": 2}\n')
+    record = {"step": 99, "problem": HOSTILE, "segments": [["injected", HOSTILE]], "correction": HOSTILE}
+    append(runs[0] / "completions.jsonl", json.dumps(record) + "\n")
+    path = write_report([*runs, bare])
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --window-size=1200,900"
+    flags += " --virtual-time-budget=2000 --enable-logging=stderr --dump-dom"
+    command = [str(BROWSER), *flags.split(), path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    charts = re.findall(r'<div class="card chart">(.*?)<div class="tip"', done.stdout, re.DOTALL)
+    titles = [re.sub(r"<[^>]+>", "", re.findall(r"<h3.*?</h3>", chart)[0]) for chart in charts]
+    for title in (
+        "Accuracy",
+        "Collapsed groups",
+        "Entropy-driven weights",
+        "Drift",
+        "Time per step,  edge",
+        "custom/one",
+    ):
+        assert title in titles
+    assert [title for title, chart in zip(titles, charts, strict=True) if not re.search(r"<path|<circle", chart)] == []
+    assert "Not drawn: KL to the reference (always 0)." in done.stdout
+    assert done.stdout.count('class="card sample"') == 8
+    assert "<img" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
