@@ -12,7 +12,7 @@ import torch
 from benchmarks import aot
 from benchmarks.gpu_peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.ops.token_loss import LossRule, TokenTerms
+from edge_kernels.contract import LossRule, TokenTerms
 from edge_kernels.ops.token_stats import StatsGradients, Transform
 
 ROWS = SEQUENCES * TOKENS

@@ -10,13 +10,29 @@ from torch import Tensor
 
 from edge_kernels._checks import stats_dtype
 from edge_kernels.backend import extension
-from edge_kernels.backends.rows import DTYPE_CODES, address, describe_rows, row_blocks, with_unit_stride
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
-from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform, new_stats
+from edge_kernels.backends.rows import (
+    DTYPE_CODES,
+    address,
+    describe_rows,
+    row_blocks,
+    rule_options,
+    transform_options,
+    with_unit_stride,
+)
+from edge_kernels.contract import (
+    METRICS,
+    KernelStats,
+    LossRule,
+    StatsGradients,
+    TokenLoss,
+    TokenTerms,
+    Transform,
+    new_stats,
+)
 
 
 def _options(transform: Transform) -> dict[str, Any]:
-    return transform.for_extension() | {"threads": torch.get_num_threads()}
+    return transform_options(transform) | {"threads": torch.get_num_threads()}
 
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
@@ -78,7 +94,7 @@ def grpo_sweep(
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
             **{name: address(value, start) for name, value in per_token.items()},
-            **rule.for_extension(),
+            **rule_options(rule),
             **numbers,
             **_options(transform),
         )
@@ -94,13 +110,13 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         dtype=DTYPE_CODES[logprobs.dtype],
         sequences=math.prod(logprobs.shape[:-1]),
         length=logprobs.shape[-1],
-        ratio_of_sequence=rule.level == "sequence",
-        sampler_of_sequence=rule.sampler_mode.startswith("sequence"),
+        ratio_of_sequence=rule.ratio_of_sequence,
+        sampler_of_sequence=rule.sampler_of_sequence,
         logprobs=address(logprobs),
         entropy=address(entropy),
         mask=address(mask),
         **{name: address(value) for name, value in per_token.items()},
-        **rule.for_extension(),
+        **rule_options(rule),
         **_numbers(terms),
         loss=address(out.loss),
         metrics=address(out.metrics),

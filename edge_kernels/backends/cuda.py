@@ -14,9 +14,24 @@ import torch
 from torch import Tensor
 
 from edge_kernels.backend import extension
-from edge_kernels.backends.rows import address, describe_rows, row_blocks, with_unit_stride
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
-from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform, new_stats
+from edge_kernels.backends.rows import (
+    address,
+    describe_rows,
+    row_blocks,
+    rule_options,
+    transform_options,
+    with_unit_stride,
+)
+from edge_kernels.contract import (
+    METRICS,
+    KernelStats,
+    LossRule,
+    StatsGradients,
+    TokenLoss,
+    TokenTerms,
+    Transform,
+    new_stats,
+)
 
 __all__ = ["grpo_sweep", "token_loss", "token_stats_backward", "token_stats_forward", "unavailable"]
 
@@ -100,7 +115,7 @@ def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Trans
             entropy=address(out.entropy, start),
             logsumexp=address(out.logsumexp, start),
             logsumexp_low=address(out.logsumexp_low, start),
-            **transform.for_extension(),
+            **transform_options(transform),
             **_where(logits),
             workspace=workspace.data_ptr(),
             workspace_bytes=workspace.numel(),
@@ -131,7 +146,7 @@ def token_stats_backward(
             grad_logsumexp=address(gradients.logsumexp, start),
             grad_logits=out_block.data_ptr(),
             grad_row_stride=out_block.stride(0),
-            **transform.for_extension(),
+            **transform_options(transform),
             **_where(logits),
         )
 
@@ -156,8 +171,8 @@ def grpo_sweep(
             grad_row_stride=out_block.stride(0),
             **{name: address(value, start) for name, value in values.items()},
             **numbers,
-            **rule.for_extension(),
-            **transform.for_extension(),
+            **rule_options(rule),
+            **transform_options(transform),
             **_where(logits),
             workspace=workspace.data_ptr(),
             workspace_bytes=workspace.numel(),
@@ -177,12 +192,12 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     extension().cuda_token_loss(
         sequences=sequences,
         length=length,
-        ratio_of_sequence=rule.level == "sequence",
-        sampler_of_sequence=terms.sampling_logprobs is not None and rule.sampler_mode.startswith("sequence"),
+        ratio_of_sequence=rule.ratio_of_sequence,
+        sampler_of_sequence=terms.sampling_logprobs is not None and rule.sampler_of_sequence,
         logprobs=address(logprobs),
         entropy=address(entropy),
         **{name: address(value) for name, value in values.items()},
-        **rule.for_extension(),
+        **rule_options(rule),
         loss=address(out.loss),
         metrics=address(out.metrics),
         d_logprobs=address(out.d_logprobs),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cuda_on_cpu.harness import Buffer, Call, Device
 from edge_kernels import reference
+from edge_kernels.backends.plain import token_loss
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.ops.token_loss import LossRule, TokenTerms, token_loss
+from edge_kernels.contract import LossRule, TokenTerms
 
 IGNORED = -100
 NAN, INF = float("nan"), float("inf")
@@ -308,7 +309,7 @@ def close(actual: Tensor, exact: Tensor, *, rtol: float, atol: float | Tensor, n
 
 
 def rule_numbers(rule: LossRule) -> tuple[list[int], list[float]]:
-    options = rule.for_extension()
+    options = rule_options(rule)
     integers = [int(options["cispo"]), int(options["sampler_masks"]), options["injected_treatment"]]
     names = ("epsilon_low", "epsilon_high", "delta", "beta", "sampler_cap", "sampler_floor")
     return integers, [options[name] for name in (*names, "sft_weight", "shaped_gamma", "max_log_ratio")]

@@ -31,8 +31,7 @@ from edge_kernels.backends.triton.token_stats import (
     token_stats_backward,
     token_stats_forward,
 )
-from edge_kernels.ops.token_loss import LossRule, TokenTerms
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edge_kernels.backends.triton import tuning
-from edge_kernels.ops.token_stats import Transform
+from edge_kernels.contract import Transform
 
 # The default of the first changes in Triton 3.10; the kernels' rounding is written out where it matters, elsewhere a
 # fused multiply-add is both faster and more exact.

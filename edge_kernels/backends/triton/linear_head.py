@@ -15,6 +15,7 @@ number. Both stay on the device, so that nothing waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from edge_kernels.backends.triton.arithmetic import (
 )
 from edge_kernels.backends.triton.launch import LAUNCH, float32, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.backends.triton.token_stats import target_shifted
-from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform
+from edge_kernels.contract import KernelStats, StatsGradients, Transform
 
 _INTERPRETED = tl.constexpr(is_interpreting())
 
@@ -446,7 +447,7 @@ def linear_backward(
     targets: Tensor,
     stats: KernelStats,
     gradients: StatsGradients,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],
     dtype: torch.dtype,
     transform: Transform,
     into: Tensor | None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_kernels.backends.triton.arithmetic import LOG2E, nan_max
 from edge_kernels.backends.triton.launch import LAUNCH, float32, on_its_device
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
+from edge_kernels.contract import METRICS, Injected, LossRule, Objective, TokenLoss, TokenTerms
 from edge_kernels.reference import MAX_LOG_RATIO
 
 BLOCK = 1024
@@ -319,14 +319,13 @@ def token_loss_sum_kernel(
 
 def rule_arguments(rule: LossRule, terms: TokenTerms) -> dict[str, Any]:
     """Return the arguments that say what a token's loss is; which tensors there are is part of it."""
-    infinity = float("inf")
     return {
         "low": 1 - rule.epsilon_low,
-        "high": rule.epsilon_high if rule.loss_type == "cispo" else 1 + rule.epsilon_high,
-        "delta": infinity if rule.delta is None else rule.delta,
+        "high": rule.epsilon_high if rule.objective == Objective.CISPO else 1 + rule.epsilon_high,
+        "delta": rule.delta,
         "beta": rule.beta,
         "sampler_floor": rule.sampler_floor,
-        "sampler_cap": infinity if rule.sampler_cap is None else rule.sampler_cap,
+        "sampler_cap": rule.sampler_cap,
         "sft_weight": rule.sft_weight,
         "gamma": rule.shaped_gamma,
         "HAS_OLD": terms.old_logprobs is not None,
@@ -337,10 +336,10 @@ def rule_arguments(rule: LossRule, terms: TokenTerms) -> dict[str, Any]:
         "HAS_INJECTED": terms.injected is not None,
         "HAS_THRESHOLD": terms.entropy_threshold is not None,
         "HAS_BONUS": terms.bonus_weight is not None,
-        "CISPO": rule.loss_type == "cispo",
-        "SAMPLER_MASKS": rule.sampler_mode.endswith("mask"),
-        "SFT": rule.injected == "sft",
-        "SHAPED": rule.injected == "shaped",
+        "CISPO": rule.objective == Objective.CISPO,
+        "SAMPLER_MASKS": rule.sampler_masks,
+        "SFT": rule.injected == Injected.SFT,
+        "SHAPED": rule.injected == Injected.SHAPED,
     }
 
 
@@ -356,8 +355,8 @@ def term_tensors(terms: TokenTerms) -> dict[str, Tensor | None]:
 @on_its_device
 def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
     shape, num_tokens = logprobs.shape, logprobs.numel()
-    of_sequences = rule.level == "sequence"
-    of_sequences_sampler = terms.sampling_logprobs is not None and rule.sampler_mode.startswith("sequence")
+    of_sequences = rule.ratio_of_sequence
+    of_sequences_sampler = terms.sampling_logprobs is not None and rule.sampler_of_sequence
     length = shape[-1] if of_sequences or of_sequences_sampler else BLOCK
     programs = -(-num_tokens // max(length, 1))
     block = min(BLOCK, max(16, triton.next_power_of_2(length)))

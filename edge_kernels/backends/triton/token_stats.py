@@ -15,7 +15,7 @@ from edge_kernels.backends.triton import tuning
 from edge_kernels.backends.triton.arithmetic import LOWEST, gradient_factors, merged, oriented, shifted, statistics
 from edge_kernels.backends.triton.launch import LAUNCH, base_of, float32, on_its_device, slope_of_x, transform_arguments
 from edge_kernels.backends.triton.rows import row_sums, write_gradient
-from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform, new_stats
+from edge_kernels.contract import KernelStats, StatsGradients, Transform, new_stats
 
 
 @triton.jit

@@ -23,10 +23,11 @@ from edge_kernels import (
     token_entropy,
     token_stats,
 )
+from edge_kernels.contract import LossRule, TokenTerms
 from edge_kernels.ops.grpo_loss import grpo_loss_op
 from edge_kernels.ops.linear_grpo_loss import linear_grpo_loss_backward_op, linear_grpo_loss_op
 from edge_kernels.ops.linear_token_stats import linear_token_stats_backward_op
-from edge_kernels.ops.token_loss import LossRule, TokenTerms, token_loss_op
+from edge_kernels.ops.token_loss import token_loss_op
 from edge_kernels.ops.token_stats import Transform, token_stats_backward_op
 
 B, T, V, D = 2, 3, 10**6, 7  # logits of 12 MB that nothing allocates
