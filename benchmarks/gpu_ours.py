@@ -12,8 +12,7 @@ import torch
 from benchmarks import aot
 from benchmarks.gpu_peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.contract import LossRule, TokenTerms
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
 ROWS = SEQUENCES * TOKENS
 TRANSFORM = Transform(TEMPERATURE, None, 1.0, -100)

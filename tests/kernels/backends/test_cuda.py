@@ -21,8 +21,7 @@ import edge_kernels
 from edge_kernels import _extension, backend, reference, use_backend
 from edge_kernels.backends import cuda, plain
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.contract import LossRule, TokenTerms
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
 EXTENSION = _extension.load()
 HAS_CUDA = EXTENSION.built_with()["cuda"] is not None

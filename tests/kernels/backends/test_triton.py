@@ -35,6 +35,7 @@ def test_under_the_interpreter() -> None:
         "-p",
         "no:cacheprovider",
         "tests/kernels/ops/test_token_stats.py",
+        "tests/kernels/ops/test_token_stats_machinery.py",
         "tests/kernels/backends/interpreted",
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
