@@ -8,8 +8,7 @@ waits for the device. The mathematics: reference.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,14 +76,14 @@ METRICS = (
 )
 
 
-class Objective(IntEnum):
-    """The policy term; as in csrc/token_loss.h."""
+class Objective:
+    """The policy term, as in csrc/token_loss.h. Plain numbers: torch.compile does not trace ``float`` of an enum."""
 
     CLIPPED = 0
     CISPO = 1
 
 
-class Injected(IntEnum):
+class Injected:
     """What tokens that the policy did not sample do instead; as in csrc/token_loss.h."""
 
     NOTHING = 0
@@ -95,7 +94,7 @@ class Injected(IntEnum):
 class LossRule(NamedTuple):
     """The part of ``GRPOLossConfig`` that acts on a single token; every field is a number."""
 
-    objective: Objective
+    objective: int
     ratio_of_sequence: bool  # one importance ratio per response instead of one per token
     epsilon_low: float
     epsilon_high: float
@@ -105,7 +104,7 @@ class LossRule(NamedTuple):
     sampler_floor: float
     sampler_of_sequence: bool
     sampler_masks: bool  # outside of [floor, cap]; else it truncates
-    injected: Injected
+    injected: int
     sft_weight: float
     shaped_gamma: float
 
@@ -135,9 +134,10 @@ class LossRule(NamedTuple):
 
     @classmethod
     def unpack(cls, packed: Sequence[float]) -> LossRule:
-        kinds = {"objective": lambda x: Objective(int(x)), "injected": lambda x: Injected(int(x))}
+        kinds: dict[str, Any] = {"objective": int, "injected": int}
         kinds |= dict.fromkeys(("ratio_of_sequence", "sampler_of_sequence", "sampler_masks"), bool)
-        return cls(*(kinds.get(name, float)(value) for name, value in zip(cls._fields, packed, strict=True)))
+        values: list[Any] = [kinds.get(name, float)(x) for name, x in zip(cls._fields, packed, strict=True)]
+        return cls(*values)
 
 
 class TokenTerms(NamedTuple):

@@ -50,7 +50,8 @@ def grpo_loss_op(
     """Return loss, metrics, logprobs, entropy and the gradient of the logits, from one sweep over them."""
     out = fresh(logits.shape, logits)
     records = (Transform.unpack(transform), TokenTerms.unpack(terms), LossRule.unpack(rule))
-    return *_sweep(with_unit_stride(logits), targets, *records, out), out
+    loss, metrics, logprobs, entropy = _sweep(with_unit_stride(logits), targets, *records, out=out)
+    return loss, metrics, logprobs, entropy, out
 
 
 @grpo_loss_op.register_fake
@@ -76,11 +77,13 @@ class _InplaceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, *records: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, transform: Transform, terms: TokenTerms, rule: LossRule
+    ) -> tuple[Tensor, ...]:
         out = logits.detach()
-        results = _sweep(out, targets, *records, out)
+        results = _sweep(out, targets, transform, terms, rule, out=out)
         torch.autograd.graph.increment_version(logits)
-        keep_gradients(ctx, (logits,), (True,), (logits, targets, *records))
+        keep_gradients(ctx, (logits,), (True,), (logits, targets, transform, terms, rule))
         ctx.mark_non_differentiable(*results[1:])
         return results
 

@@ -115,15 +115,17 @@ def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
     for tile in tiles(hidden, head, learning, buffer):
         tile_terms, tile_targets = terms.select(tile.rows), targets[tile.rows]
         if not by_columns:
-            arguments = (tile.logits, tile_targets, tile_terms, rule, transform)
-            stats.logprobs[tile.rows], stats.entropy[tile.rows] = backend.grpo_sweep(*arguments, out=tile.logits)
+            parts = backend.grpo_sweep(tile.logits, tile_targets, tile_terms, rule, transform, out=tile.logits)
+            stats.logprobs[tile.rows], stats.entropy[tile.rows] = parts
         else:  # the pass by columns will need all of a row's statistics
             tile_stats = backend.token_stats_forward(tile.logits, tile_targets, transform)
             for whole, part in zip(stats, tile_stats, strict=True):
                 whole[tile.rows] = part
             tile_loss = backend.token_loss(tile_stats.logprobs, tile_stats.entropy, tile_terms, rule)
-            arguments = (tile.logits, tile_targets, tile_stats, tile_loss.gradients(terms), transform)
-            backend.token_stats_backward(*arguments, out=tile.logits)
+            coefficients = tile_loss.gradients(terms)
+            backend.token_stats_backward(
+                tile.logits, tile_targets, tile_stats, coefficients, transform, out=tile.logits
+            )
         if any(in_tiles):
             gradient.add(tile)
     # The others have a loss and metrics: they need their statistics.
@@ -243,9 +245,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         return hand_out(ctx, grad_loss)
     if torch.is_grad_enabled():
         refuse_second_derivative()
-    inputs = (grad_loss, *ctx.saved_tensors)  # once: checkpointing makes them anew at each access
+    hidden, weight, bias, tile, learning = ctx.saved_tensors  # once: checkpointing makes them anew at each access
+    inputs = (grad_loss, hidden, weight, bias, tile, learning)
     want_hidden, want_weight, want_bias = ctx.wanted
-    into = grad_to_add_to(inputs[2]) if want_weight else None
+    into = grad_to_add_to(weight) if want_weight else None
     if into is None:
         gradients = linear_grpo_loss_backward_op(*inputs, ctx.wanted, ctx.dtype)
     else:
