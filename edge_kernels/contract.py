@@ -16,6 +16,19 @@ from torch import Tensor
 from edge_kernels._checks import stats_dtype
 from edge_kernels.config import GRPOLossConfig
 
+
+def pack_numbers(values: Sequence[float]) -> Tensor:
+    """Return a record's numbers as one float64 tensor on the CPU, whatever device the op runs on.
+
+    As a tensor a number can change without torch.compile tracing anew: a float argument of an op is a constant of the
+    graph.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # a product with a float is what the tracer keeps symbolic
+    return torch.stack([one * value for value in values])
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -27,13 +40,13 @@ class Transform(NamedTuple):
     logit_scale: float
     ignore_index: int
 
-    def pack(self) -> list[float]:
-        """Return the transform as an op's argument ``float[] transform``."""
-        return [self.temperature, self.softcap or 0.0, self.logit_scale, float(self.ignore_index)]
+    def pack(self) -> Tensor:
+        """Return the transform as an op's argument ``transform``."""
+        return pack_numbers([self.temperature, self.softcap or 0.0, self.logit_scale, float(self.ignore_index)])
 
     @classmethod
-    def unpack(cls, packed: Sequence[float]) -> Transform:
-        temperature, softcap, logit_scale, ignore_index = packed
+    def unpack(cls, packed: Tensor) -> Transform:
+        temperature, softcap, logit_scale, ignore_index = packed.tolist()
         return cls(temperature, softcap or None, logit_scale, int(ignore_index))
 
 
@@ -128,15 +141,15 @@ class LossRule(NamedTuple):
             shaped_gamma=float(config.shaped_gamma),
         )
 
-    def pack(self) -> list[float]:
-        """Return the rule as an op's argument ``float[] rule``."""
-        return [float(value) for value in self]
+    def pack(self) -> Tensor:
+        """Return the rule as an op's argument ``rule``."""
+        return pack_numbers(self)
 
     @classmethod
-    def unpack(cls, packed: Sequence[float]) -> LossRule:
+    def unpack(cls, packed: Tensor) -> LossRule:
         kinds: dict[str, Any] = {"objective": int, "injected": int}
         kinds |= dict.fromkeys(("ratio_of_sequence", "sampler_of_sequence", "sampler_masks"), bool)
-        values: list[Any] = [kinds.get(name, float)(x) for name, x in zip(cls._fields, packed, strict=True)]
+        values: list[Any] = [kinds.get(name, float)(x) for name, x in zip(cls._fields, packed.tolist(), strict=True)]
         return cls(*values)
 
 

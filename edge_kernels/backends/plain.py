@@ -27,7 +27,7 @@ from edge_kernels.reference import MAX_LOG_RATIO, k3
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     stats = reference.token_stats(logits, targets, **transform._asdict())
-    return KernelStats(*stats, torch.zeros_like(stats.logsumexp))
+    return KernelStats(*(value.contiguous() for value in stats), torch.zeros_like(stats.logsumexp).contiguous())
 
 
 def token_stats_backward(
@@ -113,7 +113,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         d_entropy = -terms.bonus_weight * acting
 
     metrics = _metrics(mask, entropy, ratio, low, high, kl, factor)
-    return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs, d_entropy)
+    return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs.contiguous(), d_entropy.contiguous())
 
 
 def _clipped(ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,6 +91,8 @@ def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> 
     """Return a scalar on the device; a number is filled in there, since copying it would wait for the device."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
+    if torch.compiler.is_compiling():  # a filled-in number would be a constant of the graph, a factor is an input
+        return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_float, check_targets_in_range, describe, stats_dtype
+from edge_kernels._checks import check_float, check_targets_in_range, describe
 from edge_kernels.backend import kernels
 from edge_kernels.backends.rows import with_unit_stride
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform
+from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform, new_stats
 from edge_kernels.ops.autograd import hand_out, keep_gradients, wants_gradient
 from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
 from edge_kernels.ops.memory import fresh
@@ -45,7 +45,7 @@ def _sweep(
 
 @torch.library.custom_op("edge_kernels::grpo_loss", mutates_args=())
 def grpo_loss_op(
-    logits: Tensor, targets: Tensor, transform: list[float], terms: list[Tensor | None], rule: list[float]
+    logits: Tensor, targets: Tensor, transform: Tensor, terms: list[Tensor | None], rule: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, metrics, logprobs, entropy and the gradient of the logits, from one sweep over them."""
     out = fresh(logits.shape, logits)
@@ -56,8 +56,8 @@ def grpo_loss_op(
 
 @grpo_loss_op.register_fake
 def _(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    logprobs, entropy = (torch.empty_like(targets, dtype=stats_dtype(logits.dtype)) for _ in range(2))
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    logprobs, entropy = new_stats(logits), new_stats(logits)
+    gradient = logits.new_empty(logits.shape)
     return logprobs.new_empty(()), logprobs.new_empty(len(METRICS)), logprobs, entropy, gradient
 
 

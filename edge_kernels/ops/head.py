@@ -141,7 +141,7 @@ class HeadGradient:
     ) -> None:
         self._inputs = (hidden, weight, weight if bias is None else bias)
         self._head = head
-        self._hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self._hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
         self._into = into
         self._weight = into
         if into is None and wanted[1]:

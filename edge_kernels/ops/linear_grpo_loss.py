@@ -98,7 +98,7 @@ def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
     """Return loss and gradients, or the one tile they are made from, in a sweep over tiles of logits."""
     hidden, weight, bias, targets, wanted, dtype, transform, terms, rule = call
     head, backend, learning = Head(weight, bias, dtype), kernels(weight), call.learning
-    stats = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
+    stats = KernelStats(*(targets.new_zeros(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
     num_rows = int(learning.sum())
     by_columns = wanted[1] and not keep_tile and needs_column_pass(weight, head.products, num_rows)
     in_tiles = (
@@ -155,9 +155,9 @@ def linear_grpo_loss_op(
     wanted: list[bool],
     keep_tile: bool,
     dtype: torch.dtype,
-    transform: list[float],
+    transform: Tensor,
     terms: list[Tensor | None],
-    rule: list[float],
+    rule: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of ``_Swept``."""
     records = (Transform.unpack(transform), TokenTerms.unpack(terms), LossRule.unpack(rule))
@@ -178,7 +178,7 @@ def _(
     dtype: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    per_token = [torch.empty_like(targets, dtype=stats_dtype(dtype)) for _ in range(2)]
+    per_token = [targets.new_empty(targets.shape, dtype=stats_dtype(dtype)) for _ in range(2)]
     loss, metrics = per_token[0].new_empty(()), per_token[0].new_empty(len(METRICS))
     gradients = fake_head_gradient(hidden, weight, bias, [False] * 3 if keep_tile else wanted)
     rows = targets.shape[0] if keep_tile else 0

@@ -39,13 +39,13 @@ def linear_token_stats_op(
     bias: Tensor | None,
     targets: Tensor,
     dtype: torch.dtype,
-    transform: list[float],
+    transform: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unpacked = Transform.unpack(transform)
     check_targets_in_range(targets, weight.shape[0], unpacked.ignore_index)
     if (fused := fused_head(hidden)) is not None:
         return fused.linear_forward(hidden, weight, bias, targets, dtype, unpacked)
-    out = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
+    out = KernelStats(*(targets.new_zeros(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
     head, active, backend = Head(weight, bias, dtype), targets != unpacked.ignore_index, kernels(weight)
     buffer = tile_buffer(weight, head, int(active.sum()))
     for tile in tiles(hidden, head, active, buffer):
@@ -59,7 +59,7 @@ def linear_token_stats_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (torch.empty_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields)
+    a, b, c, d = (targets.new_empty(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields)
     return a, b, c, d
 
 
@@ -115,7 +115,7 @@ def linear_token_stats_backward_op(
     gradients: list[Tensor | None],
     wanted: list[bool],
     dtype: torch.dtype,
-    transform: list[float],
+    transform: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     records = (stats_for_backward(stats), StatsGradients(*gradients))
     return _gradient(hidden, weight, bias, targets, *records, wanted, dtype, Transform.unpack(transform))
@@ -132,8 +132,8 @@ linear_token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.dtype, ctx.transform = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.dtype, transform = inputs
+    ctx.save_for_backward(*tensors, transform, *output[1:])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
@@ -142,15 +142,17 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     none = (None,) * 6
     if all(g is None for g in grads[:3]):
         return none
-    hidden, weight, bias, targets, *stats = ctx.saved_tensors  # once: checkpointing makes them anew at each access
+    hidden, weight, bias, targets, transform, *stats = (
+        ctx.saved_tensors
+    )  # once: checkpointing makes them anew at each access
     wanted = list(ctx.needs_input_grad[:3])
     inputs, gradients = (hidden, weight, bias, targets), list(grads[:3])
     into = grad_to_add_to(weight) if wanted[1] else None
     if into is None:
-        parts = linear_token_stats_backward_op(*inputs, stats, gradients, wanted, ctx.dtype, ctx.transform)
+        parts = linear_token_stats_backward_op(*inputs, stats, gradients, wanted, ctx.dtype, transform)
     else:
         records = (stats_for_backward(stats), StatsGradients(*gradients))
-        parts = _gradient(*inputs, *records, wanted, ctx.dtype, Transform.unpack(ctx.transform), into)
+        parts = _gradient(*inputs, *records, wanted, ctx.dtype, Transform.unpack(transform), into)
         wanted[1] = False
     return *none_if_unwanted(parts, wanted), *none[3:]
 

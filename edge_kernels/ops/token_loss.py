@@ -17,7 +17,7 @@ from edge_kernels.ops.autograd import no_gradients
 
 @torch.library.custom_op("edge_kernels::token_loss", mutates_args=())
 def token_loss_op(
-    logprobs: Tensor, entropy: Tensor, terms: list[Tensor | None], rule: list[float]
+    logprobs: Tensor, entropy: Tensor, terms: list[Tensor | None], rule: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels(logprobs).token_loss(logprobs, entropy, TokenTerms.unpack(terms), LossRule.unpack(rule))
 

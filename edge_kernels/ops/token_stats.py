@@ -35,9 +35,7 @@ def run_backward(
 
 
 @torch.library.custom_op("edge_kernels::token_stats", mutates_args=())
-def token_stats_op(
-    logits: Tensor, targets: Tensor | None, transform: list[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_stats_op(logits: Tensor, targets: Tensor | None, transform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unpacked = Transform.unpack(transform)
     if targets is not None:
         check_targets_in_range(targets, logits.shape[-1], unpacked.ignore_index)
@@ -61,7 +59,7 @@ def token_stats_backward_op(
     targets: Tensor | None,
     stats: list[Tensor],  # without logprobs
     gradients: list[Tensor | None],
-    transform: list[float],
+    transform: Tensor,
 ) -> Tensor:
     out = fresh(logits.shape, logits)
     options = (stats_for_backward(stats), StatsGradients(*gradients), Transform.unpack(transform))
@@ -71,7 +69,7 @@ def token_stats_backward_op(
 
 @token_stats_backward_op.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(logits.shape)
 
 
 token_stats_backward_op.register_autograd(refuse_second_derivative)
@@ -80,8 +78,7 @@ token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, ctx.transform = inputs
-    ctx.save_for_backward(logits, targets, *output[1:])
+    ctx.save_for_backward(*inputs, *output[1:])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # what is not used stays None, and the kernel skips it
 
@@ -89,8 +86,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient = None
     if any(g is not None for g in grads[:3]):
-        logits, targets, *stats = ctx.saved_tensors
-        gradient = token_stats_backward_op(logits, targets, stats, list(grads[:3]), ctx.transform)
+        logits, targets, transform, *stats = ctx.saved_tensors
+        gradient = token_stats_backward_op(logits, targets, stats, list(grads[:3]), transform)
     return gradient, None, None
 
 
@@ -106,18 +103,19 @@ class _InplaceTokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, ...]:
-        output = token_stats_op(logits, targets, transform.pack())
-        _setup_context(ctx, (logits, targets, transform), output)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = token_stats_op(*inputs)
+        _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_second_derivative()
-        logits, targets, *stats = ctx.saved_tensors
+        logits, targets, transform, *stats = ctx.saved_tensors
         out = logits.detach()
-        run_backward(out, targets, stats_for_backward(stats), StatsGradients(*grads[:3]), ctx.transform, out=out)
+        options = (stats_for_backward(stats), StatsGradients(*grads[:3]), Transform.unpack(transform))
+        run_backward(out, targets, *options, out=out)
         torch.autograd.graph.increment_version(logits)
         return out, None, None
 
@@ -188,7 +186,7 @@ def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -
         return token_stats(logits, targets, **transform._asdict())
     check_writable_rows(logits)
     _check(logits, targets, transform)
-    return TokenStats(*_InplaceTokenStats.apply(logits, targets, transform)[:3])
+    return TokenStats(*_InplaceTokenStats.apply(logits, targets, transform.pack())[:3])
 
 
 def check_writable_rows(logits: Tensor) -> None:
