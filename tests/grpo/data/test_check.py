@@ -1,4 +1,4 @@
-"""Looking a dataset through: every defect found once, in the right row, and what training makes of it."""
+"""Checking a dataset: every defect is found once, in the right row."""
 
 from __future__ import annotations
 
