@@ -135,7 +135,8 @@ class WorkerPool:
         ):
             worker = _Worker(self.memory_limit)
             self._workers.append(worker)
-            worker.send(None, (self.factory, self.arguments), START_SECONDS)
+            with contextlib.suppress(OSError):  # it has ended already, which _receive reads from its connection
+                worker.send(None, (self.factory, self.arguments), START_SECONDS)
 
     def _receive(self, worker: _Worker, results: list[Any]) -> None:
         index = worker.call
@@ -187,8 +188,8 @@ class _Worker:
         self.is_starting = True
 
     def send(self, call: int | None, message: Any, seconds: float) -> None:
-        self.connection.send(message)
         self.call, self.deadline, self.is_busy = call, time.monotonic() + seconds, True
+        self.connection.send(message)
 
     def kill(self) -> int:
         """Kill the process and what it has started, and return its exit status."""
