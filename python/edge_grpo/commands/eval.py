@@ -24,10 +24,11 @@ from rich.text import Text
 from edge_grpo.config import TrainConfig
 from edge_grpo.data.sources import load_examples, suite_sets
 from edge_grpo.data.templates import Template, find_template, foreign_marks
-from edge_grpo.evaluation import suite
+from edge_grpo.evaluation import sheets, suite
 from edge_grpo.evaluation.compare import Comparison, Row, compare
 from edge_grpo.evaluation.estimators import Estimate
-from edge_grpo.evaluation.suite import Protocol, Result, SheetCheck
+from edge_grpo.evaluation.result import CHUNK, Protocol, Result
+from edge_grpo.evaluation.sheets import SheetCheck
 from edge_grpo.grading.answers import Grader
 from edge_grpo.policy.model import load_model, weights_fingerprint
 from edge_grpo.rollout import build_engine
@@ -85,7 +86,7 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
         seed=config.seed,
         engine=config.rollout.engine,
         window=window,
-        chunk=suite.CHUNK if options.chunk is None else options.chunk,
+        chunk=CHUNK if options.chunk is None else options.chunk,
     )
     result = suite.begin(about, protocol, prompts, sources, left_out)
     if saved is not None and path is not None:
@@ -154,7 +155,7 @@ def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
     template = _template(options, config)
     with _grader(config) as grader:
         checks = {
-            name: suite.check_sheets(examples, template, grader)
+            name: sheets.check_sheets(examples, template, grader)
             for name, examples in _examples(_sources(options, config), config).items()
         }
     _print_checks(checks)

@@ -11,7 +11,7 @@ import pytest
 from edge_grpo.commands import main as cli
 from edge_grpo.data.arithmetic import generate
 from edge_grpo.evaluation import suite
-from edge_grpo.evaluation.suite import Result
+from edge_grpo.evaluation.result import Result
 
 ASK = ["eval", "edge_grpo:tiny", "--suite", "sets", "--template", "config", "--max-tokens", "24"]
 

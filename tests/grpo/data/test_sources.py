@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paths import SHARED_DATA
 
 from edge_grpo.data.arithmetic import generate
-from edge_grpo.data.sources import GENERATED_SIZE, load_examples
+from edge_grpo.data.sources import GENERATED_SIZE, load_examples, suite_sets
 from edge_grpo.grading.answers import accepted_answers
 from edge_grpo.types import Example
 
@@ -269,6 +269,26 @@ def test_folders_and_splits_that_do_not_fit_are_explained(tmp_path):
         load_examples(str(tmp_path / "data.csv"), {})
     with pytest.raises(ValueError, match="limit must be at least 1 or None; got 0"):
         load_examples("arithmetic", {}, limit=0)
+
+
+def test_the_sets_of_a_suite(tmp_path):
+    rows = datasets.Dataset.from_list([{"problem": "p", "answer": "1"}])
+    saved = str(tmp_path / "saved")
+    datasets.DatasetDict({"b": rows, "a": rows}).save_to_disk(saved)
+    assert suite_sets(saved) == {"b": f"{saved}@b", "a": f"{saved}@a"}
+    assert len(load_examples(suite_sets(saved)["a"], {})) == 1
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "amc.jsonl").write_text('{"problem": "p", "answer": "1"}')
+    (files / "notes.txt").write_text("")
+    assert suite_sets(str(files)) == {"amc": str(files / "amc.jsonl")}
+    rows.save_to_disk(str(tmp_path / "single"))
+    (tmp_path / "empty").mkdir()
+    for name in ("single", "empty"):
+        with pytest.raises(ValueError, match="holds no evaluation sets"):
+            suite_sets(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        suite_sets(str(tmp_path / "none"))
 
 
 # ---- Generated tasks -----------------------------------------------------------------------------------------------
