@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from edge_grpo.commands.command import Command, add_source, source_of
@@ -45,11 +46,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         from edge_grpo.policy.model import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
-    try:
+    with closing(Grader(workers=config.reward.workers, timeout=config.reward.timeout)) as grader:
         found = examine(examples, grader, config, tokenizer)
-    finally:
-        grader.close()
     console = Console(highlight=False, markup=False)
     console.print(f"{spec}: ", found.render(), sep="")
     if options.json:
@@ -61,7 +59,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 COMMAND = Command(
     name="check",
-    summary="check a dataset: what its rows lack, which solutions its own grader rejects, what is too long",
+    summary="check a dataset: what its rows lack, which solutions the grader rejects, what is too long",
     usage="[DATA] [--model MODEL] [--size N] [--json FILE] [--strict] [--recipe NAME | --config FILE] [KEY=VALUE ...]",
     examples="""
         edge-grpo check math.jsonl                       rows, answers and solutions

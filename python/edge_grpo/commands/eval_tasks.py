@@ -9,8 +9,8 @@ import argparse
 import dataclasses
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -224,13 +224,8 @@ def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list
     }
 
 
-@contextmanager
-def _grader(config: TrainConfig) -> Iterator[Grader]:
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
-    try:
-        yield grader
-    finally:
-        grader.close()
+def _grader(config: TrainConfig) -> closing[Grader]:
+    return closing(Grader(workers=config.reward.workers, timeout=config.reward.timeout))
 
 
 class _Bar:

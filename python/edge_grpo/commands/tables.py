@@ -22,6 +22,7 @@ _ROWS_SHOWN = 12
 
 
 def print_result(result: Result) -> None:
+    """Print a complete result: how the model was asked, a row for each set, and what was left out."""
     protocol = result.protocol
     k = protocol.generations
     how = "greedy" if protocol.temperature == 0 else f"temperature {protocol.temperature:g}"
@@ -62,6 +63,7 @@ def print_result(result: Result) -> None:
 
 
 def print_comparison(found: Comparison, first: Result, second: Result) -> None:
+    """Print the differences of two results, with their tests and notes."""
     print(f"A  {first.model['name']}\nB  {second.model['name']}")
     k = first.protocol.generations, second.protocol.generations
     names = [f"avg@{size}" if size > 1 else "accuracy" for size in k]
@@ -92,6 +94,7 @@ def print_comparison(found: Comparison, first: Result, second: Result) -> None:
 
 
 def print_checks(checks: Mapping[str, SheetCheck]) -> None:
+    """Print how the grader judged the answer sheets of each set, and the rows to look at."""
     table = _table("set", "problems", "perfect sheet", "wrong sheet", "misjudged", "text only", "no answer")
     for name, check in checks.items():
         total = sum(check.gold.values())

@@ -1,4 +1,4 @@
-"""Whether a dataset is fit to train on: what its rows lack, and which of its solutions its own grader rejects.
+"""Whether a dataset is fit to train on: what its rows lack, and which of its solutions the grader rejects.
 
 Training uses ``rejected_solutions``; ``examine`` looks for everything else too, for ``edge-grpo check``.
 """

@@ -1,0 +1,46 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from edge_grpo.run.files import finite, partial_of, write_json, write_text
+
+
+def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "old é\n")
+    write_text(path, "new\n")
+    assert path.read_text(encoding="utf-8") == "new\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        with self.open("w") as file:
+            file.write("ne")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    assert partial_of(path).read_text() == "ne"
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "tree.json"
+    write_json(path, {"é": [1.5, finite(math.nan), finite(-math.inf), finite(2.0)]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1.5, None, None, 2.0]}
+    assert "é" in path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, [math.nan])
+    assert json.loads(path.read_text(encoding="utf-8"))["é"][0] == 1.5
