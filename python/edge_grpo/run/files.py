@@ -18,7 +18,13 @@ def partial_of(target: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, replacing an older one as a whole; folders are made as needed."""
+    """Write a UTF-8 file, replacing an older one as a whole; folders are made as needed.
+
+    Links, pipes and devices, such as /dev/stdout, are written to and not replaced.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     partial.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
             write_text(path, "new")
     assert path.read_text() == "old"
     assert partial_of(path).read_text() == "ne"
+
+
+def test_links_and_pipes_are_written_to(tmp_path: Path) -> None:
+    """``--json /dev/stdout``: a rename would put a file in the place of the device."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    write_text(link, "through")
+    assert link.is_symlink()
+    assert file.read_text() == "through"
+    reading, writing = os.pipe()
+    write_text(Path(f"/dev/fd/{writing}"), "x")
+    assert os.read(reading, 9) == b"x"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
