@@ -30,7 +30,8 @@ from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.correction import Corrector
 from edge_grpo.data.check import rejected_solutions
-from edge_grpo.data.sources import load_examples, render_prompts
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.metrics import drift_metrics, sampler_metrics, step_metrics

@@ -1,4 +1,7 @@
-"""Rollout engines: what samples completions from the policy. ``edge_grpo.types.RolloutEngine`` is their protocol."""
+"""Rollout engines, which sample completions from the policy, and the choice among them.
+
+Their protocol is ``edge_grpo.types.RolloutEngine``: evaluation and correction know it without what engines import.
+"""
 
 from __future__ import annotations
 

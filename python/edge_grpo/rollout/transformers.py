@@ -1,7 +1,7 @@
 """Rollouts with ``transformers`` ``generate`` on the policy itself: nothing to install, weights always current.
 
-Each step's logits are seen once while sampling, so logprob and entropy of every sampled token are recorded there and
-need no scoring pass later.
+Sampling sees each step's logits, so the logprob and the entropy of every sampled token are recorded there and need no
+scoring pass later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edge_grpo.types import Provenance, Response, Sampling
 from edge_kernels import token_stats
 
 _IGNORED = -100  # the target of a row that has ended
-_STAGE = 16  # tokens between two looks at which rows have ended
+_STAGE = 16  # tokens after which rows that have ended leave the batch
 
 
 class TransformersEngine:
@@ -35,8 +35,8 @@ class TransformersEngine:
     ``eos_token_ids`` end a response and are part of it. ``pad_token_id`` may be one of them. ``autocast_dtype`` is the
     precision of mixed-precision generation. Recorded logprobs and entropies are those of the whole distribution at the
     sampling temperature, before ``top_p`` cuts it, because that is what a loss recomputes; greedy ones are recorded at
-    temperature 1. The model's own generation defaults (top_k, repetition penalty and the like) are not used: they would
-    make the sampled distribution another than the recorded one.
+    temperature 1. The model's own generation defaults (top_k, repetition penalty and the like) are not used: with them
+    the sampled distribution would not be the recorded one.
 
     Equal prompts, as in a group, are read once. Rows that have ended leave the batch every few tokens, so that one long
     response does not cost as much as a batch of them.
@@ -66,8 +66,8 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. The global random state is not used.
 
-        What a prompt gets depends on the seed and on its place in ``prompts``, not on ``batch_size`` or its neighbours,
-        up to rounding. Raises FloatingPointError when the policy's logits are not finite.
+        A response depends on the seed and the prompt's place in ``prompts``; up to rounding it does not depend on
+        ``batch_size`` or its neighbours. Raises FloatingPointError when the policy's logits are not finite.
         """
         check_request(prompts, sampling)
         randomness = torch.Generator().manual_seed(seed)
@@ -256,7 +256,7 @@ class _Sampler(LogitsProcessor):
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Raise ValueError for what no engine can generate; for use by all of them."""
+    """Raise ValueError for a request that no engine can serve; every engine calls it."""
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{index}] must hold at least one token id; got none")

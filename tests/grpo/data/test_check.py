@@ -1,4 +1,4 @@
-"""Looking a dataset through: every defect found once, in the right row, and what training makes of it."""
+"""Checking a dataset: every defect is found once, in the right row."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_strict_fails_when_there_is_anything(tmp_path, capsys):
     assert cli.main(["check", str(dirty), "--strict"]) == 1
     clean.write_text(json.dumps(ROWS[:2]))
     assert cli.main(["check", str(clean), "--strict"]) == 0
-    assert "--model names the model whose tokenizer is to count them" in words(capsys.readouterr().out)
+    assert "--model names the model whose tokenizer counts them" in words(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
