@@ -97,7 +97,8 @@ class GRPOLossConfig:
     eda: EDAConfig = None  # type: ignore[assignment]  # EDAConfig(): torch.compile does not trace objects as defaults
 
     def __post_init__(self) -> None:
-        if self.eda is None:
+        eda: Any = self.eda
+        if eda is None:
             object.__setattr__(self, "eda", EDAConfig())
         _one_of("loss_type", self.loss_type, LossType)
         _one_of("importance_sampling_level", self.importance_sampling_level, ImportanceLevel)

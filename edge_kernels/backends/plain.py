@@ -27,7 +27,8 @@ from edge_kernels.reference import MAX_LOG_RATIO, k3
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     stats = reference.token_stats(logits, targets, **transform._asdict())
-    return KernelStats(*(value.contiguous() for value in stats), torch.zeros_like(stats.logsumexp).contiguous())
+    logprobs, entropy, logsumexp = (value.contiguous() for value in stats)
+    return KernelStats(logprobs, entropy, logsumexp, torch.zeros_like(logsumexp))
 
 
 def token_stats_backward(
