@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import aot, gpu_static, sass
+from benchmarks import gpu_static
+from benchmarks.machine_code import aot, cubin
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
@@ -23,7 +24,7 @@ def rows(first: int, n: int, architecture: int = 90) -> list[gpu_static.Row]:
     """What is launched for the copy of n elements from element ``first`` on."""
     try:
         aot.require_triton()
-        sass.tool("cuobjdump")
+        cubin.tool("cuobjdump")
     except (RuntimeError, FileNotFoundError) as error:
         pytest.skip(str(error))
 

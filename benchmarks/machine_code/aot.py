@@ -21,18 +21,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import sass
+from benchmarks.machine_code import cubin
+from benchmarks.machine_code.instructions import WARP
 
 # Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200.
 ARCHITECTURES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20)}
 MAX_THREADS = 1024  # of a block
-CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 class Compiled(NamedTuple):
     """A kernel for one architecture, and how its launcher launches it."""
 
-    kernel: sass.Kernel
+    kernel: cubin.Kernel
     architecture: int
     threads: int  # of a block
     shared_bytes: int | None  # of a block; None where only the launch knows
@@ -48,7 +49,7 @@ class _Device:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.architecture, sass.WARP)
+        return GPUTarget("cuda", self.architecture, WARP)
 
     def get_current_device(self) -> int:
         return self.architecture  # Triton keeps what it compiled for each device apart
@@ -129,7 +130,7 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
         minor=architecture % 10,
         multi_processor_count=multiprocessors,
         L2_cache_size=cache_bytes,
-        warp_size=sass.WARP,
+        warp_size=WARP,
     )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -163,9 +164,9 @@ def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled
     found: dict[int, Compiled] = {}
     for compiled, itemsize in launched:
         if id(compiled) not in found:
-            kernel = sass.read(compiled.asm["cubin"])[0]
+            kernel = cubin.read(compiled.asm["cubin"])[0]
             about = compiled.metadata
-            threads = kernel.max_threads or about.num_warps * sass.WARP
+            threads = kernel.max_threads or about.num_warps * WARP
             shared = max(about.shared, kernel.shared_bytes)
             found[id(compiled)] = Compiled(kernel, architecture, threads, shared, itemsize)
     return list(found.values())
@@ -191,14 +192,14 @@ def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
     found = []
     for source in sources:
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
+            output = Path(folder) / "kernels.cubin"
             options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(CUDA_SOURCES.parent)]
             done = subprocess.run(
-                [nvcc(), *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
+                [nvcc(), *options, "-o", str(output), str(source)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 raise RuntimeError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
-            kernels = sass.read(cubin.read_bytes())
+            kernels = cubin.read(output.read_bytes())
         for kernel in kernels:
             itemsize = 2 if "__nv_bfloat16" in kernel.name or "__half" in kernel.name else 4
             uses_shared = any(i.name in ("LDS", "STS", "ATOMS") for i in kernel.instructions)

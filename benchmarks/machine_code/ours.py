@@ -1,4 +1,4 @@
-"""Our GPU kernels: launches of the Triton ones by their own launchers, in the shapes of gpu_peers.py; the CUDA ones."""
+"""Our GPU kernels: launches of the Triton ones by their own launchers, in the shapes of peers.py; the CUDA ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import aot
-from benchmarks.gpu_peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
+from benchmarks.machine_code import aot
+from benchmarks.machine_code.peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.ops.token_loss import LossRule, TokenTerms
 from edge_kernels.ops.token_stats import StatsGradients, Transform
