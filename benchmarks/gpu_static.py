@@ -291,11 +291,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_static", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--arch", type=int, choices=aot.ARCHITECTURES, action="append", help="only this one; repeatable"
-    )
+    parser.add_argument("--arch", type=int, choices=MACHINES, action="append", help="only this one; repeatable")
     options = parser.parse_args()
-    found, missing = collect(options.arch or list(aot.ARCHITECTURES))
+    found, missing = collect(options.arch or list(MACHINES))
     print(f"V = {VOCAB:,}, bfloat16; Triton {version_of('triton') or 'not installed'}")
     print("\n".join(balance()))
     print("\n".join(tables(found)))

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.machine_code import cubin
 from benchmarks.machine_code.instructions import WARP
 
-# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200.
-ARCHITECTURES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20)}
+ROCM = 942  # the architecture's number for AMD's gfx942; the others are NVIDIA's, 90 for sm_90
+# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200, RTX 5090, MI300X.
+DEVICES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20), 120: (170, 96 << 20), ROCM: (304, 4 << 20)}
 MAX_THREADS = 1024  # of a block
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
@@ -49,6 +50,8 @@ class _Device:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
+        if self.architecture == ROCM:
+            return GPUTarget("hip", f"gfx{ROCM}", _warp_size(ROCM))
         return GPUTarget("cuda", self.architecture, WARP)
 
     def get_current_device(self) -> int:
@@ -56,6 +59,10 @@ class _Device:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def _warp_size(architecture: int) -> int:
+    return 64 if architecture == ROCM else WARP
 
 
 class _Pointer:
@@ -122,15 +129,15 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    cuda: Any = torch.cuda
-    run, active, properties = JITFunction.run, driver._active, cuda.get_device_properties
-    multiprocessors, cache_bytes = ARCHITECTURES[architecture]
+    cuda, versions = vars(torch)["cuda"], vars(torch)["version"]
+    run, active, properties, hip = JITFunction.run, driver._active, cuda.get_device_properties, versions.hip
+    multiprocessors, cache_bytes = DEVICES[architecture]
     about = SimpleNamespace(
         major=architecture // 10,
         minor=architecture % 10,
         multi_processor_count=multiprocessors,
         L2_cache_size=cache_bytes,
-        warp_size=WARP,
+        warp_size=_warp_size(architecture),
     )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -144,15 +151,16 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     JITFunction.run = compile_only
     cuda.get_device_properties = lambda device=None: about
+    versions.hip = "of a GPU that is not there" if architecture == ROCM else None
     driver.set_active(_Device(architecture))
     try:
         yield
     finally:
-        JITFunction.run, driver._active, cuda.get_device_properties = run, active, properties
+        JITFunction.run, driver._active, cuda.get_device_properties, versions.hip = run, active, properties, hip
 
 
-def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
-    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU of this architecture, each once.
+def triton_kernels(launcher: Callable[[], object], architecture: int) -> list[tuple[Any, int]]:
+    """Return what Triton compiled of the kernels that ``launcher`` launches, each once, and the bytes of an element.
 
     It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda". Raises
     RuntimeError where Triton cannot compile.
@@ -161,15 +169,19 @@ def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled
     launched: list[tuple[Any, int]] = []
     with _recording(architecture, launched), FakeTensorMode(), _Methods(), torch.no_grad():
         launcher()
-    found: dict[int, Compiled] = {}
-    for compiled, itemsize in launched:
-        if id(compiled) not in found:
-            kernel = cubin.read(compiled.asm["cubin"])[0]
-            about = compiled.metadata
-            threads = kernel.max_threads or about.num_warps * WARP
-            shared = max(about.shared, kernel.shared_bytes)
-            found[id(compiled)] = Compiled(kernel, architecture, threads, shared, itemsize)
-    return list(found.values())
+    return list({id(compiled): (compiled, itemsize) for compiled, itemsize in launched}.values())
+
+
+def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
+    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU, as ``triton_kernels`` does, read."""
+    found = []
+    for compiled, itemsize in triton_kernels(launcher, architecture):
+        kernel = cubin.read(compiled.asm["cubin"])[0]
+        about = compiled.metadata
+        threads = kernel.max_threads or about.num_warps * WARP
+        shared = max(about.shared, kernel.shared_bytes)
+        found.append(Compiled(kernel, architecture, threads, shared, itemsize))
+    return found
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

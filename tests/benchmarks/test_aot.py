@@ -60,6 +60,7 @@ def test_architectures_are_kept_apart() -> None:
 def test_nothing_stays_behind() -> None:
     from triton.runtime.jit import JITFunction
 
-    before = JITFunction.run, torch.cuda.get_device_properties
+    before = JITFunction.run, torch.cuda.get_device_properties, torch.version.hip
     rows(first=0, n=4096)
-    assert (JITFunction.run, torch.cuda.get_device_properties) == before
+    aot.triton_kernels(lambda: None, aot.ROCM)
+    assert (JITFunction.run, torch.cuda.get_device_properties, torch.version.hip) == before

@@ -47,7 +47,7 @@ def loops(owner: str, architecture: int, kind: str) -> list[Row]:
     return found
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_static.MACHINES)
 @pytest.mark.parametrize("owner", [OURS_CUDA, OURS_TRITON])
 def test_loops_over_logits_have_wide_accesses_no_spills_and_no_barriers(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:
@@ -70,7 +70,7 @@ def test_a_forward_loop_keeps_to_its_budget(owner: str, architecture: int, instr
         assert row["mufu_per_element"] >= 0.5  # an exponential each, most of them there: the loop is the right one
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_static.MACHINES)
 @pytest.mark.parametrize("owner", [OURS_CUDA, OURS_TRITON])
 def test_memory_bounds_every_loop_over_logits(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:
