@@ -354,9 +354,7 @@ def test_a_killed_server_ends_the_run_and_resuming_goes_on(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         kill(server)
-        killed = time.monotonic()
         _, said = run.communicate(timeout=60)
-        assert time.monotonic() - killed < 60
     assert run.returncode == 3, said
     saved = checkpoint.steps(output / "checkpoints")
     assert f"step {saved[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}" in said
