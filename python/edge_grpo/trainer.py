@@ -34,7 +34,9 @@ from edge_grpo.data.sources import load_examples, render_prompts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.metrics import drift_metrics, sampler_metrics, step_metrics
-from edge_grpo.policy.model import LMHead, PolicyModel, eos_token_ids, lm_head, load_model
+from edge_grpo.policy.head import LMHead
+from edge_grpo.policy.loading import eos_token_ids, load_model
+from edge_grpo.policy.model import PolicyModel, lm_head
 from edge_grpo.rollout import build_engine
 from edge_grpo.run import checkpoint
 from edge_grpo.run.log import RunLog

@@ -29,7 +29,7 @@ from edge_grpo.evaluation.compare import Comparison, Row, compare
 from edge_grpo.evaluation.estimators import Estimate
 from edge_grpo.evaluation.suite import Protocol, Result, SheetCheck
 from edge_grpo.grading.answers import Grader
-from edge_grpo.policy.model import load_model, weights_fingerprint
+from edge_grpo.policy.loading import load_model, weights_fingerprint
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Example, Prompt
 

@@ -29,7 +29,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, load_model, unwrap
+from edge_grpo.policy.loading import eos_token_ids, load_model
+from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.wire import (
     INSTALL,
     Request,

@@ -14,7 +14,7 @@ from edge_grpo.config import load_config, recipe_names, recipe_path
 from edge_grpo.correction import Corrector
 from edge_grpo.data.sources import load_examples, render_prompts
 from edge_grpo.grading.rewards import Rewarder
-from edge_grpo.policy.model import eos_token_ids
+from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Provenance, Sampling
 

@@ -29,7 +29,7 @@ from edge_grpo import trainer
 from edge_grpo.config import CorrectionConfig, DataConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.correction import Corrector
 from edge_grpo.data.sources import load_examples, render_prompts
-from edge_grpo.policy.model import eos_token_ids, load_model
+from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.wire import verify
 from edge_grpo.run import checkpoint
