@@ -31,15 +31,15 @@ Timed = Callable[[str], AbstractContextManager[None]]  # adds what the block tak
 
 @dataclass(frozen=True)
 class Collected:
-    """One process's samples of a step, and how many corrections lack of room changed and cut."""
+    """One process's samples of a step."""
 
     samples: list[Sample]
-    fallbacks: int = 0
-    num_truncated: int = 0
+    fallbacks: int = 0  # corrections that did not fit and became a shorter kind or none
+    num_truncated: int = 0  # solutions that were cut to fit
 
 
 class Collector:
-    """Collects one process's share of each step's samples; ``rank`` of ``processes`` says which."""
+    """Collects the samples of each step for process ``rank`` of ``processes``."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Collector:
         return Collected(samples) if plan is None else Collected(samples, plan.fallbacks.total(), plan.num_truncated)
 
     def prompts_of(self, step: int) -> list[Prompt]:
-        """Return this process's prompts of a step: the data in a new order each epoch, whatever came before."""
+        """Return this process's prompts of a step; each epoch has its own order of the data."""
         per_process = self.num_prompts // self.processes
         start = (step - 1) * self.num_prompts + self.rank * per_process
         places = [divmod(position, len(self.prompts)) for position in range(start, start + per_process)]
@@ -125,7 +125,7 @@ def sampling_of(config: TrainConfig) -> Sampling:
 
 
 def carry_out(plan: CorrectionPlan, engine: RolloutEngine, sampling: Sampling, *, seed: int) -> list[Response]:
-    """Return the corrected responses of a plan; the engine continues all that want it in one call, if there are any."""
+    """Return the corrected responses of a plan; the engine generates all continuations, if any, in one call."""
     wanted = [continuation.token_ids for continuation in plan.continuations]
     sampling = replace(sampling, max_tokens=plan.max_tokens)
     return Corrector.apply(plan, engine.generate(wanted, sampling, seed=seed) if wanted else [])
@@ -142,9 +142,9 @@ def load_prompts(
     limit: int | None = None,
     quiet: bool = False,
 ) -> list[Prompt]:
-    """Return the prompts of a data set, without those that are too long (their number goes to stderr unless ``quiet``).
+    """Return the prompts of a data set without those that are too long, whose number is printed unless ``quiet``.
 
-    Raises ValueError for rows that ``rewarder`` cannot grade: now, not in the step that first meets one.
+    Raises ValueError for rows that ``rewarder`` cannot grade, before any step is made.
     """
     examples = load_examples(spec, columns, seed=seed, limit=limit)
     prompts, too_long = render_prompts(examples, tokenizer, data)

@@ -23,14 +23,12 @@ _KINDS: tuple[Correction, ...] = get_args(Correction)
 # What a kind turns into when its text does not fit the token budget: the next shorter one.
 _SHORTER: dict[Correction, Correction] = {"solution": "answer", "answer": "reflect"}
 
-
-# What the draws for a response depend on besides the seed.
-_Key = tuple[int | str, ...]
+_Key = tuple[int | str, ...]  # what the draws for a response depend on besides the seed
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A response that the policy is to go on with: ``start`` is what it sampled and the reflection after it."""
+    """A partial response for the policy to continue: ``start`` is what it sampled, followed by the reflection."""
 
     position: int  # among the responses that the plan was made for
     prompt: Prompt
@@ -44,12 +42,12 @@ class Continuation:
 
 @dataclass(frozen=True)
 class CorrectionPlan:
-    """What ``Corrector.plan`` decided about a list of responses, and what ``Corrector.apply`` needs for the rest.
+    """What ``Corrector.plan`` decided for a list of responses, and all that ``Corrector.apply`` needs.
 
-    ``written`` holds one response per response: the same object where nothing changes, the corrected one where its text
-    is ours alone, and the start where a continuation is wanted. Each of ``continuations`` may have ``max_tokens`` at
-    most. ``fallbacks`` counts kinds that gave way to another or to none, as ``{("solution", "answer"): 3,
-    ("solution", None): 1}``, and ``num_truncated`` the solutions that were cut.
+    ``written`` has one entry per response: the same object if nothing changes, the corrected response if the correction
+    is complete, or the partial response of a continuation. Each continuation has at most ``max_tokens`` tokens.
+    ``fallbacks`` counts kinds that did not fit and what replaced them, as ``{("solution", "answer"): 3, ("solution",
+    None): 1}``; ``num_truncated`` counts the solutions that were cut.
     """
 
     written: tuple[Response, ...]
@@ -68,38 +66,38 @@ class Corrector:
 
     Each incorrect response gets one correction, drawn with the configured probabilities:
 
-        reflect    sampled tokens + ``reflection_text`` + what the policy goes on to say
+        reflect    sampled tokens + ``reflection_text`` + the policy's continuation
         answer     sampled tokens + ``reflection_text`` + ``answer_text`` + end of sequence
         solution   the reference solution + end of sequence
 
     Of the sampled tokens, a final end of sequence is dropped and all others keep id, logprob, entropy and provenance.
-    Our own tokens are INJECTED and have no record; the continuation is CONTINUED and has the engine's record. The end
-    of sequence that we add is the one that the response had, else the first of ``eos_token_ids``.
+    Added text is INJECTED and has no record; the continuation is CONTINUED and has the engine's record. The end of
+    sequence that is added is the one that the response had, else the first of ``eos_token_ids``.
 
     *Which responses.* Those whose outcome is not "correct". A response whose prompt has no answer and whose outcome is
-    "unparseable" is left alone: nobody knows whether it is wrong. So are skipped ones, and with ``truncated=False``
-    those that the length limit cut off; otherwise they are corrected where they were cut. Of these ``scope`` takes
+    "unparseable" stays as it is: nobody knows whether it is wrong. So do skipped responses, and with
+    ``truncated=False`` those that the length limit cut off; otherwise the correction starts where they were cut. Of
+    these ``scope`` takes
 
         all        every one (the paper)
-        collapsed  those of groups whose rewards are all equal, which would teach nothing
-        one        one of each group that has no correct response: one right among wrong ones is enough of a contrast
+        collapsed  those in groups whose rewards are all equal, which would teach nothing
+        one        one in each group that has no correct response: one correct response is enough contrast
 
-    and ``max_per_group`` at most so many of a group. Which ones is drawn, so that no place in a group is preferred. A
-    group is the responses with the same id, wherever they stand and however many they are.
+    and ``max_per_group`` limits their number per group. They are drawn at random, so that no place in a group is
+    preferred. A group is all responses with the same id, in any order and of any number.
 
     *Which kinds.* A row without an answer or a solution divides that kind's probability among the others. A correction
     adds at most ``max_length`` tokens to a response, and a solution has at most ``max_tokens + max_length``, the end of
-    sequence included. A longer solution becomes an answer, or else a reflection (``long_solution``
-    "shorter"), is cut to that limit and then has no end of sequence ("truncate"), or leaves the response as it is
-    ("skip"). A longer answer becomes a reflection, for half an answer is none. A kind of probability 0 is never used;
-    where no kind is left the response stays as it is.
+    sequence included. A longer solution becomes an answer, or else a reflection (``long_solution`` "shorter"), is cut
+    to that limit and then has no end of sequence ("truncate"), or leaves the response as it is ("skip"). A longer
+    answer becomes a reflection, because half an answer is useless. A kind of probability 0 is never used; if no kind is
+    left, the response stays as it is.
 
-    *Boundaries.* Injected text is encoded once, as text that stands after other text: some tokenizers put a blank
-    before whatever they encode, and it would be read there. It begins as configured, by default with the space that a
-    user types after a text. Where the text before it is empty or already ends in a blank, its leading blanks are left
-    out. The text before it is the response, or the prompt if the response is empty. Seeing blanks at the end of a
-    response takes ``decode``; without it only an empty response is noticed. A solution begins a response, and is
-    encoded as such a text.
+    *Boundaries.* Injected text is encoded once, as text that follows other text: some tokenizers put a blank before
+    whatever they encode, which the policy would read. It begins as configured, by default with a space. If the text
+    before it is empty or already ends in a blank, its leading blanks are left out. The text before it is the response,
+    or the prompt if the response is empty. Only ``decode`` can show a blank at the end of a response; without it, only
+    an empty response is noticed. A solution starts a response and is encoded as a text of its own.
     """
 
     def __init__(
@@ -147,9 +145,9 @@ class Corrector:
     ) -> CorrectionPlan:
         """Return what to correct and how; one prompt, one reward and one group id per response.
 
-        Groups must be whole, in any order. The draws for a response depend on ``seed`` and its key alone, so that they
-        do not depend on how responses are shared out among processes or ordered. Keys are unique and, by default, made
-        of the group's id and the response's place in the group.
+        Groups must be whole; their members may stand in any order. The draws for a response depend only on ``seed`` and
+        its key, so sharding over processes does not change them. Keys must be unique; the default key is the group's id
+        and the response's place in the group.
         """
         lengths = [len(prompts), len(responses), len(rewards), len(groups)]
         if len(set(lengths)) != 1:
@@ -186,14 +184,15 @@ class Corrector:
 
     @staticmethod
     def apply(plan: CorrectionPlan, continuations: Sequence[Response]) -> list[Response]:
-        """Return the responses with incorrect ones corrected; one continuation for each that the plan wants, in order.
+        """Return the responses with incorrect ones corrected, given the plan's continuations in their order.
 
-        A continuation is what the policy said after ``Continuation.token_ids``, without them. One of more than
-        ``plan.max_tokens`` is cut to them.
+        Each is what the policy generated after ``Continuation.token_ids``, without the latter. A continuation of more
+        than ``plan.max_tokens`` tokens is cut to that length.
         """
         if len(continuations) != len(plan.continuations):
             raise ValueError(
-                f"continuations must be one for each of the plan's {len(plan.continuations)}; got {len(continuations)}"
+                f"the plan has {len(plan.continuations)} continuations; got {len(continuations)}; pass one for each, "
+                "in order"
             )
         corrected = list(plan.written)
         for wanted, more in zip(plan.continuations, continuations, strict=True):
@@ -307,7 +306,7 @@ class Corrector:
         return [*self._encode_after_text(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
 
     def _encode_after_text(self, text: str) -> list[int]:
-        """The tokens of ``text`` behind other text, or by itself where the two would melt into one token."""
+        """The tokens of ``text`` after other text, or alone if the tokenizer would merge the two into one token."""
         before = "a" if text[:1].isspace() else "\n"
         start, both = list(self.encode(before)), list(self.encode(before + text))
         return both[len(start) :] if both[: len(start)] == start else list(self.encode(text))

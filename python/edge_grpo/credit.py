@@ -1,7 +1,7 @@
 """Entropy-driven advantages over the groups of a step (arXiv:2507.21848, section 3.2): pure, one number per response.
 
-A process forms the mean entropies of its own responses; with those of all members of its groups, from whatever process,
-it has the weights and the advantages. The arithmetic is ``edge_kernels.advantages``.
+A process computes the mean entropies of its own responses; weights and advantages follow from those of whole groups,
+gathered from all processes that share them. The arithmetic is in ``edge_kernels.advantages``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edge_kernels.advantages import apply_weights
 
 
 class Credit(NamedTuple):
-    """What each response's gradient is multiplied by, and the entropy weight within it (1 without EDA)."""
+    """The advantage of each response, and the entropy weight contained in it (1 without EDA)."""
 
     advantages: Tensor  # (B,)
     weights: Tensor  # (B,)

@@ -128,14 +128,14 @@ class Learner:
         normalizers = self._normalizers(part)
         # DistributedDataParallel averages gradients over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
-        chunks = list(micro_batches(self._teaching(part), self.optim.micro_batch_size))
+        chunks = list(micro_batches(self._contributing(part), self.optim.micro_batch_size))
         pairs: list[tuple[Sample, list[float], list[float]]] = []
         for position, chunk in enumerate(chunks):
             batch = self._pad(chunk)
             synchronize = position == len(chunks) - 1
             with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
                 out = self._loss_of(batch, normalizers)
-                stands_in = chunk[0].reward.skipped  # alone in its chunk, for the reduction's sake
+                stands_in = chunk[0].reward.skipped  # alone in its chunk, so that this process reduces too
                 self.accelerator.backward(out.loss * (0 if stands_in else scale))
             if stands_in:
                 break
@@ -206,15 +206,15 @@ class Learner:
                 threshold = float(torch.quantile(torch.stack(entropies), 1 - self.loss.top_entropy_quantile))
         return Normalizers(max(tokens, 1), max(sequences, 1), threshold)
 
-    def _teaching(self, part: Sequence[Sample]) -> Sequence[Sample]:
+    def _contributing(self, part: Sequence[Sample]) -> Sequence[Sample]:
         """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
 
-        They still count in the normalizers, which skipped ones do not. One sample is kept in any case, since every
-        process has to reduce its gradient.
+        The others still count in the normalizers, unless they are skipped. At least one sample is kept, because every
+        process has to take part in the gradient's reduction.
         """
-        everyone_teaches = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
+        all_contribute = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
         active = [sample for sample in part if not sample.reward.skipped]
-        return [sample for sample in active if everyone_teaches or sample.advantage != 0] or active[:1] or part[:1]
+        return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1] or part[:1]
 
     def _pad(self, samples: Sequence[Sample]) -> Batch:
         return pad(samples, self.pad_token_id, self.accelerator.device)

@@ -1,7 +1,7 @@
-"""What a training step reports: pure functions from the step's samples to named numbers, and a clock for its phases.
+"""What a training step reports: pure functions from the step's samples to named numbers, and a timer for its phases.
 
-Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples. What the
-loss itself counts is added up by ``learner``.
+Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples. The
+metrics of the loss itself are in ``learner``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""EDGE-GRPO's training loop: what a step is, and what surrounds the steps (evaluation, record, checkpoints, resuming).
+"""EDGE-GRPO's training loop: a step, and around the steps evaluation, logging, checkpoints and resuming.
 
-``train`` is the entry point. A step's work is in ``collect``, ``learner`` and ``credit``. Every process works on whole
-groups, so that advantages need no communication.
+``train`` is the entry point. The work of a step is in ``collect``, ``learner`` and ``credit``. Every process works on
+whole groups, so that advantages need no communication.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Trainer:
             AcceleratorState._reset_state()
 
     def _correction_metrics(self, collected: Collected) -> dict[str, float]:
-        """What lack of room turned into a shorter kind or none, what it cut, and the data's rejected solutions."""
+        """Corrections that did not fit (replaced, cut), and the data's rejected solutions, over all processes."""
         if self.collector.corrector is None:
             return {}
         counts = gather_object([(collected.fallbacks, collected.num_truncated)])

@@ -320,7 +320,7 @@ def test_a_plan_is_carried_out_without_an_engine():
     assert after[0].provenance == (SAMPLED, *[INJECTED] * 4, *[CONTINUED] * 3)
     assert [response.correction for response in after] == ["reflect", None, "reflect"]
     assert after[1] is responses[1]
-    with pytest.raises(ValueError, match="one for each of the plan's 2; got 1"):
+    with pytest.raises(ValueError, match="the plan has 2 continuations; got 1"):
         correct.apply(plan, [sampled(" 5")])
 
 

@@ -115,9 +115,9 @@ def test_collapsed_groups_are_left_out_and_change_nothing(config, monkeypatch):
     samples = rollout(trainer)
     for number, sample in enumerate(samples):
         sample.advantage = float(number - 2) if sample.group == 0 else 0.0
-    assert len(trainer.learner._teaching(samples)) == 3  # advantages -2, -1, 0, 1 and a group of zeros
+    assert len(trainer.learner._contributing(samples)) == 3  # advantages -2, -1, 0, 1 and a group of zeros
     ours = gradient(trainer.learner, samples)
-    monkeypatch.setattr(trainer.learner, "_teaching", lambda part: part)
+    monkeypatch.setattr(trainer.learner, "_contributing", lambda part: part)
     everything = gradient(trainer.learner, samples)
     trainer.close()
     torch.testing.assert_close(ours, everything, rtol=0, atol=float(2e-5 * everything.abs().max()))

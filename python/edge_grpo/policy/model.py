@@ -1,7 +1,7 @@
-"""The policy as a trainer calls it: hidden states instead of logits, inside any wrapper.
+"""The policy as a trainer calls it: a forward that returns hidden states instead of logits, under any wrapper.
 
-The logits are not made here: ``edge_kernels`` forms them from hidden states and output head, a tile at a time. The head
-is ``policy.head``.
+Logits are not computed here: ``edge_kernels`` forms them from hidden states and the output head (``policy.head``), one
+tile at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ T = TypeVar("T")
 class PolicyModel(nn.Module):
     """The policy as a trainer wraps it: calling it returns the last hidden states instead of logits.
 
-    DistributedDataParallel and FSDP do their work in the wrapped module's own ``forward`` (the first arms the gradient
-    reduction, the second gathers the weights). Reaching past the wrapper to the base model would skip both, silently:
-    each process would train its own model. So the trainer prepares a ``PolicyModel``, and every training forward calls
-    the prepared module. The head's weight may be used after the call: its gradient, too, arrives in the same backward.
-    Under FSDP the head is gathered during the call only; ``then`` runs there, with the hidden states and the head, and
-    its result is returned in place of the hidden states.
+    DistributedDataParallel and FSDP do their work in the wrapped module's own ``forward`` (the first prepares the
+    gradient reduction, the second gathers the weights). Calling the base model directly would skip both without an
+    error: each process would train its own model. So the trainer prepares a ``PolicyModel``, and every training forward
+    calls the prepared module. Under DistributedDataParallel the head's weight may also be used after the call. Under
+    FSDP it is gathered during the call only; ``then`` runs there, with the hidden states and the head, and its result
+    is returned in place of the hidden states.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -77,10 +77,10 @@ def lm_head(model: nn.Module) -> LMHead:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Require that LMHead reproduces the own logits of ``model``, wrapped or not; ValueError says by how much not.
+    """Raise ValueError unless LMHead reproduces the logits that ``model``, wrapped or not, computes itself.
 
-    An architecture may do more to its logits than we know of; training would then fit another distribution than the one
-    sampled, and nothing else would show it.
+    An architecture may apply more to its logits than LMHead knows; training would then fit a distribution other than
+    the one sampled, and nothing else would show it.
     """
     inner = unwrap(model)
     input_ids = torch.arange(4, device=inner.device)[None] % inner.config.get_text_config().vocab_size

@@ -96,7 +96,7 @@ def load_latest(accelerator: Accelerator, folder: Path) -> int:
 
 
 def check_same_run(output: Path, config: TrainConfig) -> None:
-    """Require that ``config`` continues the run in ``output``; ValueError names the keys that may not change."""
+    """Raise ValueError, naming the keys, if ``config`` changes what a resumed run in ``output`` may not change."""
     saved = output / "config.yaml"
     if saved.is_file():
         old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
