@@ -41,7 +41,7 @@ def measure(config: Config) -> list[Result]:
     if "contender" in config:
         return [{**where, "contenders": {config["contender"]: _step(config)}}]
     from edge_grpo.config import ModelConfig
-    from edge_grpo.policy.model import load_model
+    from edge_grpo.policy.loading import load_model
 
     rows: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from benchmarks.harness import describe, machine
 from edge_grpo.config import TrainConfig, load_config, recipe_path
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
-from edge_grpo.policy.model import load_model
+from edge_grpo.policy.loading import load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import RolloutEngine, Sampling
 

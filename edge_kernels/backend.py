@@ -37,6 +37,8 @@ OPS = (
     "edge_grpo_loss",
     "linear_edge_grpo_loss",
     "group_advantages",
+    "response_entropy",
+    "response_entropy_weights",
     "entropy_weights",
     "entropy_driven_advantages",
 )
@@ -45,7 +47,15 @@ OPS = (
 HEAD_OPS = frozenset({"linear_token_stats", "linear_edge_grpo_loss"})
 
 # O(B) and O(N) arithmetic: a few PyTorch calls on any device, which no kernel would speed up.
-PLAIN_OPS = frozenset({"group_advantages", "entropy_weights", "entropy_driven_advantages"})
+PLAIN_OPS = frozenset(
+    {
+        "group_advantages",
+        "response_entropy",
+        "response_entropy_weights",
+        "entropy_weights",
+        "entropy_driven_advantages",
+    }
+)
 
 DEVICES = ("cpu", "cuda")
 

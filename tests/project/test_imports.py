@@ -76,9 +76,10 @@ IMPORTS = {
 # From the bottom up; a module imports others of its own layer or of those before. A package's submodules count with it.
 LAYERS = (
     ("config", "types", "text"),
-    ("grading", "correction", "batching", "data", "metrics"),
+    ("grading", "correction", "batching", "data", "metrics", "credit"),
     ("policy", "rollout"),
-    ("evaluation", "run", "trainer"),
+    ("collect", "learner", "evaluation", "run"),
+    ("trainer",),
     ("integrations",),
     ("commands", "__main__"),
 )

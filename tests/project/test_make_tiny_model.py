@@ -14,7 +14,7 @@ from paths import ROOT
 import edge_grpo
 from edge_grpo.config import ModelConfig
 from edge_grpo.data.arithmetic import LEVELS
-from edge_grpo.policy.model import load_model
+from edge_grpo.policy.loading import load_model
 
 SHIPPED = Path(edge_grpo.__path__[0]) / "tiny"
 

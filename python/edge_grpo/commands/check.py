@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     examples = load_examples(spec, columns, seed=config.seed, limit=options.size, allow_empty=True)
     tokenizer = None
     if has_model:
-        from edge_grpo.policy.model import load_tokenizer
+        from edge_grpo.policy.loading import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
     with closing(Grader(workers=config.reward.workers, timeout=config.reward.timeout)) as grader:

@@ -26,7 +26,7 @@ from edge_grpo.evaluation import suite
 from edge_grpo.evaluation.result import CHUNK, Protocol, Result
 from edge_grpo.evaluation.sheets import check_sheets
 from edge_grpo.grading.answers import Grader
-from edge_grpo.policy.model import load_model, weights_fingerprint
+from edge_grpo.policy.loading import load_model, weights_fingerprint
 from edge_grpo.rollout import build_engine
 from edge_grpo.run.files import write_json
 from edge_grpo.text import percent

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.policy.loading import eos_token_ids
+from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.types import RolloutEngine
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import load_model
+from edge_grpo.policy.loading import load_model
 from edge_grpo.rollout.wire import INSTALL, engine_arguments, export, save_weights
 
 

@@ -26,7 +26,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.policy.loading import eos_token_ids
+from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.serve import log_path
 from edge_grpo.rollout.wire import Request, max_length_of, requests_of, response_of, save_weights, verify
 from edge_grpo.types import Response, RolloutError, Sampling

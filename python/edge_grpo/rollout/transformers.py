@@ -55,7 +55,7 @@ class TransformersEngine:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if not eos_token_ids:
             raise ValueError(
-                "eos_token_ids must name at least one token; got none; see edge_grpo.policy.model.eos_token_ids"
+                "eos_token_ids must name at least one token; got none; see edge_grpo.policy.loading.eos_token_ids"
             )
         self.model = model
         self.eos_token_ids = tuple(eos_token_ids)

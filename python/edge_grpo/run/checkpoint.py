@@ -1,7 +1,7 @@
-"""Checkpoints and models as folders that are either whole or absent: written beside their place, then renamed.
+"""Checkpoints that are either whole or absent, and what a run that resumes from one may change.
 
-``accelerate`` writes model, optimizer, random states and registered objects; when a checkpoint is made and deleted is
-decided here.
+``accelerate`` writes model, optimizer, random states and registered objects; this file owns the folder's life cycle:
+checkpoints are written beside their place, then renamed into it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,30 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
+from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.run.files import partial_of
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = "trainer_state.json"
+# What a resumed run may change: none of it touches the steps that were already made.
+_MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "output",
+    "save_every",
+    "keep_checkpoints",
+    "eval_every",
+    "log_completions",
+    "trackers",
+    "reward.function_timeout",
+    "reward.on_error",
+    "reward.workers",
+    "rollout.server",
+    "rollout.server_folder",
+    "rollout.timeout",
+}
 
 
 def steps(folder: Path) -> list[int]:
@@ -76,6 +94,21 @@ def load_latest(accelerator: Accelerator, folder: Path) -> int:
         )
     accelerator.load_state(str(path_of(folder, found[-1])))
     return found[-1]
+
+
+def check_same_run(output: Path, config: TrainConfig) -> None:
+    """Raise ValueError, naming the keys, if ``config`` changes what a resumed run in ``output`` may not change."""
+    saved = output / "config.yaml"
+    if saved.is_file():
+        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        new = flatten(to_dict(config))
+        changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
+        if changed:
+            changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed)
+            raise ValueError(
+                f"cannot resume {output}: {changes}; "
+                "resume with the run's own config.yaml, or start a new run with another output"
+            )
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 from paths import SHARED_DATA
 from transformers import PreTrainedTokenizerFast
 
+from edge_grpo.collect import carry_out
 from edge_grpo.config import load_config, recipe_names, recipe_path
 from edge_grpo.correction import Corrector
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
-from edge_grpo.policy.model import eos_token_ids
+from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Provenance, Sampling
 
@@ -84,12 +85,13 @@ def run_a_step(config, examples, model, tokenizer):
         rewards = rewarder(groups, [tokenizer.decode(response.token_ids) for response in responses])
         corrector = Corrector(
             config.correction,
-            engine=engine,
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             eos_token_ids=eos_token_ids(model, tokenizer),
-            sampling=replace(sampling, max_tokens=1024),  # room for a solution, as the recipe gives it
+            max_tokens=1024,  # room for a solution, as the recipe gives it
         )
-        corrected = corrector(groups, responses, rewards, seed=0)
+        ids = [place // GROUP for place in range(len(groups))]
+        plan = corrector.plan(groups, responses, rewards, ids, seed=0)
+        corrected = carry_out(plan, engine, sampling, seed=0)
         after = rewarder(groups, [tokenizer.decode(response.token_ids) for response in corrected])
     finally:
         rewarder.close()

@@ -26,11 +26,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo import trainer
+from edge_grpo.collect import carry_out
 from edge_grpo.config import CorrectionConfig, DataConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.correction import Corrector
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
-from edge_grpo.policy.model import eos_token_ids, load_model
+from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.wire import verify
 from edge_grpo.run import checkpoint
@@ -225,15 +226,16 @@ def test_reflection_keeps_what_was_sampled(sampler):
     sampling = Sampling(max_tokens=10)
     corrector = Corrector(
         config,
-        engine=sampler.engine,
         encode=lambda text: sampler.tokenizer(text, add_special_tokens=False)["input_ids"],
         eos_token_ids=eos_token_ids(sampler.model, sampler.tokenizer),
-        sampling=sampling,
+        max_tokens=sampling.max_tokens,
     )
     asked = prompts(sampler, 4)
     first = sampler.engine.generate([prompt.token_ids for prompt in asked], sampling, seed=5)
     wrong = [Reward(0.0, {}, "wrong")] * len(asked)
-    for prompt, before, after in zip(asked, first, corrector(asked, first, wrong, seed=0), strict=True):
+    plan = corrector.plan(asked, first, wrong, range(len(asked)), seed=0)
+    corrected = carry_out(plan, sampler.engine, sampling, seed=0)
+    for prompt, before, after in zip(asked, first, corrected, strict=True):
         kept = after.provenance.count(Provenance.SAMPLED)
         assert after.token_ids[:kept] == before.token_ids[:kept]
         assert kept >= len(before.token_ids) - 1  # but for the end of sequence
