@@ -53,17 +53,16 @@ _MAY_CHANGE_ON_RESUME = {
     "steps",
     "output",
     "save_every",
-    "keep_checkpoints",
-    "eval_every",
-    "log_completions",
     "trackers",
+    "eval.every",
     "reward.function_timeout",
     "reward.on_error",
-    "reward.workers",
     "rollout.server",
     "rollout.server_folder",
     "rollout.timeout",
 }
+_KEPT_CHECKPOINTS = 2
+_LOGGED_COMPLETIONS = 8  # of each step
 _IGNORE_INDEX = -100
 
 
@@ -110,20 +109,14 @@ class Trainer:
         model, self.tokenizer = load_model(config.model)
         self.eos_token_ids = eos_token_ids(model, self.tokenizer)
         head = lm_head(model)
-        self.loss_config = replace(
-            config.loss,
-            temperature=config.rollout.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            sampler_ratio_cap=config.sampler_ratio_cap,
-        )
+        self.loss_config = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.rewarder = Rewarder(config.reward)
         self.prompts = self._load_prompts(config.data.train, config.data.columns)
         self.rejected_solutions = self._rejected_solutions()
         self.eval_prompts: list[Prompt] = []
-        if config.data.eval is not None:
+        if config.eval.data is not None:
             columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
-            self.eval_prompts = self._load_prompts(config.data.eval, columns, limit=config.data.eval_size)
+            self.eval_prompts = self._load_prompts(config.eval.data, columns, limit=config.eval.size)
 
         self.reference: PolicyModel | None = None
         if config.loss.beta:
@@ -141,9 +134,7 @@ class Trainer:
         self.model = model
         self.engine = build_engine(config, model, self.tokenizer)
         self.sampling = Sampling(
-            max_tokens=config.rollout.max_completion_length,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
+            max_tokens=config.rollout.max_completion_length, temperature=config.rollout.temperature
         )
         self.corrector: Corrector | None = None
         if config.use_gec:
@@ -179,13 +170,13 @@ class Trainer:
             for step in range(first + 1, config.steps + 1):
                 samples, metrics = self.step(step)
                 last = step == config.steps
-                if self.eval_prompts and (last or (config.eval_every and step % config.eval_every == 0)):
+                if self.eval_prompts and (last or (config.eval.every and step % config.eval.every == 0)):
                     after = self.evaluate()
                     metrics |= _evaluation_metrics(after)
-                log.completions(step, samples[: config.log_completions], self._decode_all)
+                log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode_all)
                 log.step(step, metrics)
                 if config.save_every and (step % config.save_every == 0 or last):
-                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=config.keep_checkpoints)
+                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=_KEPT_CHECKPOINTS)
         checkpoint.save_model(accelerator, self.output / "final", self.model, self.tokenizer)
         if config.trackers:
             accelerator.end_training()
@@ -295,7 +286,7 @@ class Trainer:
 
         Skipped responses are in no group: their advantage stays 0, and the others' is as if they were not there.
         """
-        eda = self.config.loss.eda
+        eda = self.loss_config.eda
         samples = [sample for sample in samples if not sample.reward.skipped]
         if not samples:
             return
@@ -371,13 +362,13 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Return held-out accuracy with the run's evaluation settings; every process takes a share of the prompts."""
         config, accelerator = self.config, self.accelerator
-        sampling = replace(self.sampling, temperature=config.eval_temperature, top_p=1.0)
+        sampling = replace(self.sampling, temperature=config.eval_temperature)
         share = evaluate(
             self.engine,
             self.eval_prompts[accelerator.process_index :: accelerator.num_processes],
             self.rewarder.grader,
             self.tokenizer,
-            generations=config.eval_generations,
+            generations=config.eval.generations,
             sampling=sampling,
             seed=derive_seed(config.seed, "eval", accelerator.process_index),
         )

@@ -23,10 +23,8 @@ EOS, OTHER_EOS = 0, 1
 SAMPLED, INJECTED, CONTINUED = Provenance
 WAIT = CorrectionConfig().reflection_text
 SOLUTION = r"2 and 3 make \boxed{5}."
-ONLY = {
-    kind: dict.fromkeys(("reflect", "answer", "solution"), 0.0) | {kind: 1.0}
-    for kind in ("reflect", "answer", "solution")
-}
+KINDS = ("reflect", "answer", "solution")
+ONLY = {kind: {"mix": {kind: 1.0}} for kind in KINDS}
 # " No!" and " It is N." are short enough to count by eye.
 TEXTS = {"reflection_text": " No!", "answer_text": " It is {answer}.", "max_length": 20}
 
@@ -94,14 +92,16 @@ def cut(response: Response, length: int) -> Response:
 
 
 def corrector(kind: str | None = None, engine: ScriptedEngine | None = None, **settings: object) -> Corrector:
-    config = CorrectionConfig(**{**TEXTS, **(ONLY[kind] if kind else {}), **settings})
+    mix = {name: settings.pop(name) for name in KINDS if name in settings}
+    kinds = {"mix": mix} if mix else ONLY[kind] if kind else {}
+    config = CorrectionConfig(**{**TEXTS, **kinds, **settings})
     return Corrector(
         config,
         engine=engine or ScriptedEngine(),
         encode=encode,
         decode=decode,
         eos_token_ids=(EOS, OTHER_EOS),
-        sampling=Sampling(max_tokens=30, temperature=0.7, top_p=0.9),
+        sampling=Sampling(max_tokens=30, temperature=0.7),
     )
 
 
@@ -127,7 +127,7 @@ def test_reflect_appends_the_reflection_and_what_the_policy_goes_on_to_say():
     assert (after.finish_reason, after.correction) == ("stop", "reflect")
     [(prompts, sampling, _)] = engine.calls
     assert prompts == [tuple(encode("2+3?\n6 No!"))]  # without the end of sequence that was sampled
-    assert sampling == Sampling(max_tokens=20 - 4, temperature=0.7, top_p=0.9)
+    assert sampling == Sampling(max_tokens=20 - 4, temperature=0.7)
 
 
 def test_reflect_may_run_into_the_length_limit():
@@ -623,8 +623,11 @@ def test_lengths_and_end_of_sequence_are_checked():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"reflect": 0.4}, r"must add up to 1; got 0\.4 \+ 0\.25 \+ 0\.25 = 0\.9"),
-        ({"reflect": -0.5, "answer": 1.25}, "reflect must be a number >= 0"),
+        ({"mix": {"reflect": 0, "answer": 0.0}}, "mix must not be all 0; got {'reflect': 0, 'answer': 0.0}"),
+        ({"mix": {}}, "mix must not be all 0"),
+        ({"mix": {"reflect": -0.5, "answer": 1.25}}, r"mix\['reflect'\] must be a number >= 0; got -0\.5"),
+        ({"mix": {"answer": math.inf}}, r"mix\['answer'\] must be a finite number; got inf"),
+        ({"mix": {"refelct": 1}}, "mix takes reflect, answer, solution; got 'refelct'; did you mean reflect?"),
         ({"max_length": 0}, "max_length must be a whole number of at least 1"),
         ({"answer_text": "It is right there."}, r"answer_text must contain \{answer\}"),
         ({"answer_text": r" It is \boxed{answer}."}, r"which makes ' It is \\\\boxed7\.' .* double the braces"),

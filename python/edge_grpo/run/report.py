@@ -67,11 +67,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method, and the switches that override it."""
-        config = self.config or {}
-        given = {name: config[name] for name in ("eda", "gec") if config.get(name) is not None}
-        switches = [f"{name.upper()} {'on' if value else 'off'}" for name, value in given.items()]
-        return ", ".join([str(config.get("method", "unknown method")), *switches])
+        """The method that the run trained with."""
+        return str((self.config or {}).get("method", "unknown method"))
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -286,7 +283,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         values = {str(flatten(run.config).get(key)) if run.config else None for run in runs}
         return values.pop() if len(values) == 1 else None
 
-    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("data.eval"))]
+    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("eval.data"))]
     return " · ".join(f"{name} {value}" for name, value in facts if value not in (None, "None"))
 
 

@@ -243,8 +243,12 @@ def test_ctrl_c_says_how_to_go_on(trainer: FakeTrainer, capsys: pytest.CaptureFi
         (["train", "--config", "none.yaml"], "no configuration file none.yaml"),
         (["report", "nowhere"], "no run folder nowhere"),
         (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --suite DIR, or --data SPEC"),
-        (["eval", "m", "--data", "d", "--k", "4", "--temperature", "0"], "eval_generations = 4 at eval_temperature 0"),
-        (["eval", "m", "--data", "d", "--k", "0"], "eval_generations must be a whole number of at least 1; got 0"),
+        (
+            ["eval", "m", "--data", "d", "--k", "4", "--temperature", "0"],
+            "4 responses at --temperature 0 would repeat one",
+        ),
+        (["eval", "m", "--data", "d", "--temperature", "-1"], "--temperature must be a number of at least 0; got -1.0"),
+        (["eval", "m", "--data", "d", "--k", "0"], "eval.generations must be a whole number of at least 1; got 0"),
     ],
 )
 def test_a_mistake_gets_one_message(
@@ -301,7 +305,7 @@ def test_train_eval_report_and_info(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["rollout.num_prompts=2", "rollout.num_generations=4", "rollout.max_completion_length=24"]
-    small += ["data.eval_size=6", "optim.minibatches=1", "eval_every=0", "correction.max_length=24"]
+    small += ["eval.size=6", "optim.minibatches=1", "eval.every=0", "correction.max_length=24"]
     for method in ("edge", "grpo"):
         arguments = ["train", "--recipe", "tiny", "--method", method, "--output", method, "steps=2", *small]
         assert cli.main(arguments) == 0
@@ -318,7 +322,7 @@ def test_train_eval_report_and_info(
     assert figures["protocol"]["template"]["name"] == "config"
     assert figures["protocol"]["temperature"] == own.rollout.temperature
     [(name, found)] = figures["sets"].items()
-    assert (name, found["problems"], figures["protocol"]["generations"]) == (own.data.eval, 5, 2)
+    assert (name, found["problems"], figures["protocol"]["generations"]) == (own.eval.data, 5, 2)
     accuracy, best = found["accuracy"], found["pass@2"]
     assert 0 <= accuracy["value"] <= best["value"] <= 1
     for figure in (accuracy, best):
@@ -345,7 +349,7 @@ def test_train_eval_report_and_info(
         ("check --recipe tiny seed=3", None, ["seed=3"]),
         ("check seed=3 math.jsonl", "math.jsonl", ["seed=3"]),
         ("check math.jsonl seed=3", "math.jsonl", ["seed=3"]),
-        ("eval --self-check data.eval_size=5", None, ["data.eval_size=5"]),
+        ("eval --self-check eval.size=5", None, ["eval.size=5"]),
         ("eval --suite folder seed=1 my-model optim.epochs=2", "my-model", ["seed=1", "optim.epochs=2"]),
     ],
 )

@@ -26,7 +26,7 @@ def make_run(
     """A run folder as the trainer leaves it, with plausible curves."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
-    tree = {"method": method, "steps": steps, "output": str(folder), "data": {"eval": "arithmetic@test"}}
+    tree = {"method": method, "steps": steps, "output": str(folder), "eval": {"data": "arithmetic@test"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(tree)), sort_keys=False))
     corrects, metrics, completions = method != "grpo", [], []
     metrics.append({"step": 0, "eval/accuracy": 0.22, "eval/stderr": 0.029})
@@ -223,7 +223,7 @@ def test_the_configuration_marks_what_differs(tmp_path: Path) -> None:
 
     edge = make_run(tmp_path / "edge", steps=3)
     grpo = make_run(tmp_path / "grpo", steps=4, method="grpo")
-    assert differing(Page(write_report([edge]))) == {"steps", "data.eval"}  # from the defaults; output never counts
+    assert differing(Page(write_report([edge]))) == {"steps", "eval.data"}  # from the defaults; output never counts
     assert differing(Page(write_report([edge, grpo]))) == {"method", "steps"}  # from each other
 
 
