@@ -58,8 +58,9 @@ def describe(cls: Any = TrainConfig, prefix: str = "") -> Iterator[Entry]:
 def keys_help(width: int, *, every: bool) -> str:
     """Return the keys with their defaults and help, grouped by section, in lines of at most ``width``."""
     what = "every configuration key" if every else "the most used configuration keys (--help all shows every key)"
-    lines = [f"{what}, for YAML files (nested by the dots) and for KEY=VALUE, each with its default:"]
-    lines = textwrap.wrap(lines[0], width)
+    lines = textwrap.wrap(
+        f"{what}, for YAML files (nested by the dots) and for KEY=VALUE, each with its default:", width
+    )
     section = ""
     said: dict[str, str] = {}
     for entry in describe():
@@ -75,9 +76,10 @@ def keys_help(width: int, *, every: bool) -> str:
 def _lines(entry: Entry, said: dict[str, str], width: int) -> list[str]:
     """Return the lines of one key; help that was ``said`` of another key is not repeated."""
     left = f"  {entry.key}={_shown(entry.default)}"
-    first = said.setdefault(entry.help, entry.key)
+    is_reference = entry.help.startswith("see ")
+    first = entry.key if is_reference else said.setdefault(entry.help, entry.key)
     text = entry.help if first == entry.key else f"see {first}"
-    choices = entry.type.split("|")
+    choices = [] if "[" in entry.type else entry.type.split("|")
     if len(choices) > 2 and not all(choice in text for choice in choices):
         text = f"{text} ({', '.join(choices)})"
     right = textwrap.wrap(text, width - _INDENT, break_on_hyphens=False) or [""]
@@ -128,7 +130,7 @@ def _notes(cls: Any) -> dict[str, str]:
     notes: dict[str, str] = {}
     for paragraph in re.split(r"\n(?=``)|\n\n", ast.get_docstring(body) or ""):
         if match := re.match(r"((?:``[\w, ]+``(?:, )?)+)\s{2,}(.*)", paragraph, re.DOTALL):
-            text = " ".join(match[2].split()).replace("``", "").rstrip(".")
+            text = re.sub(r"\bNone\b", "null", " ".join(match[2].split()).replace("``", "").rstrip("."))
             notes |= dict.fromkeys(re.findall(r"\w+", match[1]), text)
     for name, node in fields.items():
         if comment := beside.get(node.end_lineno or 0) or above.get(node.lineno):

@@ -146,7 +146,7 @@ def _published_mix() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    # weights, to be normalised, of reflect (let the policy go on), answer, solution (replace); a kind left out: 0
+    # relative weights of reflect (the policy goes on), answer (is appended), solution (replaces); a kind left out: 0
     mix: dict[str, float] = field(default_factory=_published_mix)
     reflection_text: str = " Wait! Something is wrong here."  # what reflect and answer append
     answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends then; contains {answer}
@@ -231,7 +231,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    method: Method = "edge"  # edge: EDA and GEC; eda, gec: one of them; grpo: none; grpo+reflection: GEC, reflect alone
+    method: Method = (
+        "edge"  # edge: EDA and GEC; eda, gec: that alone; grpo: neither; grpo+reflection: GEC, reflect only
+    )
     steps: int = 100  # rollouts to train on
     seed: int = 0  # of the order of the data, sampling and corrections
     output: str = "runs/edge-grpo"  # the run's folder: configuration, metrics, completions, checkpoints, final model

@@ -99,21 +99,29 @@ def test_help_names_the_commands() -> None:
         assert f"\n    {command} " in text
 
 
-def test_help_of_train_lists_every_key_with_its_default_and_meaning() -> None:
+def test_help_of_train_shows_the_most_used_keys() -> None:
     text = help_of("train", "--help").stdout
+    assert "\n  optim.learning_rate=1e-06  " in text
+    assert "the most used configuration keys (--help all shows every key)" in text
+    assert "optim.weight_decay" not in text
+    assert text == help_of("train", "-h").stdout
+
+
+def test_help_of_train_lists_every_key_with_its_default_and_meaning() -> None:
+    text = help_of("train", "--help", "all").stdout
     words = " ".join(text.split())
     for entry in describe():
         assert f"\n  {entry.key}=" in text
         assert entry.help in words
     assert "\n  optim.learning_rate=1e-06  " in text
-    assert "\n  data.eval=null  " in text
+    assert "\n  eval.data=null  " in text
     assert "(transformers, vllm, vllm-server)" in words  # choices that the help line does not name itself
     assert "edge-grpo train --recipe tiny" in text
 
 
 def test_help_fits_the_terminal() -> None:
     for columns in (70, 100):
-        _, keys = help_of("train", "--help", columns=columns).stdout.split("configuration keys", 1)
+        _, keys = help_of("train", "--help", "all", columns=columns).stdout.split("every configuration key", 1)
         too_long = [line for line in keys.splitlines()[1:] if len(line) > columns]
         assert [line for line in too_long if "=" not in line] == []  # only a key with its default may be longer
 
