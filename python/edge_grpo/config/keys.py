@@ -231,9 +231,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    method: Method = (
-        "edge"  # edge: EDA and GEC; eda, gec: that alone; grpo: neither; grpo+reflection: GEC, reflect only
-    )
+    method: Method = "edge"  # edge: EDA and GEC; eda, gec: that alone; grpo: neither; grpo+reflection: reflect alone
     steps: int = 100  # rollouts to train on
     seed: int = 0  # of the order of the data, sampling and corrections
     output: str = "runs/edge-grpo"  # the run's folder: configuration, metrics, completions, checkpoints, final model
