@@ -61,6 +61,11 @@ def members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def choices_of(annotation: Any) -> list[str]:
+    """Return the texts that the annotation allows, none where it allows others."""
+    return [text for member in members(annotation) if get_origin(member) is Literal for text in get_args(member)]
+
+
 def matches(value: Any, annotation: Any) -> bool:
     """Return whether ``value`` is of the type; an int is a float, a bool is neither."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -82,8 +87,7 @@ def matches(value: Any, annotation: Any) -> bool:
 def mismatch(key: str, value: Any, annotation: Any) -> str:
     """Return the complaint about a value of another type."""
     complaint = f"{key} must be {_describe(annotation)}; got {value!r}"
-    choices = [c for member in members(annotation) if get_origin(member) is Literal for c in get_args(member)]
-    if choices:
+    if choices := choices_of(annotation):
         return complaint + did_you_mean(value, choices)
     is_unquoted = str in members(annotation) and isinstance(value, (bool, int, float))
     return complaint + ("; put it in quotes" if is_unquoted else "")

@@ -12,11 +12,11 @@ import json
 import re
 import textwrap
 import tokenize
-import types
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
+from edge_grpo.config.checks import choices_of
 from edge_grpo.config.keys import TrainConfig, options_of
 
 # What most users set: ``edge-grpo train --help`` shows these, ``--help all`` every key.
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     """One configuration key as ``edge-grpo train --help`` shows it."""
 
     key: str
-    type: str
+    choices: list[str]  # where only these texts can be set
     default: Any
     help: str
 
@@ -49,7 +49,7 @@ def describe(cls: Any = TrainConfig, prefix: str = "") -> Iterator[Entry]:
     notes, defaults, options = _notes(cls), cls(), options_of(cls)
     for name, annotation in options.items():
         if not is_dataclass(annotation):
-            yield Entry(f"{prefix}{name}", _short_type(annotation), getattr(defaults, name), notes.get(name, ""))
+            yield Entry(f"{prefix}{name}", choices_of(annotation), getattr(defaults, name), notes.get(name, ""))
     for name, annotation in options.items():
         if is_dataclass(annotation):
             yield from describe(annotation, f"{prefix}{name}.")
@@ -79,9 +79,8 @@ def _lines(entry: Entry, said: dict[str, str], width: int) -> list[str]:
     is_reference = entry.help.startswith("see ")
     first = entry.key if is_reference else said.setdefault(entry.help, entry.key)
     text = entry.help if first == entry.key else f"see {first}"
-    choices = [] if "[" in entry.type else entry.type.split("|")
-    if len(choices) > 2 and not all(choice in text for choice in choices):
-        text = f"{text} ({', '.join(choices)})"
+    if not all(choice in text for choice in entry.choices):
+        text = f"{text} ({', '.join(entry.choices)})"
     right = textwrap.wrap(text, width - _INDENT, break_on_hyphens=False) or [""]
     lines = [left] if len(left) > _INDENT - 2 else [left.ljust(_INDENT) + right.pop(0)]
     return lines + [" " * _INDENT + line for line in right]
@@ -95,19 +94,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {item}" for name, item in value.items()) + "}"
     return "[]" if value == () else str(value)
-
-
-def _short_type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return "|".join(_short_type(member) for member in arguments)
-    if origin is Literal:
-        return "|".join(arguments)
-    if origin is tuple:
-        return f"list[{_short_type(arguments[0])}]"
-    if origin is dict:
-        return f"dict[{_short_type(arguments[0])},{_short_type(arguments[1])}]"
-    return "null" if annotation is type(None) else annotation.__name__
 
 
 def _notes(cls: Any) -> dict[str, str]:
