@@ -46,15 +46,14 @@ class Grader:
         timed_out    comparing took more than its share of time or memory, or crashed, so that nobody knows
 
     Equal after ``normalize``, integers, words and rows of numbers are decided at once; processes start when first
-    needed: two of them, or one on a single core, unless ``workers`` says otherwise; they mostly wait, for the trainer's
-    own threads. Outcomes do not depend on the number of processes, on the order, or on what else is judged. Any thread
-    may call.
+    needed, by default two of them, or one on a single core. Outcomes do not depend on the number of processes, on the
+    order, or on what else is judged. Any thread may call.
     """
 
     def __init__(self, *, workers: int | None = None, timeout: float = 5.0) -> None:
-        workers = workers or min(2, len(os.sched_getaffinity(0)))
+        size = min(2, len(os.sched_getaffinity(0))) if workers is None else workers
         self._pool = WorkerPool(
-            "edge_grpo.grading.equivalence:load", timeout=timeout, size=workers, memory_limit=_MEMORY_BYTES
+            "edge_grpo.grading.equivalence:load", timeout=timeout, size=size, memory_limit=_MEMORY_BYTES
         )
         self._known: OrderedDict[_Comparison, Outcome] = OrderedDict()
         self._lock = threading.Lock()
