@@ -122,7 +122,7 @@ class Collector:
 def sampling_of(config: TrainConfig) -> Sampling:
     """Return how a run samples its first attempts."""
     rollout = config.rollout
-    return Sampling(max_tokens=rollout.max_completion_length, temperature=rollout.temperature, top_p=rollout.top_p)
+    return Sampling(max_tokens=rollout.max_completion_length, temperature=rollout.temperature)
 
 
 def carry_out(plan: CorrectionPlan, engine: RolloutEngine, sampling: Sampling, *, seed: int) -> list[Response]:

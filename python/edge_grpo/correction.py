@@ -130,7 +130,7 @@ class Corrector:
         if config.reflect and self._continuation_length < 1:
             raise ValueError(
                 f"correction.max_length = {config.max_length} leaves no token for the policy to go on after the "
-                f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set correction.reflect to 0"
+                f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set reflect to 0 in mix"
             )
 
     def plan(

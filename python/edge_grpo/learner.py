@@ -41,13 +41,7 @@ class Learner:
         self.model = model
         self.pad_token_id = pad_token_id
         head = lm_head(model)
-        self.loss = replace(
-            config.loss,
-            temperature=config.rollout.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            sampler_ratio_cap=config.sampler_ratio_cap,
-        )
+        self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
         if config.loss.beta:
             frozen = copy.deepcopy(model).requires_grad_(False).eval()

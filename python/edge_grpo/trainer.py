@@ -33,6 +33,9 @@ from edge_grpo.run import checkpoint
 from edge_grpo.run.log import RunLog
 from edge_grpo.types import Prompt
 
+_KEPT_CHECKPOINTS = 2
+_LOGGED_COMPLETIONS = 8  # of each step
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -88,9 +91,9 @@ class Trainer:
         prompts = load(config.data.train, config.data.columns)
         rejected = find_rejected_solutions(config, prompts, self.rewarder, quiet=quiet)
         self.eval_prompts: list[Prompt] = []
-        if config.data.eval is not None:
+        if config.eval.data is not None:
             columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
-            self.eval_prompts = load(config.data.eval, columns, limit=config.data.eval_size)
+            self.eval_prompts = load(config.eval.data, columns, limit=config.eval.size)
 
         self.learner = Learner(config, model, accelerator, pad_token_id=self.tokenizer.pad_token_id)
         self.engine = build_engine(config, model, self.tokenizer)
@@ -125,13 +128,13 @@ class Trainer:
             for step in range(first + 1, config.steps + 1):
                 samples, metrics = self.step(step)
                 last = step == config.steps
-                if self.eval_prompts and (last or (config.eval_every and step % config.eval_every == 0)):
+                if self.eval_prompts and (last or (config.eval.every and step % config.eval.every == 0)):
                     after = self.evaluate()
                     metrics |= _evaluation_metrics(after)
-                log.completions(step, samples[: config.log_completions], self._decode)
+                log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
                 log.step(step, metrics)
                 if config.save_every and (step % config.save_every == 0 or last):
-                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=config.keep_checkpoints)
+                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=_KEPT_CHECKPOINTS)
         checkpoint.save_model(accelerator, self.output / "final", self.learner.model, self.tokenizer)
         if config.trackers:
             accelerator.end_training()
@@ -168,13 +171,13 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Return held-out accuracy with the run's evaluation settings; every process takes a share of the prompts."""
         config, accelerator = self.config, self.accelerator
-        sampling = replace(sampling_of(config), temperature=config.eval_temperature, top_p=1.0)
+        sampling = replace(sampling_of(config), temperature=config.eval_temperature)
         share = evaluate(
             self.engine,
             self.eval_prompts[accelerator.process_index :: accelerator.num_processes],
             self.rewarder.grader,
             self.tokenizer,
-            generations=config.eval_generations,
+            generations=config.eval.generations,
             sampling=sampling,
             seed=derive_seed(config.seed, "eval", accelerator.process_index),
         )

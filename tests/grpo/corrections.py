@@ -25,7 +25,7 @@ ONLY = {
 # " No!" and " It is N." are short enough to count by eye.
 TEXTS = {"reflection_text": " No!", "answer_text": " It is {answer}.", "max_length": 20}
 
-SAMPLING = Sampling(max_tokens=30, temperature=0.7, top_p=0.9)
+SAMPLING = Sampling(max_tokens=30, temperature=0.7)
 
 
 def encode(text: str) -> list[int]:

@@ -57,7 +57,7 @@ def test_reflect_appends_the_reflection_and_what_the_policy_goes_on_to_say():
     assert (after.finish_reason, after.correction) == ("stop", "reflect")
     [(prompts, sampling, _)] = engine.calls
     assert prompts == [tuple(encode("2+3?\n6 No!"))]  # without the end of sequence that was sampled
-    assert sampling == Sampling(max_tokens=20 - 4, temperature=0.7, top_p=0.9)
+    assert sampling == Sampling(max_tokens=20 - 4, temperature=0.7)
 
 
 def test_reflect_may_run_into_the_length_limit():

@@ -19,7 +19,8 @@ class Command:
     """A command: its help, its arguments, and what it does.
 
     ``run`` gets the parsed options and the KEY=VALUE arguments, which exist only with ``takes_keys``, and returns the
-    exit status. ``optional`` names a positional argument that may be left out. ``ending`` makes the end of the help.
+    exit status. ``optional`` names a positional argument that may be left out. A command without
+    ``add_help`` adds its own --help.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Command:
     run: Callable[[argparse.Namespace, list[str]], int]
     takes_keys: bool = False
     optional: str | None = None
-    ending: Callable[[], str] | None = None
+    add_help: bool = True
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,12 @@ from typing import get_args
 from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
 from edge_grpo.config import Engine, TrainConfig, load_config
 
-# The settings of the published evaluations on suites: all problems, however long.
-_PUBLISHED = (
-    "eval_temperature=0.1",
-    "rollout.max_completion_length=3000",
-    "data.eval_size=1000000000",
-    "data.max_prompt_length=1000000000",
-)
+# The settings of the published evaluations on suites: all problems, however long, and responses of this length.
+_PUBLISHED = {
+    "rollout.max_completion_length": 3000,
+    "eval.size": 1000000000,
+    "data.max_prompt_length": 1000000000,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run's or model's folder, hub id, .gguf file, or edge_grpo:tiny; or a result's .json, to grade it again",
     )
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for data.eval (default: the run's data.eval)")
+    data.add_argument("--data", metavar="SPEC", help="NAME[@SPLIT] as for eval.data (default: the run's eval.data)")
     data.add_argument(
         "--suite",
         metavar="DIR",
@@ -39,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("qwen_math", "r1", "chat", "config"),
         help="the prompt format; config, the default without --suite, is the one of training",
     )
-    parser.add_argument("--k", type=int, help="responses per example (default: eval_generations)")
+    parser.add_argument("--k", type=int, help="responses per example (default: eval.generations)")
     parser.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="0 is greedy; default: 0.1 with --suite, rollout.temperature with --k, else 0",
+        help="0 is greedy; default: 0.1 with --suite, else 0 for one response and rollout.temperature for several",
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="length limit of a response")
     parser.add_argument("--size", type=int, metavar="N", help="use at most N examples of each set")
@@ -97,24 +96,19 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> tuple[T
             )
     given = {
         "model.path": model,
-        "data.eval": options.data,
-        "eval_generations": options.k,
-        "eval_temperature": options.temperature,
+        "eval.data": options.data,
+        "eval.generations": options.k,
         "rollout.max_completion_length": options.max_tokens,
-        "data.eval_size": options.size,
+        "eval.size": options.size,
         "rollout.engine": options.engine,
         "seed": options.seed,
     }
-    shortcuts = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     if options.suite:
-        overrides = [*_PUBLISHED, *overrides]  # of those given twice the last one counts
-    elif options.k is not None and options.k > 1 and options.temperature is None:
-        base = load_config(
-            source, [o for o in overrides if o.startswith(("rollout.temperature=", "eval_temperature="))]
-        )
-        shortcuts.append(f"eval_temperature={base.eval_temperature or base.rollout.temperature}")
-    config = load_config(source, [*overrides, *shortcuts])
-    if config.data.eval is None and not options.suite:
+        chosen = {override.partition("=")[0].strip() for override in overrides}
+        overrides += [f"{key}={value}" for key, value in _PUBLISHED.items() if key not in chosen]
+    config = load_config(source, overrides)
+    if config.eval.data is None and not options.suite:
         raise ValueError("no data to evaluate on; give --suite DIR, or --data SPEC such as --data arithmetic@test")
     return config, model
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,12 @@ from edge_grpo.run.files import write_json
 from edge_grpo.text import percent
 from edge_grpo.types import Example, Prompt
 
+_PUBLISHED_TEMPERATURE = 0.1
+
 
 def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) -> int:
     """Ask a model, print the result, and keep it in ``options.json`` chunk by chunk."""
+    temperature = _temperature(options, config)
     path: Path | None = options.json
     saved = _saved(path, options) if path is not None else None
     template = _template(options, config)
@@ -54,8 +58,8 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
     }
     protocol = Protocol(
         template=template.to_dict(),
-        generations=config.eval_generations,
-        temperature=config.eval_temperature,
+        generations=config.eval.generations,
+        temperature=temperature,
         max_tokens=config.rollout.max_completion_length,
         seed=config.seed,
         engine=config.rollout.engine,
@@ -163,8 +167,8 @@ def _sources(options: argparse.Namespace, config: TrainConfig) -> dict[str, str]
     if not options.suite:
         if options.sets:
             raise ValueError("--sets chooses among the sets of a suite; give --suite DIR")
-        assert config.data.eval is not None
-        return {config.data.eval: config.data.eval}
+        assert config.eval.data is not None
+        return {config.eval.data: config.eval.data}
     found = suite_sets(options.suite)
     chosen = [name.strip() for name in options.sets.split(",")] if options.sets else list(found)
     if unknown := [name for name in chosen if name not in found]:
@@ -210,22 +214,36 @@ def _lengths(prompts: Mapping[str, Sequence[Prompt]], max_tokens: int, window: i
     return max(lengths), window
 
 
+def _temperature(options: argparse.Namespace, config: TrainConfig) -> float:
+    """Return the temperature asked for; else the published 0.1 for a suite, and the configuration's for other data."""
+    default = _PUBLISHED_TEMPERATURE if options.suite else config.eval_temperature
+    temperature: float = default if options.temperature is None else options.temperature
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature must be a number of at least 0; got {temperature}")
+    if temperature == 0 and config.eval.generations > 1:
+        raise ValueError(
+            f"{config.eval.generations} responses at --temperature 0 would repeat one greedy response; "
+            "set --temperature above 0, or --k to 1"
+        )
+    return temperature
+
+
 def _with_room_for(config: TrainConfig, prompt: int, whole: int) -> TrainConfig:
     """The configuration of an engine for sequences of at most ``whole`` tokens, ``prompt`` of them in the prompt."""
     data = dataclasses.replace(config.data, max_prompt_length=prompt)
     rollout = dataclasses.replace(config.rollout, max_completion_length=whole - prompt)
-    return dataclasses.replace(config, data=data, rollout=rollout, gec=False)  # no correction to make room for
+    return dataclasses.replace(config, data=data, rollout=rollout, method="grpo")  # no correction to make room for
 
 
 def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list[Example]]:
     return {
-        name: load_examples(spec, config.data.columns, seed=config.seed, limit=config.data.eval_size)
+        name: load_examples(spec, config.data.columns, seed=config.seed, limit=config.eval.size)
         for name, spec in sources.items()
     }
 
 
 def _grader(config: TrainConfig) -> closing[Grader]:
-    return closing(Grader(workers=config.reward.workers, timeout=config.reward.timeout))
+    return closing(Grader(timeout=config.reward.timeout))
 
 
 class _Bar:

@@ -10,7 +10,7 @@ import linecache
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_grpo.commands import check, compare, info, report, serve, train
@@ -55,21 +55,12 @@ def is_deliberate(error: BaseException) -> bool:
 # ---- Arguments -----------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose help can end in text that is made only when somebody asks for it."""
-
-    ending: Callable[[], str] | None = None
-
-    def format_help(self) -> str:
-        return super().format_help() + (f"\n{self.ending()}" if self.ending else "")
-
-
 def parse(arguments: Sequence[str] | None = None) -> tuple[Command, argparse.Namespace, list[str]]:
     """Return the command, its options, and the KEY=VALUE arguments; ends the process for help and for mistakes."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="edge-grpo",
         description="Reinforcement learning of language models with EDGE-GRPO (arXiv:2507.21848).",
-        epilog="`edge-grpo COMMAND --help` explains a command; for train it lists every configuration key.",
+        epilog="`edge-grpo COMMAND --help` explains a command; `edge-grpo train --help all` lists every setting.",
         allow_abbrev=False,
     )
     version = version_of("edge-grpo") or "not installed"
@@ -85,8 +76,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Command, argparse.Nam
             epilog=f"examples:\n{textwrap.indent(textwrap.dedent(command.examples).strip(), '  ')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=command.add_help,
         )
-        own.ending = command.ending
         command.add_arguments(own)
     options, rest = parser.parse_known_args(arguments)
     command = COMMANDS[options.command]

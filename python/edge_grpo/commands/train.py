@@ -6,17 +6,14 @@ Training is ``edge_grpo.trainer``; what is written into the run's folder is ``ed
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
-from edge_grpo.config import Method, TrainConfig, describe, load_config
+from edge_grpo.config import Method, TrainConfig, keys_help, load_config
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.run.report import write_report
 from edge_grpo.text import clock, percent
@@ -24,7 +21,24 @@ from edge_grpo.text import clock, percent
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
 
 
+class _KeysHelp(argparse.Action):
+    """Prints the command's help with the most used configuration keys, or with all of them, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, values: Any, option_string: str | None = None) -> None:
+        width = max(60, min(120, shutil.get_terminal_size().columns))
+        print(f"{parser.format_help()}\n{keys_help(width, every=values == 'all')}", end="")
+        parser.exit()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_KeysHelp,
+        nargs="?",
+        metavar="all",
+        help="show this help and the most used configuration keys; --help all shows every key",
+    )
     add_source(parser)
     parser.add_argument("--method", choices=get_args(Method), help="short for method=...; see the key below")
     parser.add_argument("--output", metavar="DIR", help="short for output=..., the run's folder")
@@ -68,7 +82,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         page = write_report([output])
         print()
         if evals := read_run(output).evals:  # from the log: a resumed run was evaluated before it was interrupted
-            print(f"Held-out accuracy, {config.data.eval}")
+            print(f"Held-out accuracy, {config.eval.data}")
             print(f"  before  {_accuracy(evals[0])}")
             gain = 100 * (evals[-1].accuracy - evals[0].accuracy)
             print(f"  after   {_accuracy(evals[-1])}   {gain:+.1f} points")
@@ -130,44 +144,6 @@ def _say_how_to_resume(output: Path) -> None:
     print(f"\nInterrupted: {remedy}", file=sys.stderr)
 
 
-def _keys_help() -> str:
-    """Every configuration key with its default, laid out for this terminal."""
-    width = max(60, min(120, shutil.get_terminal_size().columns))
-    indent = 34
-
-    def lines() -> Iterator[str]:
-        yield "configuration keys, for YAML files (nested by the dots) and for KEY=VALUE, each with its default:"
-        before = None
-        first: dict[str, str] = {}
-        for entry in describe():
-            if before is not None and entry.key.rpartition(".")[0] != before.key.rpartition(".")[0]:
-                yield ""
-            left = f"  {entry.key}={_shown(entry.default)}"
-            choices = entry.type.split("|")
-            text = f"see {first[entry.help]}" if first.setdefault(entry.help, entry.key) != entry.key else entry.help
-            if len(choices) > 2 and not all(choice in text for choice in choices):
-                text = f"{text} ({', '.join(choices)})"
-            wrapped = textwrap.wrap(text, width - indent, break_on_hyphens=False) or [""]
-            if len(left) > indent - 2:
-                yield left
-            else:
-                wrapped[0] = left.ljust(indent) + wrapped[0]
-            start = 0 if len(left) > indent - 2 else 1
-            yield from wrapped[:start]
-            yield from (" " * indent + line for line in wrapped[start:])
-            before = entry
-
-    return "\n".join(lines()) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, str):
-        return json.dumps(value) if value != value.strip() else value
-    return "[]" if value == () else str(value)
-
-
 COMMAND = Command(
     name="train",
     summary="train a model, evaluate it before and after, and write a report",
@@ -183,5 +159,5 @@ COMMAND = Command(
     add_arguments=add_arguments,
     run=run,
     takes_keys=True,
-    ending=_keys_help,
+    add_help=False,
 )

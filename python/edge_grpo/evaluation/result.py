@@ -17,7 +17,7 @@ from edge_grpo.evaluation.estimators import LEVEL, RESAMPLES, Estimate, averages
 from edge_grpo.evaluation.evaluate import Evaluation, ExampleResult
 from edge_grpo.run.files import finite, write_text
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 100  # problems
 _KIND = "edge-grpo evaluation"
 
@@ -37,7 +37,6 @@ class Protocol:
     max_tokens: int
     seed: int
     engine: str
-    top_p: float = 1.0
     window: int | None = None
     chunk: int = CHUNK
 

@@ -80,7 +80,7 @@ def run(
 ) -> None:
     """Generate and grade what ``result`` lacks, set by set; ``after_chunk`` is called with the set's name each time."""
     protocol = result.protocol
-    sampling = Sampling(max_tokens=protocol.max_tokens, temperature=protocol.temperature, top_p=protocol.top_p)
+    sampling = Sampling(max_tokens=protocol.max_tokens, temperature=protocol.temperature)
     for name, own in prompts.items():
         part = result.sets[name]
         for start in range(len(part.evaluation.results), len(own), protocol.chunk):

@@ -70,7 +70,6 @@ def requests_of(
                 "n": n,
                 "max_tokens": sampling.max_tokens,
                 "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
                 "seed": derive_seed(seed, "request", first) >> (63 - _SEED_BITS),
                 "logprobs": 0,  # of the sampled token, and of no other
                 # Exactly these end a response, whatever the model and the tokenizer name; nothing is decoded.
@@ -78,6 +77,7 @@ def requests_of(
                 "ignore_eos": True,
                 "detokenize": False,
                 # A server would take what is not set here from the model's generation defaults.
+                "top_p": 1.0,
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
@@ -99,8 +99,7 @@ def response_of(
 ) -> Response:
     """Return a completion of vLLM as a response without entropy; raise RolloutError unless it is complete.
 
-    vLLM reports logprobs before temperature or after ``top_p``, but a loss recomputes those in between. The two agree
-    where nothing is cut; under ``top_p`` < 1 there is no record.
+    Its logprobs are those at the sampling temperature, which a loss recomputes.
     """
     ends = [place for place, token in enumerate(token_ids) if token in eos_token_ids]
     is_whole = {
@@ -114,11 +113,10 @@ def response_of(
         )
     if any(map(math.isnan, logprobs)):
         raise FloatingPointError("the policy's logits are not finite; training diverged, or the weights are damaged")
-    is_cut = sampling.top_p < 1 and sampling.temperature > 0
     reason: FinishReason = "stop" if ends else "length"
     return Response(
         token_ids=tuple(token_ids),
-        logprobs=(math.nan,) * len(token_ids) if is_cut else tuple(logprobs),
+        logprobs=tuple(logprobs),
         entropy=(math.nan,) * len(token_ids),
         provenance=(Provenance.SAMPLED,) * len(token_ids),
         finish_reason=reason,

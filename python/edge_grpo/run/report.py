@@ -95,7 +95,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         values = {str(flatten(run.config).get(key)) if run.config else None for run in runs}
         return values.pop() if len(values) == 1 else None
 
-    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("data.eval"))]
+    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("eval.data"))]
     return " · ".join(f"{name} {value}" for name, value in facts if value not in (None, "None"))
 
 

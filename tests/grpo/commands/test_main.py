@@ -63,21 +63,29 @@ def test_help_names_the_commands() -> None:
         assert f"\n    {command} " in text
 
 
-def test_help_of_train_lists_every_key_with_its_default_and_meaning() -> None:
+def test_help_of_train_shows_the_most_used_keys() -> None:
     text = help_of("train", "--help").stdout
+    assert "\n  optim.learning_rate=1e-06  " in text
+    assert "the most used configuration keys (--help all shows every key)" in text
+    assert "optim.weight_decay" not in text
+    assert text == help_of("train", "-h").stdout
+
+
+def test_help_of_train_lists_every_key_with_its_default_and_meaning() -> None:
+    text = help_of("train", "--help", "all").stdout
     words = " ".join(text.split())
     for entry in describe():
         assert f"\n  {entry.key}=" in text
         assert entry.help in words
     assert "\n  optim.learning_rate=1e-06  " in text
-    assert "\n  data.eval=null  " in text
+    assert "\n  eval.data=null  " in text
     assert "(transformers, vllm, vllm-server)" in words  # choices that the help line does not name itself
     assert "edge-grpo train --recipe tiny" in text
 
 
 def test_help_fits_the_terminal() -> None:
     for columns in (70, 100):
-        _, keys = help_of("train", "--help", columns=columns).stdout.split("configuration keys", 1)
+        _, keys = help_of("train", "--help", "all", columns=columns).stdout.split("every configuration key", 1)
         too_long = [line for line in keys.splitlines()[1:] if len(line) > columns]
         assert [line for line in too_long if "=" not in line] == []  # only a key with its default may be longer
 
@@ -106,8 +114,12 @@ def test_the_examples_in_the_help_are_commands_that_parse() -> None:
         (["train", "--config", "none.yaml"], "no configuration file none.yaml"),
         (["report", "nowhere"], "no run folder nowhere"),
         (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --suite DIR, or --data SPEC"),
-        (["eval", "m", "--data", "d", "--k", "4", "--temperature", "0"], "eval_generations = 4 at eval_temperature 0"),
-        (["eval", "m", "--data", "d", "--k", "0"], "eval_generations must be a whole number of at least 1; got 0"),
+        (
+            ["eval", "m", "--data", "d", "--k", "4", "--temperature", "0"],
+            "4 responses at --temperature 0 would repeat one",
+        ),
+        (["eval", "m", "--data", "d", "--temperature", "-1"], "--temperature must be a number of at least 0; got -1.0"),
+        (["eval", "m", "--data", "d", "--k", "0"], "eval.generations must be a whole number of at least 1; got 0"),
     ],
 )
 def test_a_mistake_gets_one_message(
@@ -164,7 +176,7 @@ def test_train_eval_report_and_info(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = ["rollout.num_prompts=2", "rollout.num_generations=4", "rollout.max_completion_length=24"]
-    small += ["data.eval_size=6", "optim.minibatches=1", "eval_every=0", "correction.max_length=24"]
+    small += ["eval.size=6", "optim.minibatches=1", "eval.every=0", "correction.max_length=24"]
     for method in ("edge", "grpo"):
         arguments = ["train", "--recipe", "tiny", "--method", method, "--output", method, "steps=2", *small]
         assert cli.main(arguments) == 0
@@ -181,7 +193,7 @@ def test_train_eval_report_and_info(
     assert figures["protocol"]["template"]["name"] == "config"
     assert figures["protocol"]["temperature"] == own.rollout.temperature
     [(name, found)] = figures["sets"].items()
-    assert (name, found["problems"], figures["protocol"]["generations"]) == (own.data.eval, 5, 2)
+    assert (name, found["problems"], figures["protocol"]["generations"]) == (own.eval.data, 5, 2)
     accuracy, best = found["accuracy"], found["pass@2"]
     assert 0 <= accuracy["value"] <= best["value"] <= 1
     for figure in (accuracy, best):
@@ -208,7 +220,7 @@ def test_train_eval_report_and_info(
         ("check --recipe tiny seed=3", None, ["seed=3"]),
         ("check seed=3 math.jsonl", "math.jsonl", ["seed=3"]),
         ("check math.jsonl seed=3", "math.jsonl", ["seed=3"]),
-        ("eval --self-check data.eval_size=5", None, ["data.eval_size=5"]),
+        ("eval --self-check eval.size=5", None, ["eval.size=5"]),
         ("eval --suite folder seed=1 my-model optim.epochs=2", "my-model", ["seed=1", "optim.epochs=2"]),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_papers_setting():
     assert (config.rollout.num_prompts, config.rollout.num_generations, config.rollout.temperature) == (1, 8, 0.6)
     assert (config.data.max_prompt_length, config.rollout.max_completion_length) == (512, 1024)
     assert config.correction.max_length == 256
-    assert (config.correction.reflect, config.correction.answer, config.correction.solution) == (0.5, 0.25, 0.25)
+    assert config.correction.mix == {"reflect": 0.5, "answer": 0.25, "solution": 0.25}
     assert (config.loss.loss_type, config.loss.beta, config.loss.injected) == ("bnpo", 0.0, "credit")
     assert (config.loss.epsilon_low, config.loss.epsilon_high) == (0.2, 0.2)
     assert config.optim.learning_rate == 1e-6
@@ -172,9 +172,9 @@ def test_smollm2_recipes_differ_in_what_samples(engine):
 
 def test_smollm2_recipe_holds_out_every_eval_problem():
     config = load_config(recipe_path("smollm2-135m"))
-    assert config.data.eval
+    assert config.eval.data
     train = {example.problem for example in load_examples(config.data.train, {}, limit=490)}
-    held_out = [example.problem for example in load_examples(config.data.eval, {}, limit=config.data.eval_size)]
+    held_out = [example.problem for example in load_examples(config.eval.data, {}, limit=config.eval.size)]
     assert not train & set(held_out)
     assert config.data.system_prompt  # its examples are no held-out problems either
     assert not any(shown in problem for problem in held_out for shown in ("7 + 8", "8 + 7", "20 - 6"))

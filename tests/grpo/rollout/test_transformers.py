@@ -55,13 +55,13 @@ def favour(model, token: int, by: float):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "recorded_at"),
-    [(1.0, 1.0, 1.0), (0.6, 1.0, 0.6), (1.3, 0.8, 1.3), (0.0, 1.0, 1.0)],  # the last: greedy is recorded at 1
+    ("temperature", "recorded_at"),
+    [(1.0, 1.0), (0.6, 0.6), (1.3, 1.3), (0.0, 1.0)],  # the last: greedy is recorded at 1
 )
-def test_records_agree_with_a_scoring_pass(make_model, architecture, temperature, top_p, recorded_at):
+def test_records_agree_with_a_scoring_pass(make_model, architecture, temperature, recorded_at):
     model = make_model(architecture, **ARCHITECTURES[architecture])
     given = prompts(3, 11, 1, 6, 6)  # batches of two: padding of every amount, and a last batch of one
-    sampling = Sampling(max_tokens=9, temperature=temperature, top_p=top_p)
+    sampling = Sampling(max_tokens=9, temperature=temperature)
     for prompt, response in zip(given, engine(model, batch_size=2).generate(given, sampling, seed=0), strict=True):
         logprobs, entropy = scored(model, prompt, response, recorded_at)
         torch.testing.assert_close(torch.tensor(response.logprobs), logprobs, atol=1e-4, rtol=0)
@@ -190,14 +190,6 @@ def test_samples_follow_the_distribution(make_model):
         assert abs(counts[token] / 4000 - probability) < 5 * deviation + 1e-9
 
 
-def test_top_p_keeps_to_the_nucleus(make_model):
-    model = make_model(vocab_size=8, initializer_range=1.0)
-    responses = engine(model).generate([[5, 3, 2]] * 500, Sampling(max_tokens=1, top_p=0.5), seed=0)
-    probabilities, tokens = model(input_ids=torch.tensor([[5, 3, 2]])).logits[0, -1].softmax(-1).sort(descending=True)
-    nucleus = tokens[: int((probabilities.cumsum(0) < 0.5).sum()) + 1].tolist()
-    assert {response.token_ids[0] for response in responses} == set(nucleus)
-
-
 def test_generation_defaults_of_the_model_do_not_leak(tiny_model):
     given, sampling = prompts(4) * 16, Sampling(max_tokens=6)
     plain = engine(tiny_model).generate(given, sampling, seed=0)
@@ -299,7 +291,6 @@ def test_no_prompts_no_responses(tiny_model):
         ([[5]], Sampling(max_tokens=0), "max_tokens"),
         ([[5]], Sampling(max_tokens=1, temperature=-1.0), "temperature"),
         ([[5]], Sampling(max_tokens=1, temperature=float("nan")), "temperature"),
-        ([[5]], Sampling(max_tokens=1, top_p=0.0), "top_p"),
     ],
 )
 def test_bad_requests_are_named(tiny_model, given, sampling, message):

@@ -88,7 +88,7 @@ def test_the_configuration_marks_what_differs(tmp_path: Path) -> None:
 
     edge = make_run(tmp_path / "edge", steps=3)
     grpo = make_run(tmp_path / "grpo", steps=4, method="grpo")
-    assert differing(Page(write_report([edge]))) == {"steps", "data.eval"}  # from the defaults; output never counts
+    assert differing(Page(write_report([edge]))) == {"steps", "eval.data"}  # from the defaults; output never counts
     assert differing(Page(write_report([edge, grpo]))) == {"method", "steps"}  # from each other
 
 
