@@ -19,7 +19,7 @@ def make_run(
     """A finished run's folder."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
-    tree = {"method": method, "steps": steps, "output": str(folder), "data": {"eval": "arithmetic@test"}}
+    tree = {"method": method, "steps": steps, "output": str(folder), "eval": {"data": "arithmetic@test"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(tree)), sort_keys=False))
     metrics: list[dict[str, Any]] = [{"step": 0, "eval/accuracy": 0.22, "eval/stderr": 0.029}]
     completions = []

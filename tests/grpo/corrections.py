@@ -17,10 +17,8 @@ SAMPLED, INJECTED, CONTINUED = Provenance
 
 SOLUTION = r"2 and 3 make \boxed{5}."
 
-ONLY = {
-    kind: dict.fromkeys(("reflect", "answer", "solution"), 0.0) | {kind: 1.0}
-    for kind in ("reflect", "answer", "solution")
-}
+KINDS = ("reflect", "answer", "solution")
+ONLY = {kind: {"mix": {kind: 1.0}} for kind in KINDS}
 
 # " No!" and " It is N." are short enough to count by eye.
 TEXTS = {"reflection_text": " No!", "answer_text": " It is {answer}.", "max_length": 20}
@@ -116,7 +114,9 @@ class CorrectorWithEngine:
 
 
 def make_corrector(kind: str | None = None, **settings: object) -> Corrector:
-    config = CorrectionConfig(**{**TEXTS, **(ONLY[kind] if kind else {}), **settings})
+    mix = {name: settings.pop(name) for name in KINDS if name in settings}
+    chosen = {"mix": mix} if mix else ONLY[kind] if kind else {}
+    config = CorrectionConfig(**{**TEXTS, **chosen, **settings})
     return Corrector(
         config, encode=encode, decode=decode, eos_token_ids=(EOS, OTHER_EOS), max_tokens=SAMPLING.max_tokens
     )

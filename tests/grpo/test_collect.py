@@ -42,14 +42,14 @@ class Grades:
 
 
 def collector(
-    engine: ScriptedEngine, *, gec: bool = True, rank: int = 0, processes: int = 1, seed: int = 0
+    engine: ScriptedEngine, *, method: str = "gec", rank: int = 0, processes: int = 1, seed: int = 0
 ) -> Collector:
     """Steps of four groups of two, from a data set of six rows."""
     config = TrainConfig(
         seed=seed,
-        gec=gec,
+        method=method,
         rollout=RolloutConfig(num_prompts=4, num_generations=2, max_completion_length=30),
-        correction=CorrectionConfig(reflect=1.0, answer=0.0, solution=0.0, reflection_text=" No!", max_length=20),
+        correction=CorrectionConfig(mix={"reflect": 1.0}, reflection_text=" No!", max_length=20),
     )
     texts = [f"{number}?" for number in range(6)]
     return Collector(
@@ -89,7 +89,7 @@ def test_wrong_responses_are_corrected_and_graded_again():
 
 def test_without_correction_what_was_sampled_is_graded_once():
     engine = ScriptedEngine("6")
-    own = collector(engine, gec=False)
+    own = collector(engine, method="grpo")
     assert all(sample.response is sample.first for sample in step(own))
     assert len(engine.calls) == len(own.rewarder.calls) == 1
 
@@ -123,7 +123,7 @@ def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_pa
         for n in range(8)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    only = CorrectionConfig(reflect=0.0, answer=1e-9, solution=1 - 1e-9)
+    only = CorrectionConfig(mix={"answer": 1e-9, "solution": 1 - 1e-9})
     trainer = Trainer(replace(config, data=DataConfig(train=str(tmp_path / "rows.json")), correction=only))
     samples = [sample for step in (1, 2, 3, 4) for sample in collect(trainer, step)]
     trainer.close()

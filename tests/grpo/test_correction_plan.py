@@ -368,8 +368,11 @@ def test_lengths_and_end_of_sequence_are_checked():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"reflect": 0.4}, r"must add up to 1; got 0\.4 \+ 0\.25 \+ 0\.25 = 0\.9"),
-        ({"reflect": -0.5, "answer": 1.25}, "reflect must be a number >= 0"),
+        ({"mix": {"reflect": 0, "answer": 0.0}}, "mix must not be all 0; got {'reflect': 0, 'answer': 0.0}"),
+        ({"mix": {}}, "mix must not be all 0"),
+        ({"mix": {"reflect": -0.5, "answer": 1.25}}, r"mix\['reflect'\] must be a number >= 0; got -0\.5"),
+        ({"mix": {"answer": math.inf}}, r"mix\['answer'\] must be a finite number; got inf"),
+        ({"mix": {"refelct": 1}}, "mix takes reflect, answer, solution; got 'refelct'; did you mean reflect?"),
         ({"max_length": 0}, "max_length must be a whole number of at least 1"),
         ({"answer_text": "It is right there."}, r"answer_text must contain \{answer\}"),
         ({"answer_text": r" It is \boxed{answer}."}, r"which makes ' It is \\\\boxed7\.' .* double the braces"),

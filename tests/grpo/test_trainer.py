@@ -17,26 +17,26 @@ import torch
 import yaml
 from training import records, rollout
 
-from edge_grpo.config import DataConfig, ModelConfig, RewardConfig, to_dict
+from edge_grpo.config import AdvantageConfig, DataConfig, EvalConfig, ModelConfig, RewardConfig, to_dict
 from edge_grpo.run.report import write_report
 from edge_grpo.trainer import Trainer, train
-from edge_kernels import EDAConfig, GRPOLossConfig
+from edge_kernels import GRPOLossConfig
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*use_reentrant.*")]
 
 
 @pytest.mark.parametrize(
-    ("method", "eda", "gec", "corrects", "weighs"),
+    ("method", "corrects", "weighs"),
     [
-        ("edge", None, None, True, True),
-        ("edge", False, None, True, False),
-        ("edge", None, False, False, True),
-        ("grpo", None, None, False, False),
-        ("grpo+reflection", None, None, True, False),
+        ("edge", True, True),
+        ("gec", True, False),
+        ("eda", False, True),
+        ("grpo", False, False),
+        ("grpo+reflection", True, False),
     ],
 )
-def test_methods_and_switches(config, method, eda, gec, corrects, weighs):
-    trainer = Trainer(replace(config, method=method, eda=eda, gec=gec))
+def test_methods(config, method, corrects, weighs):
+    trainer = Trainer(replace(config, method=method))
     samples = rollout(trainer)
     trainer.close()
     kinds = {sample.response.correction for sample in samples} - {None}
@@ -51,7 +51,7 @@ def test_methods_and_switches(config, method, eda, gec, corrects, weighs):
 
 def test_advantages_are_the_papers(config):
     """EDA by hand: A_i / (mean entropy of i over the group's mean of those)."""
-    trainer = Trainer(replace(config, loss=GRPOLossConfig(eda=EDAConfig(min_ratio=0.0, max_ratio=math.inf))))
+    trainer = Trainer(replace(config, eda=AdvantageConfig(clip=math.inf)))
     samples = rollout(trainer)
     trainer.close()
     for group in {sample.group for sample in samples}:
@@ -68,11 +68,11 @@ def test_a_run_leaves_its_whole_record(config, tmp_path):
     summary = train(
         replace(
             config,
-            data=replace(config.data, eval="arithmetic:1@test", eval_size=8),
+            eval=EvalConfig(data="arithmetic:1@test", size=8),
             optim=replace(config.optim, epochs=2, minibatches=2),
             loss=GRPOLossConfig(beta=0.05),
+            steps=3,
             save_every=1,
-            keep_checkpoints=1,
         )
     )
     output = tmp_path / "run"
@@ -83,10 +83,10 @@ def test_a_run_leaves_its_whole_record(config, tmp_path):
         "final",
         "metrics.jsonl",
     ]
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     start, *steps = records(output)
     assert start.keys() == {"step", "eval/accuracy", "eval/stderr"}
-    assert [record["step"] for record in steps] == [1, 2]
+    assert [record["step"] for record in steps] == [1, 2, 3]
     for record in steps:
         for key in (
             *("loss", "reward/mean", "reward/std", "accuracy/before", "accuracy/after", "collapsed/before"),
@@ -196,7 +196,8 @@ def by_turns(completions):
 def test_a_run_outlives_functions_that_hang_and_raise(config, tmp_path, monkeypatch, on_error):
     (tmp_path / "unreliable.py").write_text(UNRELIABLE)
     monkeypatch.syspath_prepend(tmp_path)
-    reward = RewardConfig(functions={"unreliable:by_turns": 1.0}, function_timeout=0.5, on_error=on_error)
+    weights = {"accuracy": 1.0, "unreliable:by_turns": 1.0}
+    reward = RewardConfig(weights=weights, function_timeout=0.5, on_error=on_error)
     train(replace(config, reward=reward))
     steps = records(tmp_path / "run")
     assert len(steps) == config.steps
@@ -220,5 +221,5 @@ def test_a_function_that_raises_ends_the_run_by_default(config, tmp_path, monkey
     (tmp_path / "unreliable.py").write_text(UNRELIABLE.replace("% 4 == 1", "== 0").replace("% 4 == 2", "> 0"))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match=r"(?s)'unreliable:by_turns' failed on sample 0 \(row \d+\).*LookupError"):
-        train(replace(config, reward=RewardConfig(functions={"unreliable:by_turns": 1.0})))
+        train(replace(config, reward=RewardConfig(weights={"accuracy": 1.0, "unreliable:by_turns": 1.0})))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -55,11 +55,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method, and the switches that override it."""
-        config = self.config or {}
-        given = {name: config[name] for name in ("eda", "gec") if config.get(name) is not None}
-        switches = [f"{name.upper()} {'on' if value else 'off'}" for name, value in given.items()]
-        return ", ".join([str(config.get("method", "unknown method")), *switches])
+        """The method that the run trained with."""
+        return str((self.config or {}).get("method", "unknown method"))
 
 
 def read_run(path: Path, name: str | None = None) -> Run:

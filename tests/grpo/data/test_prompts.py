@@ -91,7 +91,7 @@ def test_any_problem_survives_the_round_trip(problem):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"columns": {"problm": "question"}}, "got the key 'problm'; did you mean 'problem'"),
+        ({"columns": {"problm": "question"}}, "got the key 'problm'; did you mean problem"),
         ({"prompt_template": "Solve this."}, r"prompt_template must contain \{problem\}"),
         ({"max_prompt_length": 0}, "max_prompt_length must be a whole number of at least 1"),
     ],

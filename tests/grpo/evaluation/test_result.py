@@ -45,8 +45,8 @@ def test_a_chunk_holds_at_least_one_problem():
         ("{", "is not an evaluation result of edge-grpo eval"),
         ("[]", "is not an evaluation result of edge-grpo eval"),
         ('{"examples": 3}', "is not an evaluation result of edge-grpo eval"),
-        ('{"kind": "edge-grpo evaluation", "format": 99}', "of format 1; got 'edge-grpo evaluation' of format 99"),
-        ('{"kind": "edge-grpo evaluation", "format": 1}', "is damaged: KeyError: 'protocol'"),
+        ('{"kind": "edge-grpo evaluation", "format": 99}', "of format 2; got 'edge-grpo evaluation' of format 99"),
+        ('{"kind": "edge-grpo evaluation", "format": 2}', "is damaged: KeyError: 'protocol'"),
     ],
 )
 def test_files_of_another_kind_are_refused(text, message, tmp_path):
