@@ -1,7 +1,7 @@
-"""What the compilers made of our GPU kernels and of the peers', per element, held against what the GPU allows. No GPU.
+"""Our GPU kernels' machine code and the peers', per element, against the GPU's limits; needs compilers, but no GPU.
 
-Kernels that stream logits are counted per element of their main loop, those that multiply matrices per sum of a tile.
-Times are what the busiest unit needs at its data-sheet rate: no kernel can be faster, and latencies are not in them.
+Kernels that stream logits are counted per element of their main loop, matrix kernels per sum of a tile. Times are lower
+bounds: what the busiest unit needs at its data-sheet rate, without latencies.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Machine(NamedTuple):
         return self.tensor_flops / 2
 
     def budgets(self, num_bytes: float) -> tuple[float, float]:
-        """Instructions and special-function operations that may be spent on each ``num_bytes`` moved."""
+        """Return the instructions and special-function operations that fit into moving ``num_bytes``."""
         return self.instructions / self.bandwidth * num_bytes, self.mufu / self.bandwidth * num_bytes
 
 
@@ -70,7 +70,7 @@ WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
 
 
 def occupancy(compiled: Compiled) -> float:
-    """Warps that fit on a multiprocessor, as a part of those that it has places for; unknown shared memory left out."""
+    """Return the share of a multiprocessor's warp slots that fit; unknown shared memory does not count."""
     warps = math.ceil(compiled.threads / WARP)
     each = math.ceil(compiled.kernel.registers * WARP / 256) * 256
     by_registers = REGISTERS // each // 4 * 4 // warps
@@ -83,7 +83,7 @@ def occupancy(compiled: Compiled) -> float:
 
 
 def rows(owner: str, compiled: Compiled) -> list[Row]:
-    """Return a row for each main loop of a kernel, or one for all of them where they multiply matrices."""
+    """Return a row for each main loop of a kernel, or one for all of them if they multiply matrices."""
     kernel = compiled.kernel
     common = {
         "owner": owner,
@@ -170,11 +170,11 @@ def _bound(seconds: dict[str, float], floor: str) -> Row:
     return {"seconds_per_element": seconds, "bound": bound, "times_floor": seconds[bound] / seconds[floor]}
 
 
-# --- whose kernels ----------------------------------------------------------------------------------------------------
+# --- contenders -------------------------------------------------------------------------------------------------------
 
 
 def contenders() -> dict[str, Callable[[int], list[Compiled]]]:
-    """Who, and how to get the kernels for an architecture."""
+    """Return, by owner, what compiles the owner's kernels for an architecture."""
 
     def triton(launcher: Callable[[int], None]) -> Callable[[int], list[Compiled]]:
         return lambda architecture: aot.launches(lambda: launcher(architecture), architecture)
@@ -190,14 +190,14 @@ def contenders() -> dict[str, Callable[[int], list[Compiled]]]:
 
 
 def collect(architectures: Sequence[int]) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows of everybody's kernels, and who is missing and why."""
+    """Return the rows of all kernels, and the reason for each owner that is missing."""
     found: list[Row] = []
     missing: dict[str, str] = {}
     for owner, kernels in contenders().items():
         for architecture in architectures:
             try:
                 compiled = kernels(architecture)
-            except Exception as error:  # a broken installation raises anything
+            except Exception as error:  # a broken installation can raise anything
                 missing[owner] = explain(error)
                 break
             for row in (row for each in compiled for row in rows(owner, each)):
@@ -210,7 +210,7 @@ def collect(architectures: Sequence[int]) -> tuple[list[Row], dict[str, str]]:
 
 
 def balance() -> Iterator[str]:
-    """Lines: what a loop that is bound by memory may spend, and why."""
+    """Yield lines: what a loop bound by memory may spend per element, and why."""
     yield "Machine balance, from data sheets. A lane does 2 flops a clock: clocks/s of all multiprocessors together are"
     yield "float32 flops / 2 / lanes. In a clock each issues an instruction for 4 warps and does 16 special functions."
     for architecture, machine in MACHINES.items():
@@ -235,7 +235,7 @@ PRODUCTS = (
 
 
 def tables(found: Sequence[Row]) -> Iterator[str]:
-    """Lines: a table of the loops over logits and one of the products, in the order of architectures."""
+    """Yield lines: for each architecture a table of the loops over logits, then one of the products."""
     streams = [row for row in found if row["loop"] != "products"]
     for title, chosen, line in (
         ("Loops over memory: per element; barriers per 1,024 elements of a block", streams, _stream_line),
@@ -291,7 +291,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_static", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--arch", type=int, choices=MACHINES, action="append", help="only this one; repeatable")
+    parser.add_argument(
+        "--arch", type=int, choices=MACHINES, action="append", help="only this architecture, for example 90; repeatable"
+    )
     options = parser.parse_args()
     found, missing = collect(options.arch or list(MACHINES))
     print(f"V = {VOCAB:,}, bfloat16; Triton {version_of('triton') or 'not installed'}")

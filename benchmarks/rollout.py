@@ -1,7 +1,7 @@
-"""The generation phase with transformers and with vLLM in process, same weights and prompts: tokens per second.
+"""Tokens per second of generation with transformers and with in-process vLLM, on the same weights and prompts.
 
-Both sample in bfloat16, in turns, after a warm-up. vLLM's logprobs are compared with the trainer's before anything is
-timed. ``make smollm2 vllm`` fetches the model and installs vLLM. The last line is JSON.
+Both sample in bfloat16, in turns, after a warm-up. vLLM's logprobs are compared with the trainer's before timing.
+``make smollm2 vllm`` fetches the model and installs vLLM. The last line is JSON.
 """
 
 from __future__ import annotations

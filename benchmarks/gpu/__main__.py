@@ -1,7 +1,7 @@
 """On a GPU: our backends against float64 first, then the rates of memory and products, then our times and the peers'.
 
 ``--rehearse`` does the same with a few small rows on the CPU: only the clock, the shapes and the backends differ. A
-time is the median between two events around one call, after a write larger than the L2 cache; contenders take turns.
+time is a median over calls, each measured by two events after a write larger than the L2 cache; contenders take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def describe(where: Mapping[str, Any], rate: Mapping[str, float]) -> Iterator[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rehearse", action="store_true", help="the same on the CPU, with a few small rows")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with a few small rows")
     parser.add_argument("--check", action="store_true", help="correctness only")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -48,7 +48,7 @@ def main() -> int:
     for name, reason in absent.items():
         print(f"{name} is left out: {reason}")
     if not names:
-        print("none of our backends can be had: nothing was run")
+        print("none of our backends is available: nothing was run")
         return 1
     try:
         errors = check(sizes, device, names)

@@ -1,4 +1,4 @@
-"""Every backend of ours against float64, on everything it offers; nothing is timed."""
+"""The check of each of our backends against float64, on every op it has; nothing is timed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from benchmarks import accuracy, head, logits, peers
 from benchmarks.gpu.device import Device, with_backend
-from benchmarks.gpu.inputs import Sizes, make_batch, make_head, name_of
-from benchmarks.harness import OURS, WrongError
+from benchmarks.gpu.inputs import Sizes, make_batch, make_head
+from benchmarks.harness import OURS, WrongError, name_of
 from benchmarks.peers import PLAIN, Answer
 from edge_kernels import linear_token_stats, token_entropy, token_stats, use_backend
 
 
 def check(sizes: Sizes, device: Device, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the largest errors of each backend and dtype; raises WrongError where plain PyTorch's are smaller."""
+    """Return the largest errors of each backend and dtype; raises WrongError if plain PyTorch's are smaller."""
     largest: dict[str, dict[str, float]] = {}
     checks = (_check_logits, _check_head, _check_statistics, _check_linear_statistics)
     for dtype, name, work, errors in itertools.chain.from_iterable(c(sizes, device, names) for c in checks):
@@ -37,7 +37,7 @@ def _judged(dtype: str, checked: peers.Checked, work: str, where: str) -> Errors
         raise WrongError(f"{where}: {name} failed: {reason}")
     plain = checked.errors[PLAIN]
     if work not in (logits.LOSS, logits.FORWARD, head.WORK):
-        # A quotient of entropies, a soft cap, sums of three gradients: below this who errs less is chance.
+        # A quotient of entropies, a soft cap, sums of three gradients: smaller differences are chance.
         plain = {kind: max(error, 2e-5) for kind, error in plain.items()}
     peers.require_exact({**checked.errors, PLAIN: plain}, where)
     for name, found in checked.errors.items():
@@ -136,7 +136,7 @@ def _against_reference(op: Op, leaves: tuple[Tensor, ...], names: Sequence[str])
     def outputs_and_gradients(values: tuple[Tensor, ...]) -> dict[str, Tensor]:
         inputs = [value.detach().requires_grad_() for value in values]
         outputs = op(*inputs)
-        # Weights between 0.5 and 1.5, no two outputs with the same: a gradient that is mixed up shows.
+        # Weights between 0.5 and 1.5, different for each output, so that mixed-up gradients are noticed.
         total = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
         for i, out in enumerate(outputs):
             weight = torch.arange(out.numel(), device=out.device) * (i + 1) % 7 / 7 + 0.5
@@ -154,7 +154,7 @@ def _against_reference(op: Op, leaves: tuple[Tensor, ...], names: Sequence[str])
         if got is not None:
             errors[name] = {}
             for kind, value in exact.items():
-                # A row that is all but one-hot has no gradient to be relative to.
+                # A nearly one-hot row has a gradient of about 0.
                 scale = value.abs().max().clamp(min=1e-6).item() if kind.startswith("gradient") else 1.0
                 errors[name][kind] = peers.error(got[kind].double() / scale, value / scale)
     return checked

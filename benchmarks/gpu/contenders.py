@@ -1,4 +1,4 @@
-"""The peers on a GPU: plain PyTorch and torch.compile as on a CPU, and the kernels that a CPU does not have."""
+"""The peers on a GPU: plain PyTorch and torch.compile as on a CPU, and kernels that only run on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device that everything runs on: its clock, its memory, what it is called, and our backends for it."""
+"""The device of a run: its clock, its memory, its description, and our backends that it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl
 
 
 class Device:
-    """The clock and the memory of where everything runs. ``kind`` is "cuda" (ROCm too), or "cpu" for the rehearsal."""
+    """The clock and the memory of the device. ``kind`` is "cuda" (ROCm too), or "cpu" for the rehearsal."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -32,7 +32,7 @@ class Device:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             self._flush.zero_()
-            torch.cuda._sleep(5_000_000)  # some 3 ms, in which the host puts the whole call on the stream
+            torch.cuda._sleep(5_000_000)  # about 3 ms, in which the host enqueues the whole call
             start.record()
             result = call()
             end.record()
@@ -47,7 +47,7 @@ class Device:
         return elapsed * 1e3
 
     def extra_bytes(self, call: Callable[[], object]) -> float:
-        """Return how much memory was in use at most during the call, beyond what was before; NaN on a CPU."""
+        """Return the peak of memory in use during the call, less what was in use before; NaN on a CPU."""
         if self.kind != "cuda":
             call()
             return math.nan
@@ -78,7 +78,7 @@ class Device:
 
 
 def backends(device: Device) -> tuple[list[str], dict[str, str]]:
-    """Return our backends that can be had there, and why others cannot."""
+    """Return our available backends, and the reason for each that is missing."""
     names = ("cuda", "triton") if device.kind == "cuda" else ("cpu",)
     reasons = {name: edge_backend.unavailable(name) for name in names}
     missing = {f"{OURS}, {name}": reason for name, reason in reasons.items() if reason is not None}
@@ -86,7 +86,7 @@ def backends(device: Device) -> tuple[list[str], dict[str, str]]:
 
 
 def with_backend(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call with one of our backends; the backward pass has to be inside."""
+    """Return the call with one of our backends; it must contain the backward pass."""
 
     def run(*arguments: Any) -> Any:
         with use_backend(name):

@@ -63,7 +63,3 @@ def make_head(
 ) -> tuple[Tensor, Tensor]:
     states, weight = head.make_head(rows, vocab, hidden, dtype, batch.targets.cpu())
     return states.detach().to(device.kind).requires_grad_(), weight.detach().to(device.kind).requires_grad_()
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

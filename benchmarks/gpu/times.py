@@ -12,8 +12,8 @@ import torch
 from benchmarks import head, limits, logits, peers
 from benchmarks.gpu.contenders import HEADS, LOGITS
 from benchmarks.gpu.device import Device, with_backend
-from benchmarks.gpu.inputs import Sizes, make_batch, make_head, name_of
-from benchmarks.harness import OURS, Result, Run, explain, spread
+from benchmarks.gpu.inputs import Sizes, make_batch, make_head
+from benchmarks.harness import OURS, Result, Run, explain, name_of, spread
 
 
 def take_turns(runs: Mapping[str, Run], device: Device, repetitions: int) -> dict[str, Result]:
@@ -31,7 +31,7 @@ def take_turns(runs: Mapping[str, Run], device: Device, repetitions: int) -> dic
                     extra[name] = max(device.extra_bytes(runs[name].run) - runs[name].own_bytes, 0)
                     continue
                 times[name].append(device.milliseconds(runs[name].run))
-            except Exception as error:  # a peer's failure is a result, whatever it is
+            except Exception as error:  # any failure of a peer is a result
                 failed[name] = explain(error)
     answers: dict[str, Result] = {name: {"failed": reason} for name, reason in failed.items()}
     for name in (name for name in runs if name not in failed):
@@ -40,7 +40,7 @@ def take_turns(runs: Mapping[str, Run], device: Device, repetitions: int) -> dic
 
 
 def rates(sizes: Sizes, device: Device) -> dict[str, float]:
-    """Return what the memory moves, in bytes/s read plus written, and the products' flops/s."""
+    """Return the memory's rates, in bytes/s read plus written, and the products', in flops/s."""
     buffer = torch.ones(sizes.rows * sizes.vocab, dtype=torch.bfloat16, device=device.kind)
     other = torch.empty_like(buffer)
     runs = {**limits.bandwidth(buffer), "copy": Run(partial(other.copy_, buffer))}
@@ -57,7 +57,7 @@ def rates(sizes: Sizes, device: Device) -> dict[str, float]:
 
 
 def _contenders(makers: Mapping[str, Callable[[], Any]], ours: Any, names: Sequence[str]) -> tuple[Any, dict[str, str]]:
-    """Return what can be had: (backend or None, function) by name; and why others cannot."""
+    """Return the available contenders, name -> (backend or None, function), and the reason for each missing one."""
     found, missing = peers.available(makers, None)
     every = {f"{OURS}, {name}": (name, ours) for name in names}
     return every | {name: (None, function) for name, function in found.items()}, missing

@@ -1,7 +1,7 @@
-"""Kernels compiled ahead of time for GPUs that need not be there: what launchers launch, and CUDA sources.
+"""Kernels compiled ahead of time, without a GPU: those that Triton launchers launch, and CUDA sources.
 
-A Triton launcher runs on fake tensors, as its package's own code calls it; what reaches Triton is compiled for the
-architecture asked for, with the types, constants and alignments that this launch has, and is not launched.
+A launcher runs on fake tensors, called as its package calls it. What reaches Triton is compiled for the requested
+architecture, with the types, constants and alignments of that launch, and is not launched.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from benchmarks.machine_code import cubin
 from benchmarks.machine_code.instructions import WARP
 
 ROCM = 942  # the architecture's number for AMD's gfx942; the others are NVIDIA's, 90 for sm_90
-# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200, RTX 5090, MI300X.
+# Multiprocessors and bytes of L2 cache, which launchers query: A100, H100 SXM, B200, RTX 5090, MI300X.
 DEVICES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20), 120: (170, 96 << 20), ROCM: (304, 4 << 20)}
 MAX_THREADS = 1024  # of a block
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 class Compiled(NamedTuple):
-    """A kernel for one architecture, and how its launcher launches it."""
+    """A kernel for one architecture, and its launch."""
 
     kernel: cubin.Kernel
     architecture: int
@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
 
 
 class _Device:
-    """A GPU of which nothing but the architecture exists: what Triton asks its driver before it compiles."""
+    """A GPU of which only the architecture exists: what Triton asks its driver before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -80,7 +80,7 @@ class _Pointer:
 
 
 class _Methods(TorchFunctionMode):
-    """Methods of fake tensors on "cuda", by operators: Python's own ask for a device that a CPU's PyTorch has not."""
+    """Methods of fake tensors on "cuda" by operators: the usual ones need a device that a CPU build lacks."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__setitem__:
@@ -112,7 +112,7 @@ class _Methods(TorchFunctionMode):
 
 
 def require_triton() -> None:
-    """Raise RuntimeError with the reason where Triton cannot compile here."""
+    """Raise RuntimeError with the reason if Triton cannot compile here."""
     try:
         import triton
     except ImportError as error:
@@ -127,7 +127,7 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
+    # The default so far. Triton 3.10 changes it, and earlier releases warn if nothing is set.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     cuda, versions = vars(torch)["cuda"], vars(torch)["version"]
     run, active, properties, hip = JITFunction.run, driver._active, cuda.get_device_properties, versions.hip
@@ -163,7 +163,7 @@ def triton_kernels(launcher: Callable[[], object], architecture: int) -> list[tu
     """Return what Triton compiled of the kernels that ``launcher`` launches, each once, and the bytes of an element.
 
     It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda". Raises
-    RuntimeError where Triton cannot compile.
+    RuntimeError if Triton cannot compile.
     """
     require_triton()
     launched: list[tuple[Any, int]] = []
@@ -191,15 +191,15 @@ def nvcc() -> str:
     """Return the path of nvcc; raises FileNotFoundError."""
     path = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if path is None:
-        raise FileNotFoundError("nvcc was not found on PATH, nor does CUDACXX name it")
+        raise FileNotFoundError("nvcc was not found: it is not on PATH and CUDACXX does not name it")
     return path
 
 
 def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
     """Return the kernels of CUDA sources; raises RuntimeError with the compiler's message.
 
-    A kernel without ``__launch_bounds__`` is taken to have ``MAX_THREADS`` a block, as the compiler takes it. Elements
-    have 2 bytes where a type of 2 bytes is among its template's arguments, else 4.
+    For a kernel without ``__launch_bounds__`` a block has ``MAX_THREADS``, as the compiler assumes. An element has 2
+    bytes if a 2-byte type is among the template's arguments, else 4.
     """
     found = []
     for source in sources:

@@ -1,7 +1,7 @@
-"""Our GPU kernels: launches of the Triton ones by their own launchers, in the shapes of peers.py; the CUDA ones.
+"""Our GPU kernels: launches of the Triton kernels by their own launchers, in the shapes of peers.py; the CUDA kernels.
 
-A launch is a call of the backend as ops make it (edge_kernels/contract.py), on fake tensors: what a kernel's arguments
-are is not said here.
+A launch is a call of the backend's functions (edge_kernels/contract.py) on fake tensors, as ops call them. No kernel's
+arguments are named here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transfor
 
 SHAPE = SEQUENCES, TOKENS
 ROWS = SEQUENCES * TOKENS
-FEW_ROWS = 8  # too few for the GPU: rows are split over programs
+FEW_ROWS = 8  # too few to fill a GPU: a row is split over programs
 TRANSFORM = Transform(TEMPERATURE, None, 1.0, -100)
 CAPPED, NEGATIVE = TRANSFORM._replace(softcap=30.0), TRANSFORM._replace(logit_scale=-1.0)
 
@@ -47,7 +47,7 @@ def _in_sequences(terms: TokenTerms) -> TokenTerms:
 
 @contextmanager
 def _triton_backend() -> Iterator[Any]:
-    """The backend's module, that has looked at no device yet and will not remember the fake one."""
+    """The backend's module, with no device cached before or after."""
     from edge_kernels.backends import triton as backend
     from edge_kernels.backends.triton import tuning
 
@@ -59,7 +59,7 @@ def _triton_backend() -> Iterator[Any]:
 
 
 def triton_logits(architecture: int, dtype: torch.dtype = torch.bfloat16, vocab: int = VOCAB) -> None:
-    """The statistics and their gradient, the one-sweep loss, and the statistics of too few rows for the GPU."""
+    """The statistics and their gradient, the one-sweep loss, and the statistics of so few rows that each is split."""
     logits, targets = torch.empty(ROWS, vocab, dtype=dtype, device="cuda"), _per_token(torch.int64)
     gradients = StatsGradients(_per_token(), _per_token(), None)
     with _triton_backend() as backend:
@@ -132,7 +132,7 @@ def triton_options(architecture: int) -> None:
 
 
 def cuda_kernels(architecture: int, names: str = "*") -> list[aot.Compiled]:
-    """The kernels of the CUDA sources of these names: those for bfloat16, and those that have no element type."""
+    """Return the kernels of the CUDA sources of these names: those for bfloat16, and those without an element type."""
     sources = sorted(aot.CUDA_SOURCES.glob(f"{names}.cu"))
     compiled = aot.cuda_kernels(sources, architecture)
     return [each for each in compiled if not re.search(r"<(float|__half)\b", each.kernel.name)]

@@ -1,28 +1,28 @@
 """The peers' GPU kernels: a launch of each by its package's own launcher, for bfloat16 and a large vocabulary.
 
-The tensors are fake ones; aot.py compiles what is launched. Importing a package may need much that its kernels do not:
-of verl one file is loaded, with a stand-in for the module that asks which GPU there is.
+The tensors are fake; aot.py compiles what is launched. Importing a package can need much more than its kernels do: only
+one file of verl is loaded, with a stand-in for the module that queries the GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.peers import verl_module
+
 SEQUENCES, TOKENS = 4, 1024
 VOCAB, HIDDEN = 151_936, 1536  # Qwen2.5-Math-1.5B's
-TEMPERATURE = 1.0  # a division less for those that divide
+TEMPERATURE = 1.0  # spares a division
 
 
 class Context:
-    """What ``torch.autograd.Function`` hands to forward and backward, for calling both without autograd."""
+    """The context of a ``torch.autograd.Function``, to call its forward and backward without autograd."""
 
     def __init__(self, *needs_input_grad: bool) -> None:
         self.needs_input_grad = needs_input_grad
@@ -96,10 +96,8 @@ def verl(architecture: int) -> None:
 
 
 def verl_kernels(architecture: int) -> ModuleType:
-    """verl's utils/kernel/kernels.py as it would be on a GPU of this architecture."""
-    spec = importlib.util.find_spec("verl")  # finds without importing
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'verl'")
+    """Return verl's utils/kernel/kernels.py as it would be on a GPU of this architecture."""
+    module, execute = verl_module("utils/kernel/kernels.py", f"verl_kernels_sm_{architecture}")
     stand_ins = {name: ModuleType(name) for name in ("verl", "verl.utils", "verl.utils.device")}
     about = SimpleNamespace(
         is_cuda_available=True,
@@ -108,15 +106,10 @@ def verl_kernels(architecture: int) -> ModuleType:
         get_torch_device=lambda: torch.cuda,
     )
     stand_ins["verl.utils.device"].__dict__.update(vars(about))
-    path = Path(spec.submodule_search_locations[0]) / "utils" / "kernel" / "kernels.py"
-    file = importlib.util.spec_from_file_location(f"verl_kernels_sm_{architecture}", path)
-    assert file is not None
-    assert file.loader is not None
-    module = importlib.util.module_from_spec(file)
     replaced = {name: sys.modules.get(name) for name in stand_ins}
-    sys.modules |= {**stand_ins, file.name: module}  # Triton looks a kernel's module up there
+    sys.modules |= {**stand_ins, module.__name__: module}  # Triton looks a kernel's module up there
     try:
-        file.loader.exec_module(module)
+        execute()
     finally:
         for name, before in replaced.items():
             if before is None:
