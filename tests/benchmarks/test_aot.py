@@ -10,6 +10,8 @@ from benchmarks import aot, gpu_static, sass
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
+pytestmark = pytest.mark.slow
+
 
 @triton.jit
 def copy_kernel(x, y, n, BLOCK: tl.constexpr):

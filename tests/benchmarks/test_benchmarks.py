@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--repetitions", "1", *arguments]

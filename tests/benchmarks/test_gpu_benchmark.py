@@ -11,6 +11,8 @@ import pytest
 import torch
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str, code: str = "from benchmarks import gpu; sys.exit(gpu.main())") -> subprocess.CompletedProcess:
     # No compiler, which would take longest: torch.compile then is plain PyTorch again.

@@ -330,6 +330,7 @@ def test_checkpointed_activations_give_the_same_gradient(config):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """SIGKILL after the second checkpoint; --resume makes the same next steps, to the last bit of the loss."""
     config = replace(config, steps=6, save_every=2, loss=GRPOLossConfig(beta=0.01))
@@ -396,6 +397,7 @@ trainer.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_one_process_gradient(config, tmp_path):
     """Real DistributedDataParallel over gloo: each process holds one of two groups, of different token counts."""
     trainer = Trainer(config)

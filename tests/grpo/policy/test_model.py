@@ -126,6 +126,7 @@ def _train_on_two_processes(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_averages_gradients(saved, tiny_model):
     processes = spawn(_train_on_two_processes, (str(saved),), nprocs=2, join=False)
     assert processes is not None
@@ -236,6 +237,8 @@ def test_an_unknown_form_of_head_is_refused(saved, monkeypatch):
         load_model(ModelConfig(path=str(saved)))
 
 
+@pytest.mark.slow
+@pytest.mark.smollm2
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="SmolLM2 is not there; `make smollm2` fetches it")
 def test_gguf_becomes_an_ordinary_model(tmp_path):
     pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")

@@ -507,6 +507,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc/self/task")
 def test_torch_and_the_extension_share_one_openmp() -> None:
     """One runtime is mapped, its threads are the ones torch made, and torch.set_num_threads rules them."""
@@ -614,6 +615,7 @@ def test_built_with() -> None:
         assert set(device) == {"index", "name", "capability", "multiprocessors", "memory_bytes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,7 +21,10 @@ triton = pytest.importorskip("triton", reason="needs the extra: pip install '.[t
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="is what runs the interpreter, or compiles")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(INTERPRETING, reason="is what runs the interpreter, or compiles"),
+]
 
 
 def test_under_the_interpreter() -> None:

@@ -391,6 +391,7 @@ MEMORY_PROBE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "dtype", "num_rows"),
     [("loss", "float32", 1024), ("loss", "float32", 4096), ("loss", "bfloat16", 2048), ("stats", "bfloat16", 1024)],

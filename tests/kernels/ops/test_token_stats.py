@@ -359,7 +359,7 @@ class TestMachinery:
         torch.library.opcheck(token_stats_op, (logits, None, 1.0, None, 1.0, IGNORE_INDEX))
         torch.library.opcheck(token_stats_op, (logits.detach()[:, ::2], targets % 4, 1.0, None, 1.0, IGNORE_INDEX))
 
-    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiles_into_one_graph(self, compiler: str, backend: str) -> None:
         if compiler == "inductor" and backend != "cpu":
             pytest.skip("what surrounds the op is the same for every backend, and a compilation takes seconds")
