@@ -11,6 +11,8 @@ TORCH_INDEX ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# A process of one thread for each core: the tensors are small. Tests of one group share a process, and what it made.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup --durations 15
 PYTEST_ARGS ?=
 DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=
@@ -24,10 +26,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-fast test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
+test test-fast test-vllm: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build vllm test lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist clean clean-venv
+.PHONY: help build vllm test test-fast test-vllm lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist \
+    clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -49,7 +53,14 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 build: $(VENV)/.built  ## .venv, the packages in it, the extension
 
 test: build  ## all tests; some: PYTEST_ARGS='-k name'
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: build  ## the tests that neither compile nor start a process which imports torch
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+# The fast ones again, since vLLM brings an older transformers along.
+test-vllm: vllm smollm2  ## the tests that need vLLM or SmolLM2, and the fast ones
+	$(PYTEST) -m 'vllm or smollm2 or not slow' $(PYTEST_ARGS)
 
 lint: build  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

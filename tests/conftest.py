@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from cuda_on_cpu import harness
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -33,6 +35,16 @@ _SIZES = {
     "eos_token_id": 1,
     "initializer_range": 0.3,  # far from uniform logits, so that a wrong position or mask shows
 }
+
+# No test asserts a time: by default one that takes a while on a busy machine has failed.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes the slow tests start first, so that no process waits long for another at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +93,20 @@ def tiny_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def cuda_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[harness.Build], Path]:
+def cuda_program(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[[harness.Build], Path]:
     """Return a function from a build of the CUDA kernels for the CPU to its program, compiled once a session."""
-    compiled: dict[int, Path] = {}
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):  # one of pytest-xdist's processes: their folders lie in a common one
+        folder = folder.parent
 
     def compile_once(build: harness.Build) -> Path:
-        if id(build) not in compiled:
-            compiled[id(build)] = harness.compile_program(tmp_path_factory.mktemp("cuda_on_cpu"), build)
-        return compiled[id(build)]
+        program = folder / f"cuda_on_cpu_{build.name}" / "runner"
+        with FileLock(f"{program.parent}.lock"):
+            if not program.exists():
+                program.parent.mkdir(exist_ok=True)
+                harness.compile_program(program.parent, build)
+        return program
 
     return compile_once

@@ -11,6 +11,8 @@ from benchmarks.machine_code import aot, cubin
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
+pytestmark = pytest.mark.slow
+
 
 @triton.jit
 def copy_kernel(x, y, n, BLOCK: tl.constexpr):

@@ -18,6 +18,8 @@ from benchmarks.__main__ import summary
 from benchmarks.harness import COMPILED, OURS, table
 from benchmarks.peers import PLAIN
 
+pytestmark = pytest.mark.slow
+
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--repetitions", "1", *arguments]

@@ -215,6 +215,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, aot.Compiled
     return {kernel.kernel.name: kernel for kernel in aot.cuda_kernels([source], 90)}
 
 
+@pytest.mark.slow
 def test_a_copy_moves_16_bytes_each_way(compiled: dict[str, aot.Compiled]) -> None:
     (row,) = gpu_static.rows("", compiled["copy"])
     assert (row["load_bits"], row["store_bits"], row["elements"], row["bytes_per_element"]) == ([128], [128], 4, 8)
@@ -222,6 +223,7 @@ def test_a_copy_moves_16_bytes_each_way(compiled: dict[str, aot.Compiled]) -> No
     assert row["bound"] == "memory"
 
 
+@pytest.mark.slow
 def test_the_unrolled_loop_is_the_main_one(compiled: dict[str, aot.Compiled]) -> None:
     (row,) = gpu_static.rows("", compiled["sum_exp"])
     assert (row["load_bits"], row["elements"], row["mufu_per_element"]) == ([128], 16, 1)
@@ -230,6 +232,7 @@ def test_the_unrolled_loop_is_the_main_one(compiled: dict[str, aot.Compiled]) ->
     assert row["loop"] == "statistics"  # what is stored once, at the end, is no gradient
 
 
+@pytest.mark.slow
 def test_barriers_are_seen(compiled: dict[str, aot.Compiled]) -> None:
     (row,) = gpu_static.rows("", compiled["barriers"])
     assert (row["barriers"], row["elements"], row["load_bits"]) == (2, 1, [32])
@@ -237,12 +240,14 @@ def test_barriers_are_seen(compiled: dict[str, aot.Compiled]) -> None:
     assert row["shared_bytes"] == 512
 
 
+@pytest.mark.slow
 def test_spills_are_seen(compiled: dict[str, aot.Compiled]) -> None:
     assert compiled["spills"].kernel.num_spills > 0
     assert compiled["spills"].kernel.registers == 32
     assert {name for name, kernel in compiled.items() if kernel.kernel.num_spills} == {"spills"}
 
 
+@pytest.mark.slow
 def test_products_are_counted_for_the_block(compiled: dict[str, aot.Compiled]) -> None:
     (loop,) = compiled["products"].kernel.main_loops
     assert loop.products(64) == 2 * 2 * 16 * 8 * 16  # two instructions, two warps

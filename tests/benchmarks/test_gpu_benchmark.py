@@ -11,6 +11,8 @@ import pytest
 import torch
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(
     *arguments: str, code: str = "from benchmarks.gpu.__main__ import main; sys.exit(main())"

@@ -17,6 +17,8 @@ from benchmarks.gpu_static import OURS_CUDA, OURS_HEAD, OURS_TRITON, Row
 from benchmarks.machine_code import aot, cubin, ours
 from benchmarks.machine_code.aot import Compiled
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gpu_static")]  # one process, which compiles each kernel once
+
 OF_LOGITS = re.compile(r"(token_stats_(fwd|bwd)|grpo_sweep)_kernel\b(?!.*Curved)")  # a soft cap costs a tanh on top
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,10 @@ from cuda_on_cpu import cases, harness
 from cuda_on_cpu.harness import ADDRESS, PLAIN, PLAIN_SM100, THREAD, Build, KernelError
 from cuda_on_cpu.mutations import MUTATIONS, Mutation
 
-pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing())),
+]
 
 Compile = Callable[[Build], Path]
 
@@ -60,15 +61,6 @@ def is_caught(mutation: Mutation, program: Path, folder: Path) -> bool:
     return False
 
 
-def test_every_planted_bug_is_caught(cuda_program: Compile, tmp_path: Path) -> None:
-    programs = {id(mutation.build): cuda_program(mutation.build) for mutation in MUTATIONS}
-
-    def check(numbered: tuple[int, Mutation]) -> str | None:
-        number, mutation = numbered
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        return None if is_caught(mutation, programs[id(mutation.build)], folder) else mutation.name
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        missed = [name for name in pool.map(check, enumerate(MUTATIONS)) if name]
-    assert not missed, f"{len(missed)} of {len(MUTATIONS)} planted bugs were not caught: {missed}"
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_planted_bug_is_caught(mutation: Mutation, cuda_program: Compile, tmp_path: Path) -> None:
+    assert is_caught(mutation, cuda_program(mutation.build), tmp_path)

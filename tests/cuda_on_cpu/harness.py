@@ -36,6 +36,7 @@ _TOOLKITS = (os.environ.get("CUDA_HOME"), "/usr/local/cuda", "/usr/lib/cuda", "/
 class Build:
     """How to compile: what the compiler is told beyond the sources, and what the program needs to run."""
 
+    name: str
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     architecture: int = 90
@@ -43,17 +44,22 @@ class Build:
 
 # A misaligned access ends the program, as it does on a GPU.
 _PLAIN_FLAGS = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
-PLAIN = Build(flags=_PLAIN_FLAGS)
+PLAIN = Build("plain", flags=_PLAIN_FLAGS)
 # For the share of exponentials that sm_100 takes by polynomial.
-PLAIN_SM100 = Build(flags=_PLAIN_FLAGS, architecture=100)
+PLAIN_SM100 = Build("plain_sm100", flags=_PLAIN_FLAGS, architecture=100)
 ADDRESS = Build(
+    "address",
     flags=("-fsanitize=address,undefined,alignment", "-fno-sanitize-recover=all"),
     environment={
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
 )
-THREAD = Build(flags=("-fsanitize=thread",), environment={"TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"})
+THREAD = Build(
+    "thread",
+    flags=("-fsanitize=thread",),
+    environment={"TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"},
+)
 
 
 def cuda_headers() -> Path | None:

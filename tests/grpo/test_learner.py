@@ -182,6 +182,7 @@ trainer.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_one_process_gradient(config, tmp_path):
     """Real DistributedDataParallel over gloo: each process holds one of two groups, of different token counts."""
     trainer = Trainer(config)

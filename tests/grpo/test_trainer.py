@@ -125,6 +125,7 @@ def test_memory_and_precision_options_train(config, model, tmp_path):
     assert record["drift/logprob_mean"] < (0.1 if model.precision != "float32" else 1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """SIGKILL after the second checkpoint; --resume makes the same next steps, to the last bit of the loss."""
     config = replace(config, steps=6, save_every=2, loss=GRPOLossConfig(beta=0.01))

@@ -177,6 +177,7 @@ def test_importing_the_package_or_its_configuration_does_not_import_torch() -> N
     assert run_python("import sys, edge_kernels.config, edge_kernels; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.slow
 def test_functions_are_not_hidden_by_the_modules_they_live_in() -> None:
     code = (
         "import edge_kernels.ops.token_stats, edge_kernels.ops.linear_token_stats, edge_kernels as e;"

@@ -1,104 +1,54 @@
-"""Imports run downward only: each room may import those below it; read off the sources, nothing is run."""
+"""Imports run downward only: each room imports from the rooms below it; imports for type checking count, and so do
+those inside functions. How imports are read: tests/imports.py. How long files and functions may be: test_shape.py.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from imports import IMPORTS, MODULES, When, circles, imports_matching, imports_of, project_imports
 from paths import ROOT
 
-PACKAGES = {"edge_kernels": ROOT / "edge_kernels", "edge_grpo": ROOT / "python" / "edge_grpo"}
-
-
-class Import(NamedTuple):
-    module: str  # absolute, of what is imported
-    at_top: bool  # runs when the file is imported: not in a function, not for type checking only
-    line: int
-
-
-def module_name(package: str, path: Path) -> str:
-    parts = (package, *path.relative_to(PACKAGES[package]).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def sources() -> dict[str, Path]:
-    """The project's modules by name."""
-    return {
-        module_name(package, path): path
-        for package, folder in PACKAGES.items()
-        for path in sorted(folder.rglob("*.py"))
-    }
-
-
-def is_type_checking(node: ast.If) -> bool:
-    name = node.test.attr if isinstance(node.test, ast.Attribute) else getattr(node.test, "id", None)
-    return name == "TYPE_CHECKING"
-
-
-def imports_of(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]:
-    """Every import statement; ``from a import b`` counts as both ``a`` and ``a.b``, since ``b`` may be a module."""
-
-    def walk(node: ast.AST, at_top: bool) -> Iterator[Import]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                for alias in child.names:
-                    yield Import(alias.name, at_top, child.lineno)
-            elif isinstance(child, ast.ImportFrom):
-                base = child.module or ""
-                if child.level:
-                    parts = module.split(".")
-                    kept = parts[: len(parts) - child.level + is_package]
-                    base = ".".join([*kept, *([child.module] if child.module else [])])
-                yield Import(base, at_top, child.lineno)
-                for alias in child.names:
-                    yield Import(f"{base}.{alias.name}", at_top, child.lineno)
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-                yield from walk(child, False)
-            elif isinstance(child, ast.If) and is_type_checking(child):
-                yield from walk(ast.Module(child.body, []), False)
-                yield from walk(ast.Module(child.orelse, []), at_top)
-            else:
-                yield from walk(child, at_top)
-
-    yield from walk(tree, True)
-
-
-MODULES = sources()
-IMPORTS = {
-    name: list(imports_of(ast.parse(path.read_text()), name, path.name == "__init__.py"))
-    for name, path in MODULES.items()
+# Each package's rooms from the bottom up. A room imports from those on lines below its own, and within itself. Rooms on
+# one line know nothing of each other.
+ROOMS = {
+    "edge_kernels": (
+        ("_checks", "_extension", "config", "types"),
+        ("contract", "reference"),
+        ("advantages", "backends"),
+        ("backend",),
+        ("memory",),
+        ("ops",),
+        ("parallel",),
+        ("__init__",),
+        ("info",),
+    ),
+    "edge_grpo": (
+        ("text", "types"),
+        ("config",),
+        ("batching", "correction", "credit", "grading", "policy"),
+        ("data", "metrics", "rollout", "run"),
+        ("collect", "evaluation", "learner"),
+        ("integrations", "trainer"),
+        ("commands",),
+        ("__init__", "__main__"),
+    ),
 }
-
-# From the bottom up; a module imports others of its own layer or of those before. A package's submodules count with it.
-LAYERS = (
-    ("config", "types", "text"),
-    ("grading", "correction", "batching", "data", "metrics", "credit"),
-    ("policy", "rollout"),
-    ("collect", "learner", "evaluation", "run"),
-    ("trainer",),
-    ("integrations",),
-    ("commands", "__main__"),
-)
-LAYER_OF = {f"edge_grpo.{name}": level for level, names in enumerate(LAYERS) for name in names}
+ALL_WHENS: tuple[When, ...] = ("at load", "for typing", "at call")
+PACKAGED = [name for name in MODULES if name.partition(".")[0] in ROOMS]
 
 
-def layer_of(module: str) -> int | None:
-    """The layer of a module of edge_grpo, None for anything else."""
-    return LAYER_OF.get(".".join(module.split(".")[:2]))
+def room_of(module: str) -> tuple[str, str]:
+    """A module's package and room: the file or folder that lies directly in the package."""
+    package, _, rest = module.partition(".")
+    return package, rest.split(".")[0] or "__init__"
 
 
-def imports_matching(module: str, *names: str, top_only: bool = False) -> list[str]:
-    """The imports of ``module`` that are one of ``names`` or below it, described for a failing test."""
-    return [
-        f"{module}:{found.line} imports {found.module}"
-        for found in IMPORTS[module]
-        if (found.at_top or not top_only)
-        and any(found.module == name or found.module.startswith(f"{name}.") for name in names)
-    ]
+LINE_OF = {
+    (package, room): number for package, lines in ROOMS.items() for number, rooms in enumerate(lines) for room in rooms
+}
 
 
 def test_reads_every_kind_of_import() -> None:
@@ -116,20 +66,51 @@ def late():
 class K:
     import i
 """
-    found = {(item.module, item.at_top) for item in imports_of(ast.parse(code), "p.q.r", False)}
+    found = {(item.module, item.when) for item in imports_of(ast.parse(code), "p.q.r", False)}
     assert found == {
-        ("a.b", True),
-        ("p.q", True),
-        ("p.q.c", True),
-        ("p.d", True),
-        ("p.d.e", True),
-        ("f", False),
-        ("g", True),
-        ("h", False),
-        ("i", True),
+        ("a.b", "at load"),
+        ("p.q", "at load"),
+        ("p.q.c", "at load"),
+        ("p.d", "at load"),
+        ("p.d.e", "at load"),
+        ("f", "for typing"),
+        ("g", "at load"),
+        ("h", "at call"),
+        ("i", "at load"),
     }
     package = {item.module for item in imports_of(ast.parse("from .x import y"), "p.q", True)}
     assert package == {"p.q.x", "p.q.x.y"}
+    assert "edge_kernels.config" in project_imports("edge_grpo.config.keys", "at load")
+
+
+def test_finds_circles() -> None:
+    edges = {"a": ["b"], "b": ["c", "d"], "c": ["a"], "d": ["e"], "e": ["d"], "f": ["a", "f2"], "f2": []}
+    assert circles(edges) == [["a", "b", "c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize(
+    "whens",
+    [pytest.param(("at load", "for typing"), id="at load or for typing"), pytest.param(ALL_WHENS, id="lazy ones too")],
+)
+def test_no_circles(whens: tuple[When, ...]) -> None:
+    edges = {module: project_imports(module, *whens) for module in MODULES}
+    described = []
+    for circle in circles(edges):
+        steps = zip(circle, [*circle[1:], circle[0]], strict=True)
+        described.append(" -> ".join(f"{module}:{edges[module][following]}" for module, following in steps))
+    assert not described, "\n".join(described)
+
+
+@pytest.mark.parametrize("module", PACKAGED)
+def test_rooms_import_downward(module: str) -> None:
+    package, room = own = room_of(module)
+    assert own in LINE_OF, f"{module} has no place yet: add {room} to ROOMS[{package!r}]"
+    upward = [
+        f"{module}:{line} imports {target}"
+        for target, line in project_imports(module, *ALL_WHENS).items()
+        if (other := room_of(target)) != own and other[0] == package and LINE_OF.get(other, 0) >= LINE_OF[own]
+    ]
+    assert not upward, "\n".join(upward)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("edge_kernels")])
@@ -138,16 +119,8 @@ def test_kernels_know_nothing_above_them(module: str) -> None:
     assert forbidden == []
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("edge_grpo.")])
-def test_layers(module: str) -> None:
-    own = layer_of(module)
-    assert own is not None, f"{module} has no layer yet: add it to LAYERS"
-    upward = [
-        f"{module}:{found.line} imports {found.module}"
-        for found in IMPORTS[module]
-        if (layer := layer_of(found.module)) is not None and layer > own
-    ]
-    assert upward == []
+def test_packages_know_no_benchmarks() -> None:
+    assert [line for module in PACKAGED for line in imports_matching(module, "benchmarks")] == []
 
 
 @pytest.mark.parametrize("module", ["edge_grpo.config", "edge_grpo.types"])
@@ -155,8 +128,10 @@ def test_contracts_need_little(module: str) -> None:
     """Configuration and types: the standard library, torch, PyYAML, and the kernels' own configuration."""
     allowed = {"torch", "yaml", "edge_grpo"}
     others = [
-        found.module
-        for found in IMPORTS[module]
+        f"{name}: {found.module}"
+        for name in MODULES
+        if name == module or name.startswith(f"{module}.")
+        for found in IMPORTS[name]
         if (top := found.module.split(".")[0]) not in sys.stdlib_module_names
         and top not in allowed
         and not found.module.startswith("edge_kernels.config")
@@ -167,7 +142,7 @@ def test_contracts_need_little(module: str) -> None:
 
 def test_only_its_own_file_imports_vllm() -> None:
     guilty = [
-        line for module in MODULES if module != "edge_grpo.rollout.vllm" for line in imports_matching(module, "vllm")
+        line for module in PACKAGED if module != "edge_grpo.rollout.vllm" for line in imports_matching(module, "vllm")
     ]
     assert guilty == []
 
@@ -182,10 +157,10 @@ def test_help_does_not_wait_for_heavy_libraries() -> None:
             continue
         seen.add(module)
         heavy = imports_matching(
-            module, "torch", "transformers", "datasets", "accelerate", "math_verify", "reasoning_gym", top_only=True
+            module, "torch", "transformers", "datasets", "accelerate", "math_verify", "reasoning_gym", at_load_only=True
         )
         assert heavy == []
-        waiting += [found.module for found in IMPORTS[module] if found.at_top and found.module in MODULES]
+        waiting += [found.module for found in IMPORTS[module] if found.when == "at load" and found.module in MODULES]
     assert "edge_grpo.config" in seen
 
 
@@ -193,7 +168,7 @@ def test_help_does_not_wait_for_heavy_libraries() -> None:
 def test_what_runs_in_workers_is_imported_only_there(name: str) -> None:
     """Both do what may never end; and what they import a worker waits for."""
     module = f"edge_grpo.grading.{name}"
-    assert [line for other in MODULES if other != module for line in imports_matching(other, module)] == []
+    assert [line for other in PACKAGED if other != module for line in imports_matching(other, module)] == []
     assert imports_matching("edge_grpo.grading.workers", "torch", "edge_kernels", "edge_grpo.config") == []
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from paths import ROOT
 
@@ -15,6 +16,9 @@ import edge_grpo
 from edge_grpo.config import ModelConfig
 from edge_grpo.data.arithmetic import LEVELS
 from edge_grpo.policy.loading import load_model
+
+pytestmark = pytest.mark.slow
+
 
 SHIPPED = Path(edge_grpo.__path__[0]) / "tiny"
 

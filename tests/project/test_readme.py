@@ -39,6 +39,7 @@ def test_make_targets_exist():
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_edge_grpo(tmp_path):
     """In order, in an empty folder: each command finds what those before it left."""
     ran = 0

@@ -17,6 +17,8 @@ from paths import ROOT
 
 VERSION = (ROOT / "VERSION").read_text().strip()
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one process, which builds it once
+
 pytest.importorskip("build", reason="needs what `pip install .[dev]` brings: build, cmake, ninja, pybind11")
 
 

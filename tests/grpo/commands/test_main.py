@@ -171,6 +171,7 @@ def test_only_what_the_package_raises_on_purpose_is_for_the_user() -> None:
 # ---- Everything, for real
 
 
+@pytest.mark.slow
 def test_train_eval_report_and_info(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

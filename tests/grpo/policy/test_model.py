@@ -97,6 +97,7 @@ def _train_on_two_processes(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_averages_gradients(saved, tiny_model):
     processes = spawn(_train_on_two_processes, (str(saved),), nprocs=2, join=False)
     assert processes is not None

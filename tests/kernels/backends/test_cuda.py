@@ -23,6 +23,8 @@ from edge_kernels.backends import cuda, plain
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
+pytestmark = pytest.mark.xdist_group("test_cuda")  # one process, which compiles the emulated module
+
 EXTENSION = _extension.load()
 HAS_CUDA = EXTENSION.built_with()["cuda"] is not None
 needs_cuda_build = pytest.mark.skipif(not HAS_CUDA, reason="needs an extension built with CUDA")
@@ -137,6 +139,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 TRANSFORM = Transform(0.8, None, 1.0, -100)
 
 
+@pytest.mark.slow
 @needs_harness
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_statistics_and_gradient_of_rows_in_several_blocks(dtype: torch.dtype, emulated: None) -> None:
@@ -157,6 +160,7 @@ def test_statistics_and_gradient_of_rows_in_several_blocks(dtype: torch.dtype, e
     torch.testing.assert_close(logits.double(), exact, **tolerance)
 
 
+@pytest.mark.slow
 @needs_harness
 def test_entropy_alone_and_logits_whose_rows_are_not_adjacent(emulated: None) -> None:
     logits = random(5, 7).T
@@ -165,6 +169,7 @@ def test_entropy_alone_and_logits_whose_rows_are_not_adjacent(emulated: None) ->
     assert (stats.logprobs == 0).all()
 
 
+@pytest.mark.slow
 @needs_harness
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_token_loss_of_terms_with_any_strides(level: str, emulated: None) -> None:
@@ -203,6 +208,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @needs_harness
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_through_the_public_function(name: str, emulated: None) -> None:
@@ -226,6 +232,7 @@ def test_the_loss_through_the_public_function(name: str, emulated: None) -> None
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @needs_harness
 def test_a_call_runs_on_the_tensors_device_and_leaves_the_current_one(
     emulated: None, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -242,6 +249,7 @@ def test_a_call_runs_on_the_tensors_device_and_leaves_the_current_one(
         cuda.token_stats_backward(random(2, 5), None, stats, gradients, TRANSFORM, out=random(2, 5))
 
 
+@pytest.mark.slow
 @needs_harness
 def test_a_workspace_that_is_too_small_and_a_dtype_that_is_not_taken_raise(
     emulated: None, monkeypatch: pytest.MonkeyPatch

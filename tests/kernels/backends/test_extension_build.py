@@ -62,6 +62,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc/self/task")
+@pytest.mark.slow
 def test_torch_and_the_extension_share_one_openmp() -> None:
     """One runtime is mapped, its threads are the ones torch made, and torch.set_num_threads rules them."""
     code = """
@@ -175,6 +176,7 @@ def test_built_with() -> None:
         (["-DEDGE_KERNELS_CUDA=perhaps"], "EDGE_KERNELS_CUDA must be auto, on or off; got 'perhaps'"),
     ],
 )
+@pytest.mark.slow
 def test_build_options_are_checked(tmp_path: Path, options: list[str], message: str) -> None:
     cmake = pytest.importorskip("cmake", reason="needs the cmake package")
     pybind11 = pytest.importorskip("pybind11", reason="needs the pybind11 package")

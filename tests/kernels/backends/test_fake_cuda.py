@@ -21,6 +21,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>)
 """
 
 
+@pytest.mark.slow
 def test_every_op_is_traced_for_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="without it nothing serves GPU tensors: pip install '.[triton]'")
     library = []

@@ -21,7 +21,10 @@ from benchmarks.machine_code import aot, cubin, ours
 
 pytest.importorskip("triton", reason="needs the extra: pip install '.[triton]'")
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="is what runs the interpreter, or compiles")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(INTERPRETING, reason="is what runs the interpreter, or compiles"),
+]
 
 
 def test_under_the_interpreter() -> None:

@@ -89,6 +89,7 @@ def count_graphs(function: Callable[[SimpleNamespace, float], Tensor], calls: li
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.slow
 def test_ten_lengths_and_five_temperatures_recompile_twice_at_most(name: str) -> None:
     """Once when the length first changes, once when the temperature does."""
     calls = [(4, 5 + i, 1.0 + 0.1 * (i % 5)) for i in range(10)]
@@ -96,11 +97,13 @@ def test_ten_lengths_and_five_temperatures_recompile_twice_at_most(name: str) ->
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.slow
 def test_told_to_be_dynamic_one_graph_serves_all(name: str) -> None:
     calls = [(4, 5, 1.0), (4, 7, 0.7), (6, 8, 0.7), (8, 3, 1.3)]
     assert count_graphs(FUNCTIONS[name], calls, True) == 1
 
 
+@pytest.mark.slow
 def test_totals_and_coefficients_may_change_every_step() -> None:
     """What a schedule, or the number of tokens of a step, changes: numbers are inputs of the graph, not constants."""
 
@@ -114,6 +117,7 @@ def test_totals_and_coefficients_may_change_every_step() -> None:
     assert count_graphs(function, [(4, 5, 0.2 + 0.01 * i) for i in range(6)], None) <= 2
 
 
+@pytest.mark.slow
 def test_without_a_configuration_the_default_is_no_obstacle() -> None:
     function = lambda x, _: ek.edge_grpo_loss(x.logits, x.targets, x.mask, advantages=x.advantages).loss  # noqa: E731
     assert count_graphs(function, [(4, 5, 1.0), (4, 6, 1.0)], None) <= 2
@@ -136,6 +140,7 @@ def sliced(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
 @pytest.mark.parametrize("layout", [transposed, expanded, sliced])
+@pytest.mark.slow
 def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backend: str) -> None:
     """The fake implementations promise what the real ones return, for all seven ops."""
     B, T = 3, 4

@@ -167,6 +167,7 @@ MEMORY_PROBE = """
     ("op", "dtype", "num_rows"),
     [("loss", "float32", 1024), ("loss", "float32", 4096), ("loss", "bfloat16", 2048), ("stats", "bfloat16", 1024)],
 )
+@pytest.mark.slow
 def test_memory_is_one_tile_whatever_the_number_of_rows(op: str, dtype: str, num_rows: int, backend: str) -> None:
     """At most 100 MB, by the allocator's counters and by what the process has resident: a tile is 84 of them."""
     if backend == "reference":
