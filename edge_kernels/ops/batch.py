@@ -121,6 +121,35 @@ def _entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     return entropy.masked_fill(~mask, float("nan")).flatten().nanquantile(1 - share)
 
 
+def _check_credit(advantages: Tensor | None, rewards: Tensor | None, group_ids: Tensor | None, like: Tensor) -> None:
+    """Require either advantages, or rewards with their groups."""
+    B, T = like.shape[0], like.shape[1]
+    if (advantages is None) == (rewards is None):
+        raise ValueError(
+            f"exactly one of advantages and rewards must be given; got {'neither' if rewards is None else 'both'}; "
+            "pass advantages, or rewards with group_ids for entropy-driven advantages"
+        )
+    if advantages is not None:
+        remedy = "pass one advantage per response or per token"
+        shapes = {"(B,)": (B,), "(B, T)": (B, T)}
+        check_like("advantages", advantages, shapes, "floating point", like, remedy=remedy)
+        if group_ids is not None:
+            raise ValueError("group_ids belongs to rewards; got it with advantages; leave it out")
+    else:
+        check_like("rewards", rewards, {"(B,)": (B,)}, "floating point", like, remedy="pass one reward per response")
+        remedy = "pass one group number per response; responses to the same prompt share it"
+        check_like("group_ids", group_ids, {"(B,)": (B,)}, "int64", like, remedy=remedy)
+
+
+def _check_total(name: str, total: Total) -> None:
+    """Require a positive number, or a scalar tensor, whose value is not looked at: that might wait for its device."""
+    if isinstance(total, Tensor):
+        if total.dim():
+            raise ValueError(f"{name} must be a number or a scalar tensor; got {describe(total)}; pass its sum")
+    elif total is not None and (isinstance(total, bool) or not total > 0):
+        raise ValueError(f"{name} must be greater than 0; got {total!r}; pass the count over everything that is summed")
+
+
 def check_batch(
     like: Tensor,  # logits or hidden states: the batch's shape and device
     dtype: torch.dtype,
@@ -143,25 +172,12 @@ def check_batch(
         raise TypeError(f"config must be a GRPOLossConfig; got {type(config).__name__}")
     config = config or GRPOLossConfig()
     B, T = like.shape[0], like.shape[1]
-    tokens, sequences = {"(B, T)": (B, T)}, {"(B,)": (B,)}
+    tokens = {"(B, T)": (B, T)}
     remedy = "pass the mask that batching returned"
     check_like("targets", targets, tokens, "int64", like, remedy="pass one token id per position of the completion")
     check_like("completion_mask", completion_mask, tokens, "bool", like, remedy=remedy)
 
-    if (advantages is None) == (rewards is None):
-        raise ValueError(
-            f"exactly one of advantages and rewards must be given; got {'neither' if rewards is None else 'both'}; "
-            "pass advantages, or rewards with group_ids for entropy-driven advantages"
-        )
-    if advantages is not None:
-        remedy = "pass one advantage per response or per token"
-        check_like("advantages", advantages, {**sequences, **tokens}, "floating point", like, remedy=remedy)
-        if group_ids is not None:
-            raise ValueError("group_ids belongs to rewards; got it with advantages; leave it out")
-    else:
-        check_like("rewards", rewards, sequences, "floating point", like, remedy="pass one reward per response")
-        remedy = "pass one group number per response; responses to the same prompt share it"
-        check_like("group_ids", group_ids, sequences, "int64", like, remedy=remedy)
+    _check_credit(advantages, rewards, group_ids, like)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
     for name, value in per_token.items():
         if value is not None:
@@ -179,6 +195,8 @@ def check_batch(
             f"sampler_ratio_cap = {config.sampler_ratio_cap} needs sampling_logprobs; got None; "
             "pass the sampler's log-probabilities, or set sampler_ratio_cap=None"
         )
+    _check_total("num_items", num_items)
+    _check_total("num_sequences", num_sequences)
     if isinstance(entropy_threshold, Tensor) and entropy_threshold.dim():
         raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
 

@@ -19,7 +19,6 @@ ROOMS = {
         ("contract", "reference"),
         ("advantages", "backends"),
         ("backend",),
-        ("memory",),
         ("ops",),
         ("parallel",),
         ("__init__",),
@@ -28,7 +27,8 @@ ROOMS = {
     "edge_grpo": (
         ("text", "types"),
         ("config",),
-        ("batching", "correction", "credit", "grading", "policy"),
+        ("batching",),
+        ("correction", "credit", "grading", "policy"),
         ("data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learner"),
         ("integrations", "trainer"),
