@@ -82,9 +82,12 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
         if name not in failed:
             answers[name] = {"repetitions": len(values), "extra_bytes": peaks[name]}
             if values:
-                times_ms = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-                answers[name] = {**times_ms, **answers[name]}
+                answers[name] = {**spread(values), **answers[name]}
     return answers
+
+
+def spread(times_ms: Sequence[float]) -> Result:
+    return {"median_ms": statistics.median(times_ms), "min_ms": min(times_ms), "max_ms": max(times_ms)}
 
 
 def explain(error: BaseException) -> str:

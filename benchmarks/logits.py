@@ -75,7 +75,7 @@ def measure(config: Config) -> list[Result]:
         calls: dict[str, Call] = {}
         for name, (statistics, loss) in found.items():
             if work == FORWARD and name != peers.NEW_BUFFER:
-                calls[name] = partial(_forward, statistics, logits, batch)
+                calls[name] = partial(without_gradient, statistics, logits, batch)
             elif work != FORWARD and (work == DRIVEN or name != peers.PUBLISHED):
                 calls[name] = partial(with_gradient, loss, logits, batch, work == DRIVEN)
         refill = partial(buffer.copy_, pristine)
@@ -99,7 +99,7 @@ def measure(config: Config) -> list[Result]:
     return results
 
 
-def _forward(statistics: peers.Statistics, logits: Tensor, batch: peers.Batch) -> tuple[Tensor, ...]:
+def without_gradient(statistics: peers.Statistics, logits: Tensor, batch: peers.Batch) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return statistics(logits, batch.targets)
 

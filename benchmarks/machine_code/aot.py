@@ -21,18 +21,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import sass
+from benchmarks.machine_code import cubin
+from benchmarks.machine_code.instructions import WARP
 
-# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200.
-ARCHITECTURES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20)}
+ROCM = 942  # the architecture's number for AMD's gfx942; the others are NVIDIA's, 90 for sm_90
+# Multiprocessors and L2 cache in bytes, which launchers ask for: A100, H100 SXM, B200, RTX 5090, MI300X.
+DEVICES = {80: (108, 40 << 20), 90: (132, 50 << 20), 100: (148, 126 << 20), 120: (170, 96 << 20), ROCM: (304, 4 << 20)}
 MAX_THREADS = 1024  # of a block
-CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 class Compiled(NamedTuple):
     """A kernel for one architecture, and how its launcher launches it."""
 
-    kernel: sass.Kernel
+    kernel: cubin.Kernel
     architecture: int
     threads: int  # of a block
     shared_bytes: int | None  # of a block; None where only the launch knows
@@ -48,13 +50,19 @@ class _Device:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.architecture, sass.WARP)
+        if self.architecture == ROCM:
+            return GPUTarget("hip", f"gfx{ROCM}", _warp_size(ROCM))
+        return GPUTarget("cuda", self.architecture, WARP)
 
     def get_current_device(self) -> int:
         return self.architecture  # Triton keeps what it compiled for each device apart
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def _warp_size(architecture: int) -> int:
+    return 64 if architecture == ROCM else WARP
 
 
 class _Pointer:
@@ -121,15 +129,15 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     # What Triton has done so far; its next release changes what happens where nothing is said, and warns until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    cuda: Any = torch.cuda
-    run, active, properties = JITFunction.run, driver._active, cuda.get_device_properties
-    multiprocessors, cache_bytes = ARCHITECTURES[architecture]
+    cuda, versions = vars(torch)["cuda"], vars(torch)["version"]
+    run, active, properties, hip = JITFunction.run, driver._active, cuda.get_device_properties, versions.hip
+    multiprocessors, cache_bytes = DEVICES[architecture]
     about = SimpleNamespace(
         major=architecture // 10,
         minor=architecture % 10,
         multi_processor_count=multiprocessors,
         L2_cache_size=cache_bytes,
-        warp_size=sass.WARP,
+        warp_size=_warp_size(architecture),
     )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -143,15 +151,16 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
 
     JITFunction.run = compile_only
     cuda.get_device_properties = lambda device=None: about
+    versions.hip = "of a GPU that is not there" if architecture == ROCM else None
     driver.set_active(_Device(architecture))
     try:
         yield
     finally:
-        JITFunction.run, driver._active, cuda.get_device_properties = run, active, properties
+        JITFunction.run, driver._active, cuda.get_device_properties, versions.hip = run, active, properties, hip
 
 
-def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
-    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU of this architecture, each once.
+def triton_kernels(launcher: Callable[[], object], architecture: int) -> list[tuple[Any, int]]:
+    """Return what Triton compiled of the kernels that ``launcher`` launches, each once, and the bytes of an element.
 
     It is called without gradients and under ``FakeTensorMode``: its tensors hold nothing and may be on "cuda". Raises
     RuntimeError where Triton cannot compile.
@@ -160,15 +169,19 @@ def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled
     launched: list[tuple[Any, int]] = []
     with _recording(architecture, launched), FakeTensorMode(), _Methods(), torch.no_grad():
         launcher()
-    found: dict[int, Compiled] = {}
-    for compiled, itemsize in launched:
-        if id(compiled) not in found:
-            kernel = sass.read(compiled.asm["cubin"])[0]
-            about = compiled.metadata
-            threads = kernel.max_threads or about.num_warps * sass.WARP
-            shared = max(about.shared, kernel.shared_bytes)
-            found[id(compiled)] = Compiled(kernel, architecture, threads, shared, itemsize)
-    return list(found.values())
+    return list({id(compiled): (compiled, itemsize) for compiled, itemsize in launched}.values())
+
+
+def launches(launcher: Callable[[], object], architecture: int) -> list[Compiled]:
+    """Return the Triton kernels that ``launcher`` launches on an NVIDIA GPU, as ``triton_kernels`` does, read."""
+    found = []
+    for compiled, itemsize in triton_kernels(launcher, architecture):
+        kernel = cubin.read(compiled.asm["cubin"])[0]
+        about = compiled.metadata
+        threads = kernel.max_threads or about.num_warps * WARP
+        shared = max(about.shared, kernel.shared_bytes)
+        found.append(Compiled(kernel, architecture, threads, shared, itemsize))
+    return found
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -191,14 +204,14 @@ def cuda_kernels(sources: Sequence[Path], architecture: int) -> list[Compiled]:
     found = []
     for source in sources:
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
+            output = Path(folder) / "kernels.cubin"
             options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(CUDA_SOURCES.parent)]
             done = subprocess.run(
-                [nvcc(), *options, "-o", str(cubin), str(source)], capture_output=True, text=True, check=False
+                [nvcc(), *options, "-o", str(output), str(source)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 raise RuntimeError(f"nvcc does not compile {source.name}: {done.stderr.strip()}")
-            kernels = sass.read(cubin.read_bytes())
+            kernels = cubin.read(output.read_bytes())
         for kernel in kernels:
             itemsize = 2 if "__nv_bfloat16" in kernel.name or "__half" in kernel.name else 4
             uses_shared = any(i.name in ("LDS", "STS", "ATOMS") for i in kernel.instructions)

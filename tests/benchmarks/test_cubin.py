@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aot, gpu_static, sass
+from benchmarks import gpu_static
+from benchmarks.machine_code import aot, cubin, instructions
 
 
-def parse(*lines: str) -> sass.Kernel:
+def parse(*lines: str) -> cubin.Kernel:
     """A kernel from a listing as cuobjdump prints it, one instruction each 16 bytes."""
     text = "\n".join(f"        /*{16 * n:04x}*/  {line} ;  /* 0x0 */" for n, line in enumerate(lines))
-    code = sass._parse(f"\t\tFunction : kernel\n{text}\n")["kernel"]
-    return sass.Kernel("kernel", code, registers=32, shared_bytes=0, local_bytes=0, max_threads=128)
+    code = instructions.parse(f"\t\tFunction : kernel\n{text}\n")["kernel"]
+    return cubin.Kernel("kernel", code, registers=32, shared_bytes=0, local_bytes=0, max_threads=128)
 
 
 # A row's loop with a packet's loop in it; before it a scalar that is the same for all threads; after it a store by
@@ -42,7 +43,7 @@ def test_the_main_loop_is_the_innermost_one_that_streams() -> None:
     (loop,) = kernel.main_loops
     assert [i.address for i in loop.instructions] == [0x40, 0x50, 0x60, 0x70, 0x80]
     assert (loop.num_instructions, loop.num_mufu, loop.num_barriers, loop.depth) == (5, 1, 0, 2)
-    assert (loop.loaded_bytes, loop.stored_bytes, loop.widths(sass.LOADS)) == (16, 0, [128])
+    assert (loop.loaded_bytes, loop.stored_bytes, loop.widths(instructions.LOADS)) == (16, 0, [128])
     outer = next(loop for loop in kernel.loops if loop.depth == 1 and loop.num_barriers)
     assert [i.address for i in outer.instructions] == [0x30, 0x90, 0xA0]
 
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(64) products(const uint4* a, const 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, aot.Compiled]:
     try:
-        aot.nvcc(), sass.tool("cuobjdump")
+        aot.nvcc(), cubin.tool("cuobjdump")
     except FileNotFoundError as error:
         pytest.skip(str(error))
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"
@@ -268,12 +269,12 @@ def test_budgets_follow_from_the_data_sheets() -> None:
     [(64, 256, 0, 0.5), (40, 128, 0, 0.75), (32, 128, 100 << 10, 8 / 64), (32, 32, 0, 0.5), (32, 768, 0, 48 / 64)],
 )
 def test_occupancy(registers: int, threads: int, shared: int, expected: float) -> None:
-    kernel = sass.Kernel("", (), registers, shared, 0, threads)
+    kernel = cubin.Kernel("", (), registers, shared, 0, threads)
     assert gpu_static.occupancy(aot.Compiled(kernel, 90, threads, shared, 2)) == expected
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cubin.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(Path("/nowhere")))
     with pytest.raises(FileNotFoundError, match="pip install triton"):
-        sass.tool("cuobjdump")
+        cubin.tool("cuobjdump")
