@@ -121,7 +121,7 @@ def triton_options(architecture: int) -> None:
         backend.token_stats_backward(logits, None, stats, everything._replace(logprobs=None), NEGATIVE, out=logits)
         for terms, rule, transform in ((full, shaped, CAPPED), (full, cispo, NEGATIVE), (bare, plain, NEGATIVE)):
             backend.grpo_sweep(logits, targets, terms, rule, transform, out=logits)
-            whole = rule._replace(level="sequence", sampler_mode="sequence_mask")
+            whole = rule._replace(ratio_of_sequence=True, sampler_of_sequence=True, sampler_masks=True)
             backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(terms), whole)
         hidden = torch.empty(ROWS, HIDDEN, dtype=dtype, device="cuda")
         weight = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="cuda")

@@ -2,7 +2,8 @@
 
 A row may begin at any element. Its vectors begin at the next multiple of 16 bytes; the elements before and behind them
 are the row's edges, fewer than a vector each, taken one by a lane. Inside a loop there is no mask and no communication:
-a lane has its own sums (m, s, t), rescaled once per iteration, and lanes are merged once, at the end.
+a lane has its own sums (m, s, t), rescaled once per iteration, and lanes are merged once, at the end. ``tile`` is
+tuning.Tile, ``transform`` launch.LogitTransform.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def vectors(start, V, VEC: tl.constexpr):
 
 
 @triton.jit
-def edges(shift, end, V, VEC: tl.constexpr, LANES: tl.constexpr):
+def edges(shift, end, V, tile):
     """(columns, mask) of a row's elements outside its vectors, one a lane."""
-    lane = tl.arange(0, LANES)
+    VEC: tl.constexpr = tile.VEC
+    lane = tl.arange(0, tile.LANES)
     column = tl.where(lane < VEC, lane, end + lane - VEC)
     head = tl.where(shift > 0, shift, VEC)
     in_head = (lane >= head) & (lane < tl.minimum(V + shift, VEC))
@@ -37,26 +39,27 @@ def edges(shift, end, V, VEC: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def tile(LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+def vector_starts(tile, UNROLL: tl.constexpr):
     """Where a tile's vectors begin, (UNROLL, LANES, 1); neighbouring lanes have neighbouring vectors."""
-    u = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
-    return u + tl.arange(0, LANES)[None, :, None] * VEC
+    u = tl.arange(0, UNROLL)[:, None, None] * (tile.LANES * tile.VEC)
+    return u + tl.arange(0, tile.LANES)[None, :, None] * tile.VEC
 
 
 @triton.jit
-def pair_masks(i, end, IS_BF16: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+def pair_masks(i, end, IS_BF16: tl.constexpr, tile):
     """Which elements of ``load_pair`` at column i lie before column ``end``; both are at the beginning of a vector."""
     if IS_BF16:
-        mask = tl.broadcast_to(i + tile(LANES, VEC, UNROLL) < end, (UNROLL, LANES, VEC // 2))
+        mask = tl.broadcast_to(i + vector_starts(tile, tile.UNROLL) < end, (tile.UNROLL, tile.LANES, tile.VEC // 2))
         return mask, mask
     else:
-        starts = i + tile(LANES, VEC, UNROLL // 2)
-        shape: tl.constexpr = (UNROLL // 2, LANES, VEC)
-        return tl.broadcast_to(starts < end, shape), tl.broadcast_to(starts + UNROLL // 2 * LANES * VEC < end, shape)
+        HALF: tl.constexpr = tile.UNROLL // 2
+        starts = i + vector_starts(tile, HALF)
+        shape: tl.constexpr = (HALF, tile.LANES, tile.VEC)
+        return tl.broadcast_to(starts < end, shape), tl.broadcast_to(starts + HALF * tile.LANES * tile.VEC < end, shape)
 
 
 @triton.jit
-def load_pair(row, i, mask0, mask1, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
+def load_pair(row, i, mask0, mask1, tile):
     """The elements of a tile from column i as two float32 tensors; masks of None for a whole tile.
 
     Of bfloat16 these are the lower and upper halves of 32-bit words, which costs an instruction less per pair than the
@@ -64,12 +67,14 @@ def load_pair(row, i, mask0, mask1, LANES: tl.constexpr, VEC: tl.constexpr, UNRO
     """
     if row.dtype.element_ty == tl.bfloat16:
         words = (row + i).to(tl.pointer_type(tl.uint32))
-        word = tl.load(words + (tile(LANES, VEC, UNROLL) // 2 + tl.arange(0, VEC // 2)[None, None, :]), mask=mask0)
+        starts = vector_starts(tile, tile.UNROLL) // 2
+        word = tl.load(words + (starts + tl.arange(0, tile.VEC // 2)[None, None, :]), mask=mask0)
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        half = row + i + tile(LANES, VEC, UNROLL // 2) + tl.arange(0, VEC)[None, None, :]
+        HALF: tl.constexpr = tile.UNROLL // 2
+        half = row + i + vector_starts(tile, HALF) + tl.arange(0, tile.VEC)[None, None, :]
         x0 = tl.load(half, mask=mask0)
-        x1 = tl.load(half + UNROLL // 2 * LANES * VEC, mask=mask1)
+        x1 = tl.load(half + HALF * tile.LANES * tile.VEC, mask=mask1)
         return x0.to(tl.float32), x1.to(tl.float32)
 
 
@@ -80,17 +85,13 @@ def row_sums(
     V,
     part,  # this program's share of the vectors is number ``part``, of ``chunk`` columns
     chunk,
-    cap_in,
-    cap_out,
-    slope,
-    CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    transform,
+    tile,
 ):
     """(m, s, t) of a share of a row."""
-    STEP: tl.constexpr = UNROLL * LANES * VEC
+    LANES: tl.constexpr = tile.LANES
+    VEC: tl.constexpr = tile.VEC
+    STEP: tl.constexpr = tile.UNROLL * LANES * VEC
     shift, aligned, first, last = vectors(start, V, VEC)
     row = logits + aligned
     begin = tl.multiple_of(first + part * chunk, VEC)
@@ -100,21 +101,19 @@ def row_sums(
     t = tl.zeros((LANES,), tl.float32)
     whole = tl.multiple_of(begin + tl.maximum(end - begin, 0) // STEP * STEP, VEC)
     for i in range(begin, whole, STEP):
-        x0, x1 = load_pair(row, tl.multiple_of(i, VEC), None, None, LANES, VEC, UNROLL)
-        x0 = oriented(x0, cap_in, cap_out, CAPPED, NEGATIVE)
-        x1 = oriented(x1, cap_in, cap_out, CAPPED, NEGATIVE)
-        m, s, t = absorb(x0, x1, m, s, t, slope, CAPPED)
+        x0, x1 = load_pair(row, tl.multiple_of(i, VEC), None, None, tile)
+        m, s, t = absorb(oriented(x0, transform), oriented(x1, transform), m, s, t, transform)
     if whole < end:  # whole vectors, too few for every lane
-        mask0, mask1 = pair_masks(whole, end, logits.dtype.element_ty == tl.bfloat16, LANES, VEC, UNROLL)
-        x0, x1 = load_pair(row, whole, mask0, mask1, LANES, VEC, UNROLL)
-        x0 = tl.where(mask0, oriented(x0, cap_in, cap_out, CAPPED, NEGATIVE), float("-inf"))
-        x1 = tl.where(mask1, oriented(x1, cap_in, cap_out, CAPPED, NEGATIVE), float("-inf"))
-        m, s, t = absorb(x0, x1, m, s, t, slope, CAPPED)
+        mask0, mask1 = pair_masks(whole, end, logits.dtype.element_ty == tl.bfloat16, tile)
+        x0, x1 = load_pair(row, whole, mask0, mask1, tile)
+        x0 = tl.where(mask0, oriented(x0, transform), float("-inf"))
+        x1 = tl.where(mask1, oriented(x1, transform), float("-inf"))
+        m, s, t = absorb(x0, x1, m, s, t, transform)
     if part == 0:
-        column, mask = edges(shift, last, V, VEC, LANES)
-        x = oriented(tl.load(row + column, mask=mask), cap_in, cap_out, CAPPED, NEGATIVE)
+        column, mask = edges(shift, last, V, tile)
+        x = oriented(tl.load(row + column, mask=mask), transform)
         x = tl.where(mask, x, float("-inf"))[None, :, None]
-        m, s, t = absorb(x, tl.full((1, LANES, 1), float("-inf"), tl.float32), m, s, t, slope, CAPPED)
+        m, s, t = absorb(x, tl.full((1, LANES, 1), float("-inf"), tl.float32), m, s, t, transform)
     return merged(m, s, t, 0)
 
 
@@ -128,23 +127,15 @@ def write_gradient(
     V,
     part,
     chunk,
-    cap_in,
-    cap_out,
-    slope,
-    reference,
-    a,
-    b,
-    own,
-    CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    factors,  # gradient_factors; None: zeros are written and nothing is read
+    transform,
     SAME_SHIFT: tl.constexpr,  # the output's vectors lie where the logits' do
-    ACTIVE: tl.constexpr,  # otherwise zeros are written and nothing is read
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    tile,
 ):
     """Write the gradient of a share of a row, from its end to its beginning: what was read last is cached best."""
-    STEP: tl.constexpr = UNROLL * LANES * VEC
+    VEC: tl.constexpr = tile.VEC
+    SHAPE: tl.constexpr = (tile.UNROLL, tile.LANES, VEC)
+    STEP: tl.constexpr = tile.UNROLL * tile.LANES * VEC
     shift, aligned, first, last = vectors(start, V, VEC)
     row = logits + aligned
     out_aligned = out_start - shift
@@ -153,35 +144,32 @@ def write_gradient(
     out_row = out + out_aligned
     begin = tl.multiple_of(first + part * chunk, VEC)
     end = tl.multiple_of(tl.minimum(begin + chunk, last), VEC)
-    starts = tile(LANES, VEC, UNROLL)
+    starts = vector_starts(tile, tile.UNROLL)
     offsets = starts + tl.arange(0, VEC)[None, None, :]
     own_column = tl.where(target >= 0, target + shift, -1)
     dtype = out.dtype.element_ty
-    zeros = tl.zeros((UNROLL, LANES, VEC), dtype)
+    zeros = tl.zeros(SHAPE, dtype)
     num_whole = tl.maximum(end - begin, 0) // STEP
     whole = begin + num_whole * STEP
     if whole < end:
         i = tl.multiple_of(whole, VEC)
-        mask = tl.broadcast_to(i + starts < end, (UNROLL, LANES, VEC))
+        mask = tl.broadcast_to(i + starts < end, SHAPE)
         g = zeros
-        if ACTIVE:
+        if factors is not None:
             x = tl.load(row + i + offsets, mask=mask, other=0.0)
-            is_target = i + offsets == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
+            g = gradient(x, factors, i + offsets == own_column, transform).to(dtype)
         tl.store(out_row + i + offsets, g, mask=mask)
     for step in range(num_whole):
         i = tl.multiple_of(whole - (step + 1) * STEP, VEC)
         g = zeros
-        if ACTIVE:
+        if factors is not None:
             x = tl.load(row + i + offsets)
-            is_target = i + offsets == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
+            g = gradient(x, factors, i + offsets == own_column, transform).to(dtype)
         tl.store(out_row + i + offsets, g)
     if part == 0:
-        column, mask = edges(shift, last, V, VEC, LANES)
-        g = tl.zeros((LANES,), dtype)
-        if ACTIVE:
+        column, mask = edges(shift, last, V, tile)
+        g = tl.zeros((tile.LANES,), dtype)
+        if factors is not None:
             x = tl.load(row + column, mask=mask, other=0.0)
-            is_target = column == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
+            g = gradient(x, factors, column == own_column, transform).to(dtype)
         tl.store(out_row + column, g, mask=mask)
