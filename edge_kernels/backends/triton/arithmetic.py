@@ -70,19 +70,27 @@ def rescaled(m, s, t, new_m):
 
 
 @triton.jit
-def absorb(x0, x1, m, s, t, transform):
-    """Add two tiles (UNROLL, LANES, W) to sums (LANES,): one rescaling for all of a lane's elements.
+def absorb(xs, m, s, t, transform):
+    """Add tensors (LANES, W) of oriented logits to sums (LANES,): one rescaling for all of a lane's elements.
 
-    Two, because adding them element by element before the lane's sum makes a multiply-add of the second.
+    They are added up element by element before the lane's sum, which makes a multiply-add of every term of t but the
+    first.
     """
-    top = tl.max(tl.max(tl.maximum(x0, x1), 2), 0)
-    new_m = tl.maximum(m, scaled(top, transform))
+    top = xs[0]
+    for k in tl.static_range(1, len(xs)):
+        top = tl.maximum(top, xs[k])
+    new_m = tl.maximum(m, scaled(tl.max(top, 1), transform))
     s, t = rescaled(m, s, t, new_m)
-    y0 = shifted(x0, new_m[None, :, None], transform)
-    y1 = shifted(x1, new_m[None, :, None], transform)
-    e0 = tl.exp2(y0)
-    e1 = tl.exp2(y1)
-    return new_m, s + tl.sum(tl.sum(e0 + e1, 2), 0), t + tl.sum(tl.sum(e0 * y0 + e1 * y1, 2), 0)
+    y = shifted(xs[0], new_m[:, None], transform)
+    e = tl.exp2(y)
+    terms_s = e
+    terms_t = e * y
+    for k in tl.static_range(1, len(xs)):
+        y = shifted(xs[k], new_m[:, None], transform)
+        e = tl.exp2(y)
+        terms_s += e
+        terms_t += e * y
+    return new_m, s + tl.sum(terms_s, 1), t + tl.sum(terms_t, 1)
 
 
 @triton.jit
