@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.machine_code import cubin
 from benchmarks.machine_code.instructions import WARP
@@ -141,10 +142,9 @@ def _recording(architecture: int, launched: list[tuple[Any, int]]) -> Iterator[N
     )
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         largest = max(tensors, key=lambda tensor: tensor.untyped_storage().nbytes())
-        positional = [_Pointer(value) if isinstance(value, Tensor) else value for value in args]
-        named = {name: _Pointer(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        positional, named = tree_map_only(Tensor, _Pointer, (args, kwargs))
         compiled = run(self, *positional, grid=grid, warmup=True, **named)
         launched.append((compiled, largest.element_size()))
         return compiled
