@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "../token_stats.h"
-
 namespace edge::cpu {
 
 // Elements per block: the float32 block (16 KB) stays in the L1 cache between its two passes, and float sums over a

@@ -2,14 +2,12 @@
 // gradient and the transform is linear, exp is taken once per element: first each block's maximum, exp and sums; then,
 // with the row's statistics known, one multiplication, whose factor makes up for the block's maximum not being the
 // row's.
-#include "../grpo_sweep.h"
-
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
-#include "terms.h"
 
 namespace edge::cpu {
 namespace {
@@ -22,7 +20,8 @@ class Sweep {
           grid_(grid),
           kernels_(kernels_for(call.rows.dtype)),
           transform_(prepare(call.rows.transform)),
-          keeps_powers_(transform_.linear && call.rule.bonus_weight == 0.0) {}
+          rule_(token_rule(call.rule, call.tensors, call.rows.dtype)),
+          keeps_powers_(transform_.linear && rule_.bonus_weight == 0.0) {}
 
     // Whether exp(z - max) needs memory apart from the gradient's: 16-bit elements cannot hold it.
     bool needs_scratch() const {
@@ -65,7 +64,7 @@ class Sweep {
         write_stat(dtype, call_.logprobs, row, stats.logprob);
         write_stat(dtype, call_.entropy, row, stats.entropy);
         const TokenDerivatives d =
-            token_derivatives(call_.rule, token_terms(call_, dtype, row), stats.logprob, stats.entropy);
+            token_derivatives(rule_, token_terms(call_.tensors, dtype, row), stats.logprob, stats.entropy);
         if (d.logprob == 0.0 && d.entropy == 0.0) {
             for_blocks(clear);
             return;
@@ -97,14 +96,15 @@ class Sweep {
     const Grid& grid_;
     const BlockKernels& kernels_;
     const Transform transform_;
+    const TokenRule rule_;
     const bool keeps_powers_;
 };
 
 }  // namespace
 
-void grpo_sweep(const GrpoSweep& call, int threads) {
+void grpo_sweep(const GrpoSweep& call, const Launch& launch) {
     const Grid grid(call.rows);
-    const Sharing sharing(grid, threads);
+    const Sharing sharing(grid, launch.threads);
     const Sweep sweep(call, grid);
     const std::int64_t rows = call.rows.rows;
     const std::int64_t workers = sharing.threads > 1 && rows < 2 * sharing.threads ? 1 : sharing.threads;

@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "../calls.h"
 #include "blocks.h"
 #include "dispatch.h"
 #include "element.h"

@@ -19,13 +19,13 @@ struct StatGradients {
     double logsumexp;
 };
 
-__device__ __forceinline__ double no_number() {
-    return NAN;
+// Null is 0.
+__device__ __forceinline__ double read_stat(const void* base, std::int64_t index) {
+    return base == nullptr ? 0.0 : static_cast<double>(static_cast<const float*>(base)[index]);
 }
 
-// Null is absent.
-__device__ __forceinline__ double read_stat(const float* base, std::int64_t index, double absent = 0.0) {
-    return base == nullptr ? absent : static_cast<double>(base[index]);
+__device__ __forceinline__ void write_stat(void* base, std::int64_t index, double value) {
+    static_cast<float*>(base)[index] = static_cast<float>(value);
 }
 
 __device__ __forceinline__ float read_element(DType dtype, const void* base, std::int64_t index) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ float curve_of(const Transform& transform, float x) {
 
 // target_y: f of the target's logit; looked at where has_target.
 __device__ inline RowStats row_stats(const Sums& total, const Transform& transform, bool has_target, float target_y) {
-    RowStats out{no_number(), no_number(), no_number()};
+    RowStats out{NAN, NAN, NAN};
     // Otherwise some z is NaN or +inf, or every z is -inf.
     if (!(total.sum > 0.0f && total.sum <= -kLowest && total.max <= -kLowest)) return out;
     const double log_sum = std::log2(static_cast<double>(total.sum));

@@ -12,45 +12,32 @@
 // from the logits, the backward loads single elements and stores packets. No loop over packets has a barrier.
 #pragma once
 
+#include "../token_stats.h"
 #include "statistics.cuh"
 
 namespace edge::cuda {
 
 inline constexpr int kStatsThreads = 256;  // at most; fewer for small vocabularies
 
-struct ForwardArguments {
-    TokenRows rows;
+struct ForwardArguments : TokenStatsForward {
     Transform transform;
-    float* logprobs;
-    float* entropy;
-    float* logsumexp;
-    float* logsumexp_low;
     Sums* parts;   // (rows, gridDim.y), for a finishing kernel; null where a block takes whole rows and finishes them
     bool streams;  // the matrix is larger than the L2 cache
 };
 
-struct BackwardArguments {
-    TokenRows rows;
+struct BackwardArguments : TokenStatsBackward {
     Transform transform;
-    const float* entropy;
-    const float* logsumexp;
-    const float* logsumexp_low;
-    const float* grad_logprobs;
-    const float* grad_entropy;
-    const float* grad_logsumexp;
-    const RowGradient* gradients;  // (rows): given, all of the above are not looked at
-    void* grad_logits;
-    std::int64_t grad_row_stride;
+    const RowGradient* gradients;  // (rows): given, neither statistics nor their gradients are looked at
     bool streams;
 };
 
 __device__ inline void write_stats(const ForwardArguments& call, std::int64_t row, const RowStats& stats) {
-    if (call.logprobs != nullptr) call.logprobs[row] = static_cast<float>(stats.logprob);
-    call.entropy[row] = static_cast<float>(stats.entropy);
-    const float high = static_cast<float>(stats.logsumexp);
-    call.logsumexp[row] = high;
+    if (call.logprobs != nullptr) write_stat(call.logprobs, row, stats.logprob);
+    write_stat(call.entropy, row, stats.entropy);
+    write_stat(call.logsumexp, row, stats.logsumexp);
     if (call.logsumexp_low != nullptr) {
-        call.logsumexp_low[row] = static_cast<float>(stats.logsumexp - static_cast<double>(high));
+        const float high = static_cast<float>(stats.logsumexp);
+        write_stat(call.logsumexp_low, row, stats.logsumexp - static_cast<double>(high));
     }
 }
 
