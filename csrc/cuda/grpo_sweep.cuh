@@ -22,10 +22,10 @@ inline constexpr int kSweepThreads = Curve::kIsLinear ? 1024 : 512;
 
 struct SweepArguments : GrpoSweep {
     Transform transform;
-    bool streams;
-    unsigned kept_packets;   // that shared memory holds
-    Sums* parts;             // (rows, parts) where rows are split
-    RowGradient* gradients;  // (rows) where rows are split
+    bool streams;                      // as in ForwardArguments
+    unsigned kept_packets = 0;         // that shared memory holds
+    Sums* parts = nullptr;             // (rows, parts) where rows are split
+    RowGradient* gradients = nullptr;  // (rows) where rows are split
 };
 
 // At the front of grpo_sweep_kernel's shared memory; the kept packets follow.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,14 +85,14 @@ def grpo_sweep(
     logits: Tensor, targets: Tensor, terms: TokenTerms, rule: LossRule, transform: Transform, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     logprobs, entropy = new_stats(logits), new_stats(logits)
-    tensors, packed_rule = _contiguous(terms, logprobs.dtype), _pack_rule(rule)
+    extension, tensors = _extension.load(), _contiguous(terms, logprobs.dtype)
     calls = _row_calls(logits, targets, transform)
     for (start, rows, launch), (_, out_block) in zip(calls, row_blocks(out, like=logits), strict=True):
-        _extension.load().grpo_sweep(
+        extension.grpo_sweep(
             launch,
             rows,
             _pack_terms(tensors, start),
-            packed_rule,
+            _pack_rule(rule, extension),
             logprobs=_address(logprobs, start),
             entropy=_address(entropy, start),
             grad_logits=out_block.data_ptr(),
@@ -112,7 +114,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     extension.token_loss(
         launch,
         _pack_terms(tensors),
-        _pack_rule(rule),
+        _pack_rule(rule, extension),
         dtype=_DTYPE_CODES[logprobs.dtype],
         sequences=sequences,
         length=length,
@@ -157,33 +159,34 @@ def _row_calls(
         yield start, rows, launch
 
 
-def _pack_rule(rule: LossRule) -> Any:
-    return _extension.load().LossRule(**rule._asdict(), max_log_ratio=MAX_LOG_RATIO)
+@lru_cache(maxsize=16)
+def _pack_rule(rule: LossRule, extension: ModuleType) -> Any:
+    return extension.LossRule(**rule._asdict(), max_log_ratio=MAX_LOG_RATIO)
 
 
 def _contiguous(terms: TokenTerms, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """Return the terms as kernels read them: contiguous, of the statistics' dtype or bool."""
     return {
-        name: None if value is None else (value if value.dtype == torch.bool else value.to(dtype)).contiguous()
+        name: None if value is None else (value if value.dtype is torch.bool else value.to(dtype)).contiguous()
         for name, value in terms._asdict().items()
     }
 
 
 def _pack_terms(terms: dict[str, Tensor | None], start: int = 0) -> Any:
-    """Return the terms from token ``start`` on; those without a dimension are all tokens'."""
-    return _extension.load().TokenTensors(
-        **{name: _address(value, start if value is not None and value.dim() else 0) for name, value in terms.items()}
-    )
+    """Return the terms from token ``start`` on."""
+    return _extension.load().TokenTensors(**{name: _address(value, start) for name, value in terms.items()})
 
 
 def _address(tensor: Tensor | None, start: int = 0) -> int:
-    """Return the address of element ``start`` of a contiguous tensor, or 0 for an absent one."""
-    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
+    """Return the address of a contiguous tensor from element ``start`` on (a scalar's own), or 0 for an absent one."""
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() + (start * tensor.element_size() if start and tensor.dim() else 0)
 
 
 def _launch(like: Tensor) -> Any:
     """Return where a call on such tensors runs: ``CpuLaunch`` or ``CudaLaunch``."""
-    if like.device.type == "cpu":
+    if like.is_cpu:
         return _extension.load().CpuLaunch(threads=torch.get_num_threads())
     stream = torch.cuda.current_stream(like.device).cuda_stream
     return _extension.load().CudaLaunch(device=like.device.index, stream=stream)
