@@ -38,8 +38,8 @@ void exponentials(Address x, Address out, std::int64_t count, double slope) {
     edge::cpu::instruction_set().float32.powers(pointer(x), pointer(out), count, slope);
 }
 
-// The pages that lie in [begin, begin + bytes) entirely, and are not there yet, are to be huge ones. A wish: where the
-// system has none, nothing changes.
+// Requests huge pages for what lies in [begin, begin + bytes) and has not been written yet, in whole pages. Where the
+// system has no huge pages nothing changes.
 void want_huge_pages(Address begin, std::int64_t bytes) {
 #ifdef __linux__
     constexpr Address kHugePage = Address{2} << 20;
@@ -118,8 +118,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("exponentials", &exponentials, py::kw_only(), "x"_a, "out"_a, "count"_a, "slope"_a,
                "Writes exp((x - max(x)) * slope) of a block of float32, as the sweep computes it; for tests.");
     module.def("want_huge_pages", &want_huge_pages, "address"_a, "bytes"_a,
-               "Asks for huge pages under memory that is about to be written for the first time.");
-    module.def("cpu_features", &cpu_features, "What this CPU offers, by name.");
+               "Requests huge pages for memory that is about to be written for the first time.");
+    module.def("cpu_features", &cpu_features, "The CPU features that the kernels look for, by name.");
     module.def("instruction_sets", &instruction_sets, "The instruction sets that can run here, lowest first.");
     module.def(
         "instruction_set", [] { return edge::cpu::instruction_set().name; },

@@ -17,14 +17,14 @@ struct LogitTransform {
     double logit_scale = 1.0;
 };
 
-// The matrix of logits and the column that each row is asked about. Element (i, j) is logits[i * row_stride + j].
+// The matrix of logits and each row's target column. Element (i, j) is logits[i * row_stride + j].
 struct TokenRows {
     DType dtype = DType::kFloat32;
     const void* logits = nullptr;
     std::int64_t row_stride = 0;  // in elements; 0 repeats one row
     std::int64_t rows = 0;
     std::int64_t vocab = 0;
-    const std::int64_t* targets = nullptr;  // (rows), or null: every row counts and no log-probability is asked for
+    const std::int64_t* targets = nullptr;  // (rows), or null: every row counts and there is no log-probability
     std::int64_t ignore_index = -100;
     LogitTransform transform;
 };
@@ -52,8 +52,8 @@ struct LossRule {
 
 // What the losses of tokens depend on besides their statistics: TokenTerms of edge_kernels/contract.py. Contiguous, one
 // element a token, of the statistics' type (mask and injected: one byte); the last two are single elements of that
-// type. On CUDA all of them lie on the device, so that the host need not wait. Null means the default of TokenTerms and
-// TokenRule in token_loss.h.
+// type. For CUDA all of them are on the device, so that the host need not wait. Null means the default of TokenTerms
+// and TokenRule in token_loss.h.
 struct TokenTensors {
     const std::uint8_t* mask = nullptr;
     const void* weight = nullptr;

@@ -24,9 +24,9 @@ struct TokenTerms {
     double weight = 0.0;
     double advantage = 0.0;
     double old_logprob = NAN;
-    double ref_logprob = NAN;  // looked at where beta > 0
+    double ref_logprob = NAN;  // read where beta > 0
     double sampler_ratio = 1.0;
-    double sampling_logprob = NAN;  // looked at where has_sampling, in place of sampler_ratio
+    double sampling_logprob = NAN;  // read where has_sampling, instead of sampler_ratio
     bool has_sampling = false;
     bool injected = false;
 };
@@ -59,7 +59,7 @@ EDGE_HOST_DEVICE inline TokenTerms token_terms(const TokenTensors& tensors, DTyp
 // Before the token's weight is applied.
 struct TokenOutcome {
     double loss;           // without the entropy bonus
-    double direct;         // d loss / d logprob, but for the way through the ratio
+    double direct;         // d loss / d logprob, without the path through the ratio
     double through_ratio;  // d loss / d log ratio
     double acting;         // 0 where the entropy is below the threshold, else 1
     double ratio;
@@ -73,7 +73,7 @@ struct TokenDerivatives {
     double entropy;
 };
 
-// The log-probability that the ratio is taken to.
+// The log-probability that the ratio refers to.
 EDGE_HOST_DEVICE inline double old_logprob(const TokenTerms& token, double logprob) {
     return std::isnan(token.old_logprob) ? logprob : token.old_logprob;
 }
@@ -155,7 +155,7 @@ EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenRule& rule
     return {token.weight * (out.direct + out.through_ratio), -rule.bonus_weight * out.acting};
 }
 
-// What is added up over tokens or, for the two maxima, compared: the loss, then METRICS of edge_kernels/contract.py
+// What is summed over tokens, or maximized for the two maxima: the loss, then METRICS of edge_kernels/contract.py
 // in their order.
 enum TokenSum : int {
     kLoss,
@@ -175,7 +175,7 @@ enum TokenSum : int {
 // One sweep from logits to the gradient of the loss: each row is read from memory once, its statistics are made, its
 // token's loss is differentiated, and the gradient is written while the row is in cache. For rules under which a
 // token's derivatives depend on that token alone. Special values and ignored rows as token_stats.h says; the tensors'
-// mask is not looked at, since the targets say it.
+// mask is not read, since the targets imply it.
 struct GrpoSweep {
     TokenRows rows;
     LossRule rule;

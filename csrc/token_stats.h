@@ -18,7 +18,7 @@ struct TokenStatsForward {
     void* logprobs = nullptr;  // null without targets
     void* entropy = nullptr;
     void* logsumexp = nullptr;
-    void* logsumexp_low = nullptr;  // optional: what rounding took from logsumexp; see TokenStatsBackward
+    void* logsumexp_low = nullptr;  // optional: the rounding error of logsumexp; see TokenStatsBackward
 };
 
 // grad_logits = (grad_logprob * (1[j = target] - p) - grad_entropy * p * (log p + entropy) + grad_logsumexp * p) *

@@ -1,4 +1,4 @@
-"""Loads the compiled extension ``edge_kernels._C``, gives it torch's OpenMP runtime, and says if its CUDA code can run.
+"""Loads the compiled extension ``edge_kernels._C`` with torch's OpenMP runtime; says whether its CUDA code can run.
 
 The extension names no OpenMP library: torch wheels bring their own copy, under a name that differs between releases,
 and a second one in the process would have its own threads and not obey ``torch.set_num_threads``.

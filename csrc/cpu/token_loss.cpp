@@ -1,4 +1,5 @@
-// One thread: thousands of tokens take less than waking a second one, and sums keep their order.
+// The loss of tokens, on one thread: thousands of tokens take less time than waking a second one, and the order of the
+// sums is fixed.
 #include <algorithm>
 #include <cmath>
 

@@ -1,5 +1,5 @@
-// Launches the kernels of grpo_sweep.cuh: as many rows as occupy the GPU evenly with a block for each, and the rest, or
-// all where they are few, split over blocks.
+// Launches the kernels of grpo_sweep.cuh: one block per row for as many rows as occupy the GPU evenly; the remaining
+// rows, or all of them if they are few, are split over blocks.
 #include "grpo_sweep.cuh"
 
 #include "launch.h"
@@ -32,8 +32,8 @@ struct WholeRows {
         slots = attribute(device, cudaDevAttrMultiProcessorCount) * blocks;
     }
 
-    // How many rows to take whole. The last turn is worth taking when it is half full, or when a second read of its
-    // rows would not be served by the cache.
+    // How many rows get a block of their own. The last wave is worth running when it is half full, or when a second
+    // read of its rows would miss the cache.
     std::int64_t share(int device, const RowShape& shape, std::int64_t rows) const {
         const std::int64_t rest = rows % slots;
         const bool is_worth_it =
@@ -42,7 +42,7 @@ struct WholeRows {
     }
 };
 
-// The same without the first rows.
+// The same call without its first rows.
 SweepArguments without(SweepArguments call, std::int64_t first) {
     const std::int64_t bytes = element_bytes(call.rows.dtype);
     call.rows.rows -= first;

@@ -13,8 +13,8 @@
 
 namespace edge::cuda {
 
-// Where to run: a device, one of its streams (cudaStream_t), and memory on that device which nothing else uses until
-// the stream has gone past the call.
+// Where to run: a device, one of its streams (cudaStream_t), and memory on that device that nothing else uses until
+// the stream has passed the call.
 struct Launch {
     int device = 0;
     void* stream = nullptr;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
         const std::int64_t begin = row * grid.columns;
         const std::int64_t end = begin + grid.columns < grid.tokens ? begin + grid.columns : grid.tokens;
 
-        // What the whole sequence decides. A token without a record takes no part in its ratio.
+        // Quantities of the whole sequence. A token without a record is left out of its ratio.
         double sequence_log_ratio = 0.0;
         double sequence_length = 1.0;
         double sequence_factor = 1.0;
