@@ -25,9 +25,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES = {
     "reference": "edge_kernels.backends.plain",
-    "cpu": "edge_kernels.backends.cpu",
+    "cpu": "edge_kernels.backends.compiled",
     "triton": "edge_kernels.backends.triton",
-    "cuda": "edge_kernels.backends.cuda",
+    "cuda": "edge_kernels.backends.compiled",
 }
 
 OPS = (
@@ -120,8 +120,7 @@ def _triton_unavailable() -> str | None:
 
 @cache
 def _cuda_unavailable(module: ModuleType) -> str | None:
-    reason: str | None = importlib.import_module(_MODULES["cuda"]).unavailable(module)
-    return reason
+    return _extension.cuda_unavailable(module)
 
 
 def is_interpreting() -> bool:

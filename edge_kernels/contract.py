@@ -90,14 +90,14 @@ METRICS = (
 
 
 class Objective:
-    """The policy term, as in csrc/token_loss.h. Plain numbers: torch.compile does not trace ``float`` of an enum."""
+    """The policy term, as in csrc/calls.h. Plain numbers: torch.compile does not trace ``float`` of an enum."""
 
     CLIPPED = 0
     CISPO = 1
 
 
 class Injected:
-    """What tokens that the policy did not sample do instead; as in csrc/token_loss.h."""
+    """What tokens that the policy did not sample do instead; as in csrc/calls.h."""
 
     NOTHING = 0
     SFT = 1

@@ -1,17 +1,10 @@
-"""Rows of logits as kernels take them: blocks with one row stride, and the addresses of what belongs to each row."""
+"""Rows of logits as kernels take them: blocks with one row stride."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor
-
-from edge_kernels.contract import LossRule, Transform
-from edge_kernels.reference import MAX_LOG_RATIO
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def with_unit_stride(logits: Tensor) -> Tensor:
@@ -46,37 +39,3 @@ def _is_one_block(logits: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
-    return {
-        "dtype": DTYPE_CODES[block.dtype],
-        "logits": block.data_ptr(),
-        "row_stride": block.stride(0),
-        "rows": block.shape[0],
-        "vocab": block.shape[1],
-        "targets": address(targets, start),
-    }
-
-
-def address(tensor: Tensor | None, start: int = 0) -> int:
-    """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
-    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()
-
-
-def transform_options(transform: Transform) -> dict[str, Any]:
-    """Return the transform as the compiled kernels take it."""
-    return {
-        "inv_temperature": 1 / transform.temperature,
-        "softcap": transform.softcap or 0.0,
-        "logit_scale": transform.logit_scale,
-        "ignore_index": transform.ignore_index,
-    }
-
-
-def rule_options(rule: LossRule) -> dict[str, Any]:
-    """Return the rule as the compiled kernels take it; ratios of whole sequences are not among it."""
-    options = rule._asdict()
-    del options["ratio_of_sequence"], options["sampler_of_sequence"]
-    cispo, treatment = bool(options.pop("objective")), int(options.pop("injected"))
-    return {**options, "cispo": cispo, "injected_treatment": treatment, "max_log_ratio": MAX_LOG_RATIO}

@@ -28,16 +28,16 @@ from cuda_on_cpu.matrices import (
 )
 from cuda_on_cpu.stats_cases import check_gradient, exact_gradient, exact_stats
 from edge_kernels.backends.plain import token_loss
-from edge_kernels.backends.rows import rule_options
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, TokenTerms
+from edge_kernels.reference import MAX_LOG_RATIO
 
 
 def rule_numbers(rule: LossRule) -> tuple[list[int], list[float]]:
-    options = rule_options(rule)
-    integers = [int(options["cispo"]), int(options["sampler_masks"]), options["injected_treatment"]]
-    names = ("epsilon_low", "epsilon_high", "delta", "beta", "sampler_cap", "sampler_floor")
-    return integers, [options[name] for name in (*names, "sft_weight", "shaped_gamma", "max_log_ratio")]
+    """Return the rule's integers, and its numbers in the order of their fields."""
+    values = rule._asdict()
+    integers = ("objective", "ratio_of_sequence", "sampler_of_sequence", "sampler_masks", "injected")
+    return [int(values.pop(name)) for name in integers], [*values.values(), MAX_LOG_RATIO]
 
 
 def make_terms(
@@ -96,12 +96,11 @@ SEQUENCE_CONFIGS = {
 
 
 def terms_buffers(terms: TokenTerms) -> dict[str, Buffer | None]:
-    names = ("weight", "advantages", "old_logprobs", "ref_logprobs", "sampler_ratio", "sampling_logprobs")
-    values = {name: per_row(getattr(terms, name)) for name in names}
-    values["injected"] = None if terms.injected is None else Buffer(terms.injected.to(torch.uint8))
-    values["entropy_threshold"] = per_row(terms.entropy_threshold)
-    values["bonus_weight"] = per_row(terms.bonus_weight)
-    return values
+    bytes_or_floats = {
+        name: value.to(torch.uint8) if value is not None and value.dtype == torch.bool else value
+        for name, value in terms._asdict().items()
+    }
+    return {name: per_row(value) for name, value in bytes_or_floats.items()}
 
 
 def double_terms(terms: TokenTerms) -> TokenTerms:
@@ -173,16 +172,14 @@ def token_loss_case(name: str, sequences: int, length: int, config: GRPOLossConf
         mask[0, 0], logprobs[0, 0] = True, NAN
     rule = LossRule.of(config)
     integers, numbers = rule_numbers(rule)
-    of_sequence = config.sampler_ratio_cap is not None and config.sampler_ratio_mode.startswith("sequence")
     call = Call(
         "token_loss",
         MANY,
-        [sequences, length, int(rule.level == "sequence"), int(of_sequence), *integers],
+        [sequences, length, *integers],
         numbers,
         {
             "given_logprobs": Buffer(logprobs),
             "given_entropy": Buffer(entropy),
-            "mask": Buffer(mask.to(torch.uint8)),
             **terms_buffers(terms),
             "loss": fresh(1),
             "metrics": fresh(10),

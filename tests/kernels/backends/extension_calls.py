@@ -5,7 +5,8 @@ The tests: test_extension*.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +37,24 @@ def transform(temperature: float = 1.0, softcap: float = 0.0, logit_scale: float
     return {"inv_temperature": 1 / temperature, "softcap": softcap, "logit_scale": logit_scale}
 
 
+ROWS = (
+    "dtype", "logits", "row_stride", "rows", "vocab", "targets", "ignore_index",
+    "inv_temperature", "softcap", "logit_scale",
+)  # fmt: skip
+
+
+def call(function: Callable[..., None], *, threads: int = 1, **arguments: Any) -> None:
+    """Call a kernel of rows with the fields of ``TokenRows`` and its other arguments."""
+    rows = _C.TokenRows(**{name: arguments.pop(name) for name in ROWS})
+    function(_C.CpuLaunch(threads=threads), rows, **arguments)
+
+
 def forward(logits: Tensor, targets: Tensor | None, *, threads: int = 1, **options: float) -> Stats:
     """Statistics of (N, V) logits whose rows may lie at any stride."""
     rows, vocab = logits.shape
     stats = Stats(*(poisoned(rows, logits.dtype) for _ in range(4)))
-    _C.token_stats_forward(
+    call(
+        _C.token_stats_forward,
         dtype=CODES[logits.dtype],
         logits=logits.data_ptr(),
         row_stride=logits.stride(0),
@@ -73,7 +87,8 @@ def backward(
     rows, vocab = logits.shape
     out = torch.full((rows, vocab), NAN, dtype=logits.dtype) if out is None else out
     addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-    _C.token_stats_backward(
+    call(
+        _C.token_stats_backward,
         dtype=CODES[logits.dtype],
         logits=logits.data_ptr(),
         row_stride=logits.stride(0),

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from extension_calls import _C, IGNORE, INF, NAN, backward, forward, make, transform
+from extension_calls import _C, IGNORE, INF, NAN, backward, call, forward, make, transform
 from paths import ROOT
 
-from edge_kernels import _extension
+from edge_kernels import GRPOLossConfig, _extension
+from edge_kernels.contract import LossRule, TokenTerms
 
 # ---- Threads -------------------------------------------------------------------------------------------------------
 
@@ -72,9 +73,10 @@ C = _extension.load()
 logits, out = torch.zeros(64, 20000), torch.empty(2, 64)
 def threads_after(torch_threads, asked):
     torch.set_num_threads(torch_threads)
-    C.token_stats_forward(dtype=0, logits=logits.data_ptr(), row_stride=20000, rows=64, vocab=20000, targets=0,
-        ignore_index=-100, inv_temperature=1.0, softcap=0.0, logit_scale=1.0, logprobs=0,
-        entropy=out[0].data_ptr(), logsumexp=out[1].data_ptr(), threads=asked)
+    rows = C.TokenRows(dtype=0, logits=logits.data_ptr(), row_stride=20000, rows=64, vocab=20000, targets=0,
+        ignore_index=-100, inv_temperature=1.0, softcap=0.0, logit_scale=1.0)
+    C.token_stats_forward(C.CpuLaunch(threads=asked), rows, logprobs=0, entropy=out[0].data_ptr(),
+        logsumexp=out[1].data_ptr(), logsumexp_low=0)
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)
 base = len(os.listdir("/proc/self/task"))
@@ -207,6 +209,7 @@ FORWARD = {
     "logprobs": 64,
     "entropy": 64,
     "logsumexp": 64,
+    "logsumexp_low": 0,
 }
 BACKWARD = {
     **{name: value for name, value in FORWARD.items() if name != "logprobs"},
@@ -243,4 +246,60 @@ BACKWARD = {
 def test_arguments_are_checked(arguments: dict[str, object], wrong: dict[str, object], message: str) -> None:
     function = _C.token_stats_forward if arguments is FORWARD else _C.token_stats_backward
     with pytest.raises(ValueError, match=message):
-        function(**{**arguments, **wrong})
+        call(function, **{**arguments, **wrong})
+
+
+RULE = {**LossRule.of(GRPOLossConfig())._asdict(), "max_log_ratio": 80.0}
+TENSORS = dict.fromkeys(TokenTerms._fields, 64)
+SWEEP = {
+    **{name: value for name, value in FORWARD.items() if not name.startswith("logsumexp")},
+    "grad_logits": 128,
+    "grad_row_stride": 8,
+}
+LOSS = {"dtype": 0, "sequences": 2, "length": 3} | dict.fromkeys(
+    ("logprobs", "entropy", "loss", "metrics", "d_logprobs", "d_entropy"), 64
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"objective": 2}, r"objective must be 0 \(clipped\) or 1 \(cispo\); got 2"),
+        ({"injected": 3}, r"injected must be 0 \(none\), 1 \(sft\) or 2 \(shaped\); got 3"),
+    ],
+)
+def test_a_rule_is_checked(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.LossRule(**{**RULE, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"targets": 0}, "targets must be the address of its first element; got 0"),
+        ({"weight": 0}, "weight must be the address"),
+        ({"grad_row_stride": 7}, r"grad_row_stride must be at least vocab \(8\)"),
+    ],
+)
+def test_the_arguments_of_a_sweep_are_checked(wrong: dict[str, int], message: str) -> None:
+    tensors = _C.TokenTensors(**{name: wrong.get(name, value) for name, value in TENSORS.items()})
+    arguments = {name: wrong.get(name, value) for name, value in SWEEP.items()}
+    with pytest.raises(ValueError, match=message):
+        call(_C.grpo_sweep, **arguments, tensors=tensors, rule=_C.LossRule(**RULE))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": 1}, r"dtype must be 0 \(float32\) or 3 \(float64\); got 1"),
+        ({"length": -1}, "sequences and length must be at least 0; got 2 and -1"),
+        ({"loss": 0}, "loss must be the address of its first element; got 0"),
+        ({"mask": 0}, "mask must be the address"),
+        ({"d_entropy": 0}, "d_entropy must be the address"),
+    ],
+)
+def test_the_arguments_of_a_token_loss_are_checked(wrong: dict[str, int], message: str) -> None:
+    tensors = _C.TokenTensors(**{name: wrong.get(name, value) for name, value in TENSORS.items()})
+    arguments = {name: wrong.get(name, value) for name, value in LOSS.items()}
+    with pytest.raises(ValueError, match=message):
+        _C.token_loss(_C.CpuLaunch(threads=1), tensors, _C.LossRule(**RULE), **arguments)
