@@ -115,7 +115,7 @@ def row_sums(
 
 @triton.jit
 def write_tile(row, out_row, i, end, own_column, factors, transform, tile):
-    """Write the gradient of a tile from column i, up to ``end`` unless it is None: every read before the first write."""
+    """Write the gradient of a tile from column i, up to ``end`` unless it is None; every read precedes the writes."""
     VEC: tl.constexpr = tile.VEC
     PART: tl.constexpr = tile.LANES * VEC
     dtype = out_row.dtype.element_ty
