@@ -1,6 +1,6 @@
-// The records of calls.h and the kernels as Python has them: addresses are integers, 0 where absent; what is passed is
-// checked, and the kernels run without the interpreter's lock. For edge_kernels._C, and for the module that the tests
-// build of the CUDA kernels on the CPU: all classes are the module's own.
+// Binds the records of calls.h and the kernels to Python: addresses are integers, 0 where absent; arguments are checked,
+// and the kernels run without the interpreter's lock. For edge_kernels._C, and for the module with which the tests run
+// the CUDA kernels on the CPU; both may be loaded at once, so every class is local to its module.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -137,21 +137,18 @@ def _row_calls(
     """Yield for each block of rows the number of its first row, its ``TokenRows``, and where its call runs."""
     extension, launch = _extension.load(), _launch(logits)
     targets = None if targets is None else targets.contiguous()
-    options = {
-        "dtype": _DTYPE_CODES[logits.dtype],
-        "vocab": logits.shape[-1],
-        "ignore_index": transform.ignore_index,
-        "inv_temperature": 1 / transform.temperature,
-        "softcap": transform.softcap or 0.0,
-        "logit_scale": transform.logit_scale,
-    }
     for start, block in row_blocks(logits):
         rows = extension.TokenRows(
+            dtype=_DTYPE_CODES[block.dtype],
             logits=block.data_ptr(),
             row_stride=block.stride(0),
             rows=block.shape[0],
+            vocab=block.shape[1],
             targets=_address(targets, start),
-            **options,
+            ignore_index=transform.ignore_index,
+            inv_temperature=1 / transform.temperature,
+            softcap=transform.softcap or 0.0,
+            logit_scale=transform.logit_scale,
         )
         if needs_workspace and (num_bytes := extension.row_workspace_bytes(launch, rows)):
             workspace = _workspace(logits, num_bytes)  # held by this frame until the call has returned
@@ -159,8 +156,9 @@ def _row_calls(
         yield start, rows, launch
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # a training run has one or two rules, and each has 14 fields to convert
 def _pack_rule(rule: LossRule, extension: ModuleType) -> Any:
+    """Return the rule as a ``LossRule`` of the extension."""
     return extension.LossRule(**rule._asdict(), max_log_ratio=MAX_LOG_RATIO)
 
 
