@@ -63,13 +63,19 @@ struct TokenOutcome {
     double loss;           // without the entropy bonus
     double direct;         // d loss / d logprob, without the path through the ratio
     double through_ratio;  // d loss / d log ratio
-    double acting;         // 0 where the entropy is below the threshold, else 1
     double ratio;
     double factor;  // the correction for the sampler
-    double kl;      // the estimate of the KL divergence, 0 without a reference
+    bool acting;    // its entropy is not below the threshold
     bool clipped_low;
     bool clipped_high;
-    bool kl_bounded;
+};
+
+// The penalty's part, before the token's weight is applied; 0 without a reference.
+struct KlOutcome {
+    double estimate;  // of the KL divergence
+    double direct;    // the derivatives of beta times the estimate, as above
+    double through_ratio;
+    bool bounded;
 };
 
 struct TokenDerivatives {
@@ -101,13 +107,15 @@ EDGE_HOST_DEVICE inline double sampler_factor(const TokenRule& rule, double diff
     return factor > rule.sampler_cap ? rule.sampler_cap : factor;
 }
 
+// Without the penalty.
 EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const TokenTerms& token, double logprob,
                                                    double entropy, double log_ratio, double factor) {
     const double advantage = token.advantage;
     TokenOutcome out{};
     out.factor = factor;
-    out.acting = entropy < rule.entropy_threshold ? 0.0 : 1.0;
-    const double ratio = std::exp(log_ratio > rule.max_log_ratio ? rule.max_log_ratio : log_ratio);
+    out.acting = !(entropy < rule.entropy_threshold);
+    const bool is_bounded = log_ratio > rule.max_log_ratio;
+    const double ratio = std::exp(is_bounded ? rule.max_log_ratio : log_ratio);
     out.ratio = ratio;
     if (rule.objective == Objective::kCispo) {
         out.direct = -(ratio > rule.epsilon_high ? rule.epsilon_high : ratio) * advantage;
@@ -125,7 +133,7 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
         double moves = first < second ? moves_unclipped : moves_clipped;
         if (first == second) moves = (double(moves_unclipped) + double(moves_clipped)) / 2;
         out.loss = -(first < second ? first : second);
-        out.through_ratio = log_ratio > rule.max_log_ratio ? 0.0 : -advantage * moves * ratio;
+        out.through_ratio = is_bounded ? 0.0 : -advantage * moves * ratio;
         out.clipped_low = unclipped < floor && advantage < 0;
         out.clipped_high = unclipped > ceiling && advantage > 0;
     }
@@ -136,7 +144,7 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
         out.direct = -advantage * rule.shaped_gamma * p / (sum * sum);
         out.through_ratio = 0.0;
     }
-    const double scale = out.acting * factor;
+    const double scale = out.acting ? factor : 0.0 * factor;
     out.loss *= scale;
     out.direct *= scale;
     out.through_ratio *= scale;
@@ -145,20 +153,39 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
         out.direct = -rule.sft_weight;
         out.through_ratio = 0.0;
     }
-    if (token.has_ref) {  // from the bound on the exponential continues as its tangent
-        const double difference = token.ref_logprob - logprob;
-        out.kl_bounded = difference > rule.max_kl_log_ratio;
-        const double excess = out.kl_bounded ? difference - rule.max_kl_log_ratio : 0.0;
-        const double ratio_to_ref = std::exp(out.kl_bounded ? rule.max_kl_log_ratio : difference);
-        const double share = rule.bias_corrects_kl ? ratio : 1.0;
-        out.kl = share * (ratio_to_ref * (1.0 + excess) - difference - 1.0);
-        if (rule.beta > 0) {
-            out.loss += rule.beta * out.kl;
-            out.direct += rule.beta * share * (1.0 - ratio_to_ref);
-            if (rule.bias_corrects_kl && !(log_ratio > rule.max_log_ratio)) out.through_ratio += rule.beta * out.kl;
-        }
+    return out;
+}
+
+// The estimate is exp(d) - d - 1 with d = ref_logprob - logprob; from the bound on exp(d) continues as its tangent.
+EDGE_HOST_DEVICE inline KlOutcome kl_outcome(const TokenRule& rule, const TokenTerms& token, double logprob,
+                                             double log_ratio) {
+    KlOutcome out{};
+    if (!token.has_ref) return out;
+    const double difference = token.ref_logprob - logprob;
+    out.bounded = difference > rule.max_kl_log_ratio;
+    const double excess = out.bounded ? difference - rule.max_kl_log_ratio : 0.0;
+    const double ratio_to_ref = std::exp(out.bounded ? rule.max_kl_log_ratio : difference);
+    double share = 1.0;
+    if (rule.bias_corrects_kl) share = std::exp(log_ratio > rule.max_log_ratio ? rule.max_log_ratio : log_ratio);
+    out.estimate = share * (ratio_to_ref * (1.0 + excess) - difference - 1.0);
+    if (rule.beta > 0) {
+        out.direct = rule.beta * share * (1.0 - ratio_to_ref);
+        if (rule.bias_corrects_kl && !(log_ratio > rule.max_log_ratio)) out.through_ratio = rule.beta * out.estimate;
     }
     return out;
+}
+
+// The sum of kl_outcome's two derivatives, in which most of the estimate cancels: the sweep has no registers to spare.
+EDGE_HOST_DEVICE inline double kl_derivative(const TokenRule& rule, const TokenTerms& token, double logprob,
+                                             double log_ratio) {
+    if (!(rule.beta > 0)) return 0.0;
+    const double difference = token.ref_logprob - logprob;
+    const bool bounded = difference > rule.max_kl_log_ratio;
+    const double ratio_to_ref = std::exp(bounded ? rule.max_kl_log_ratio : difference);
+    if (!rule.bias_corrects_kl) return rule.beta * (1.0 - ratio_to_ref);
+    if (log_ratio > rule.max_log_ratio) return rule.beta * std::exp(rule.max_log_ratio) * (1.0 - ratio_to_ref);
+    const double excess = bounded ? difference - rule.max_kl_log_ratio : 0.0;
+    return rule.beta * std::exp(log_ratio) * (ratio_to_ref * excess - difference);
 }
 
 // For rules under which a token's derivatives depend on that token alone.
@@ -168,7 +195,8 @@ EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenRule& rule
     const double factor =
         token.has_sampling ? sampler_factor(rule, sampler_difference(token, logprob)) : token.sampler_ratio;
     const TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
-    return {token.weight * (out.direct + out.through_ratio), -rule.bonus_weight * out.acting};
+    const double derivative = out.direct + out.through_ratio + kl_derivative(rule, token, logprob, log_ratio);
+    return {token.weight * derivative, out.acting ? -rule.bonus_weight : 0.0};
 }
 
 // What is summed over tokens, or maximized for the two maxima: the loss, then METRICS of edge_kernels/contract.py

@@ -63,8 +63,12 @@ class Batch {
                 factor = rule_.sampler_of_sequence ? factor_of_all
                                                    : sampler_factor(rule_, sampler_difference(token, logprob));
             }
-            const TokenOutcome out = token_outcome(rule_, token, logprob, entropy, log_ratio, factor);
-            add(token, out, entropy);
+            TokenOutcome out = token_outcome(rule_, token, logprob, entropy, log_ratio, factor);
+            const KlOutcome kl = kl_outcome(rule_, token, logprob, log_ratio);
+            out.loss += rule_.beta * kl.estimate;
+            out.direct += kl.direct;
+            out.through_ratio += kl.through_ratio;
+            add(token, out, kl, entropy);
             double d_logprob = token.weight * out.direct;
             if (rule_.ratio_of_sequence) {
                 through_ratio += token.weight * out.through_ratio;
@@ -72,7 +76,7 @@ class Batch {
                 d_logprob += token.weight * out.through_ratio;
             }
             write(call_.d_logprobs, i, d_logprob);
-            write(call_.d_entropy, i, -rule_.bonus_weight * out.acting);
+            write(call_.d_entropy, i, out.acting ? -rule_.bonus_weight : 0.0);
         }
         if (!rule_.ratio_of_sequence) return;
         for (std::int64_t i = begin_; i < end_; ++i) {  // every recorded token moves the one ratio by 1 / length
@@ -81,10 +85,10 @@ class Batch {
         }
     }
 
-    void add(const TokenTerms& token, const TokenOutcome& out, double entropy) {
+    void add(const TokenTerms& token, const TokenOutcome& out, const KlOutcome& kl, double entropy) {
         const double bonus = rule_.bonus_weight;
         sums_[kLoss] += token.weight * out.loss;
-        if (bonus != 0.0 && out.acting != 0.0) sums_[kLoss] -= bonus * entropy;
+        if (bonus != 0.0 && out.acting) sums_[kLoss] -= bonus * entropy;
         sums_[kTokens] += 1.0;
         sums_[kEntropy] += entropy;
         sums_[kRatio] += out.ratio;
@@ -92,8 +96,8 @@ class Batch {
         sums_[kClippedLow] += out.clipped_low;
         sums_[kClippedHigh] += out.clipped_high;
         sums_[kClipped] += out.clipped_low || out.clipped_high;
-        sums_[kKl] += out.kl;
-        sums_[kKlBounded] += out.kl_bounded;
+        sums_[kKl] += kl.estimate;
+        sums_[kKlBounded] += kl.bounded;
         if (call_.tensors.sampler_ratio != nullptr || call_.tensors.sampling_logprobs != nullptr) {
             sums_[kFactor] += out.factor;
             raise(sums_[kFactorMax], out.factor);

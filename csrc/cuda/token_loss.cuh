@@ -124,18 +124,22 @@ __global__ void __launch_bounds__(kTokenLossThreads)
                 factor = rule.sampler_of_sequence ? sequence_factor
                                                   : sampler_factor(rule, sampler_difference(token, logprob));
             }
-            const TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
+            TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
+            const KlOutcome kl = kl_outcome(rule, token, logprob, log_ratio);
+            out.loss += rule.beta * kl.estimate;
+            out.direct += kl.direct;
+            out.through_ratio += kl.through_ratio;
 
             sums[kLoss] += token.weight * out.loss;
-            if (rule.bonus_weight != 0.0 && out.acting != 0.0) sums[kLoss] -= rule.bonus_weight * entropy;
+            if (rule.bonus_weight != 0.0 && out.acting) sums[kLoss] -= rule.bonus_weight * entropy;
             sums[kTokens] += 1.0;
             sums[kEntropy] += entropy;
             sums[kRatio] += out.ratio;
             sums[kClippedLow] += out.clipped_low ? 1.0 : 0.0;
             sums[kClippedHigh] += out.clipped_high ? 1.0 : 0.0;
             sums[kClipped] += out.clipped_low || out.clipped_high ? 1.0 : 0.0;
-            sums[kKl] += out.kl;
-            sums[kKlBounded] += out.kl_bounded ? 1.0 : 0.0;
+            sums[kKl] += kl.estimate;
+            sums[kKlBounded] += kl.bounded ? 1.0 : 0.0;
             sums[kRatioMax] = combine(kRatioMax, sums[kRatioMax], out.ratio);
             if (reports_factor) {
                 sums[kFactor] += factor;
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
                 d_logprob += token.weight * out.through_ratio;
             }
             d_logprobs[i] = static_cast<float>(d_logprob);
-            d_entropy[i] = static_cast<float>(-rule.bonus_weight * out.acting);
+            d_entropy[i] = static_cast<float>(out.acting ? -rule.bonus_weight : 0.0);
         }
 
         // Every recorded token of a sequence moves the one ratio by 1 / length.

@@ -29,7 +29,7 @@ from cuda_on_cpu.matrices import (
 from cuda_on_cpu.stats_cases import check_gradient, exact_gradient, exact_stats
 from edge_kernels.backends.plain import token_loss
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.contract import LossRule, TokenTerms
+from edge_kernels.contract import METRICS, LossRule, TokenTerms
 from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO
 
 
@@ -189,7 +189,7 @@ def token_loss_case(name: str, sequences: int, length: int, config: GRPOLossConf
             "given_entropy": Buffer(entropy),
             **terms_buffers(terms),
             "loss": fresh(1),
-            "metrics": fresh(10),
+            "metrics": fresh(len(METRICS)),
             "d_logprobs": fresh(*shape),
             "d_entropy": fresh(*shape),
         },
