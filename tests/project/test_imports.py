@@ -28,8 +28,8 @@ ROOMS = {
     "edge_grpo": (
         ("text", "types"),
         ("config",),
-        ("batching", "correction", "credit", "grading", "policy"),
-        ("data", "metrics", "rollout", "run"),
+        ("batching", "correction", "grading", "policy"),
+        ("credit", "data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learner"),
         ("integrations", "trainer"),
         ("commands",),
