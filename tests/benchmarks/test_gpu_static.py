@@ -16,7 +16,7 @@ from benchmarks import aot, gpu_ours, gpu_static, sass
 from benchmarks.aot import Compiled
 from benchmarks.gpu_static import OURS_CUDA, OURS_HEAD, OURS_TRITON, Row
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gpu_static")]  # one process, which compiles each kernel once
+pytestmark = pytest.mark.slow
 
 OF_LOGITS = re.compile(r"(token_stats_(fwd|bwd)|grpo_sweep)_kernel\b(?!.*Curved)")  # a soft cap costs a tanh on top
 
