@@ -1,5 +1,6 @@
-"""Time, memory and error of the kernels against their peers and the machine's limits. ``python -m benchmarks`` is all.
+"""Time, memory and error of the kernels against their peers and the machine's limits: ``python -m benchmarks``.
 
-harness.py runs configurations and prints them; peers.py knows the contenders, limits.py the machine's limits;
-logits.py, head.py, memory.py, accuracy.py and end_to_end.py are the benchmarks.
+harness.py runs configurations and prints results; peers.py has the contenders, limits.py the machine's limits.
+logits.py, head.py, memory.py, accuracy.py and end_to_end.py are the benchmarks; grading.py and rollout.py measure the
+training package. gpu/ runs on a GPU; machine_code/ and gpu_static.py inspect GPU kernels without one.
 """

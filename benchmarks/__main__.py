@@ -1,6 +1,6 @@
-"""Run every benchmark and sum them up: against the best peer and against the floor. The last line is JSON.
+"""Run all benchmarks and summarize them: our times against the best peer's and the floor. The last line is JSON.
 
-Takes about 14 minutes on two cores; ``--quick`` about one. Pictures and the JSON go to ``--output``.
+Takes about 14 minutes on two cores, ``--quick`` about one. Plots and the JSON go to ``--output``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ QUICK = ("accuracy", "logits", "head")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"a small selection of {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"small configurations of {', '.join(QUICK)}")
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the pictures"
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for plots and results.json (default: benchmarks/results)",
     )
     options = parser.parse_args()
     start = time.perf_counter()
@@ -66,10 +69,10 @@ class Time(NamedTuple):
 
 
 def summary(results: Sequence[Result]) -> Iterator[str]:
-    """Lines: ours, how many times as long torch.compile and the fastest peer take, how many times the floor ours is.
+    """Yield lines: our time, the ratios of torch.compile and the fastest peer to it, and its ratio to the floor.
 
-    By the medians and, in brackets, by the fastest runs: what a virtual machine's host does, such as taking freed
-    memory away and giving it back at 1 GB/s, can rule medians, most of all of those that allocate much.
+    Ratios of medians and, in brackets, of the fastest runs. The host of a virtual machine can dominate medians, for
+    example by reclaiming freed memory and returning it at 1 GB/s; contenders that allocate much suffer most.
     """
     yield f"{'':72} {'ours':>10} {'compile':>15}  {'best peer':40} floor"
     for result in results:
@@ -98,7 +101,7 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
 
 
 def more_exact(results: Sequence[Result]) -> list[str]:
-    """Lines: where a peer errs less than ours by more than half of it and more than float32's rounding."""
+    """Return lines: where our error exceeds a peer's by more than half and by more than float32 rounding."""
     lines = []
     for result in results:
         rows = {name: row["errors"] for name, row in result.get("contenders", {}).items() if row.get("errors")}
@@ -106,8 +109,10 @@ def more_exact(results: Sequence[Result]) -> list[str]:
             errors = {name: errors[kind] for name, errors in rows.items() if kind in errors}
             for name, error in errors.items():
                 if math.isfinite(error) and ours > 1.5 * error + 1e-6:
-                    lines.append(f"more exact than ours: {name}, {kind}: {error:.1e} to {ours:.1e} ({title(result)})")
-    return lines or ["No contender is more exact than ours, by a margin of half and 1e-6."]
+                    lines.append(
+                        f"more accurate than ours: {name}, {kind}: {error:.1e} to {ours:.1e} ({title(result)})"
+                    )
+    return lines or ["No contender is more accurate than ours by more than half and 1e-6."]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors against float64 of every contender, on ordinary rows and on those that break formulas; nothing is timed.
+"""Errors of every contender against float64, on ordinary rows and on rows that break formulas; nothing is timed.
 
 Forbidden: every other token at -inf. Offset: all logits 30,000 higher. Sharp: the target up to 42 above the rest.
 """
@@ -42,7 +42,7 @@ def make_rows(kind: str, config: Config, targets: Tensor) -> Tensor:
 
 
 def measure(config: Config) -> list[Result]:
-    """Errors from logits of every kind, and of the head with ordinary and with sharp logits."""
+    """Return the errors from logits of every kind, and of the head with ordinary and with sharp logits."""
     dtype, batch = getattr(torch, config["dtype"]), peers.make_batch(*peers.split(config["rows"]), config["vocab"])
     results = []
     found, missing = peers.available(peers.LOGITS, config["contenders"])

@@ -1,8 +1,8 @@
 """One optimizer step of SmolLM2-135M with our loss and with TRL's, same weights and batch: time and peak memory.
 
 The forward pass of the model, the loss, the backward pass and AdamW, on the same completions every step. The log-ratios
-are 0 and the advantages sum to 0, so that the loss is 0 whoever computes it: what has to agree is the gradient's norm
-and the completions' mean logprob, of each of the steps. ``make smollm2`` fetches the model.
+are 0 and the advantages sum to 0, so the loss is 0 for every contender: what has to agree is the gradient's norm and
+the completions' mean logprob at each step. ``make smollm2`` fetches the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def configs(quick: bool) -> Sequence[Config]:
 
 
 def measure(config: Config) -> list[Result]:
-    """Start one more fresh process for each contender, from one copy of the weights, and compare what they computed."""
+    """Return the times of each contender, from fresh processes and the same weights, with their values compared."""
     where = {"work": "optimizer step of SmolLM2-135M", "dtype": config["dtype"], "pages": config["pages"]}
     shape = "{sequences} x ({prompt} + {completion}) tokens".format(**config)
     if not MODEL.is_file():
@@ -41,7 +41,7 @@ def measure(config: Config) -> list[Result]:
     if "contender" in config:
         return [{**where, "contenders": {config["contender"]: _step(config)}}]
     from edge_grpo.config import ModelConfig
-    from edge_grpo.policy.model import load_model
+    from edge_grpo.policy.loading import load_model
 
     rows: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,10 +78,10 @@ def _step(config: Config) -> Result:
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # at the end, so that gradients count as memory that the step needs
+        optimizer.zero_grad(set_to_none=True)  # at the end, so that gradients count as memory of the step
         seen.append((norm.item(), logprobs.mean().item()))
 
-    step()  # makes AdamW's moments, which every step from here on has
+    step()  # allocates AdamW's moments
     row = take_turns({config["contender"]: Run(step)}, config["repetitions"])[config["contender"]]
     last = len(seen)
     return {**row, "values": {f"gradient norm of step {last}": seen[-1][0], "mean logprob": seen[-1][1]}}

@@ -1,7 +1,7 @@
-"""What the compilers made of our GPU kernels and of the peers', per element, held against what the GPU allows. No GPU.
+"""Our GPU kernels' machine code and the peers', per element, against the GPU's limits; needs compilers, but no GPU.
 
-Kernels that stream logits are counted per element of their main loop, those that multiply matrices per sum of a tile.
-Times are what the busiest unit needs at its data-sheet rate: no kernel can be faster, and latencies are not in them.
+Kernels that stream logits are counted per element of their main loop, matrix kernels per sum of a tile. Times are lower
+bounds: what the busiest unit needs at its data-sheet rate, without latencies.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from benchmarks import aot, gpu_ours, gpu_peers, sass
-from benchmarks.aot import Compiled
-from benchmarks.gpu_peers import HIDDEN, VOCAB
 from benchmarks.harness import OURS, clean, explain
+from benchmarks.machine_code import aot, cubin, ours, peers
+from benchmarks.machine_code.aot import Compiled
+from benchmarks.machine_code.instructions import BULK_LOADS, LOADS, STORES, WARP
+from benchmarks.machine_code.loops import Loop
+from benchmarks.machine_code.peers import HIDDEN, VOCAB
+from edge_kernels.info import version_of
 
 OURS_CUDA, OURS_TRITON, OURS_HEAD = f"{OURS}, CUDA", f"{OURS}, Triton", f"{OURS}, Triton, fused head"
 Row = dict[str, Any]  # one main loop of one kernel, or one kernel that multiplies: JSON
@@ -41,7 +43,7 @@ class Machine(NamedTuple):
     @property
     def instructions(self) -> float:
         """Instructions of one thread per second: four schedulers issue one for a warp in each clock."""
-        return self.multiprocessor_clocks * 4 * sass.WARP
+        return self.multiprocessor_clocks * 4 * WARP
 
     @property
     def mufu(self) -> float:
@@ -54,7 +56,7 @@ class Machine(NamedTuple):
         return self.tensor_flops / 2
 
     def budgets(self, num_bytes: float) -> tuple[float, float]:
-        """Instructions and special-function operations that may be spent on each ``num_bytes`` moved."""
+        """Return the instructions and special-function operations that fit into moving ``num_bytes``."""
         return self.instructions / self.bandwidth * num_bytes, self.mufu / self.bandwidth * num_bytes
 
 
@@ -68,11 +70,11 @@ WARPS, BLOCKS, REGISTERS = 64, 32, 65_536  # of a multiprocessor, on all three
 
 
 def occupancy(compiled: Compiled) -> float:
-    """Warps that fit on a multiprocessor, as a part of those that it has places for; unknown shared memory left out."""
-    warps = math.ceil(compiled.threads / sass.WARP)
-    each = math.ceil(compiled.kernel.registers * sass.WARP / 256) * 256
+    """Return the share of a multiprocessor's warp slots that fit; unknown shared memory does not count."""
+    warps = math.ceil(compiled.threads / WARP)
+    each = math.ceil(compiled.kernel.registers * WARP / 256) * 256
     by_registers = REGISTERS // each // 4 * 4 // warps
-    shared = (compiled.shared_bytes or 0) + sass.RESERVED_SHARED_BYTES
+    shared = (compiled.shared_bytes or 0) + cubin.RESERVED_SHARED_BYTES
     by_shared = MACHINES[compiled.architecture].shared_bytes // shared
     return min(BLOCKS, WARPS // warps, by_registers, by_shared) * warps / WARPS
 
@@ -81,7 +83,7 @@ def occupancy(compiled: Compiled) -> float:
 
 
 def rows(owner: str, compiled: Compiled) -> list[Row]:
-    """Return a row for each main loop of a kernel, or one for all of them where they multiply matrices."""
+    """Return a row for each main loop of a kernel, or one for all of them if they multiply matrices."""
     kernel = compiled.kernel
     common = {
         "owner": owner,
@@ -93,7 +95,7 @@ def rows(owner: str, compiled: Compiled) -> list[Row]:
         "threads": compiled.threads,
         "occupancy": occupancy(compiled),
         "itemsize": compiled.itemsize,
-        "uses_copy_engine": any(i.name in sass.BULK_LOADS for i in kernel.instructions),
+        "uses_copy_engine": any(i.name in BULK_LOADS for i in kernel.instructions),
     }
     loops = kernel.main_loops
     if any(loop.matrices for loop in loops):
@@ -101,7 +103,7 @@ def rows(owner: str, compiled: Compiled) -> list[Row]:
     return [common | _stream(compiled, loop) for loop in loops]
 
 
-def _stream(compiled: Compiled, loop: sass.Loop) -> Row:
+def _stream(compiled: Compiled, loop: Loop) -> Row:
     machine = MACHINES[compiled.architecture]
     elements = loop.moved_bytes / compiled.itemsize  # of a thread, in one pass
     num_bytes = (loop.loaded_bytes + loop.stored_bytes) / elements
@@ -112,12 +114,12 @@ def _stream(compiled: Compiled, loop: sass.Loop) -> Row:
         "issue": instructions / machine.instructions,
         "MUFU": mufu / machine.mufu,
     }
-    resident = occupancy(compiled) * WARPS * sass.WARP
+    resident = occupancy(compiled) * WARPS * WARP
     return {
         "loop": "statistics" if not loop.stores else "gradient" if loop.loads else "gradient of what was kept",
         "is_loop": loop.depth > 0,
-        "load_bits": loop.widths(sass.LOADS),
-        "store_bits": loop.widths(sass.STORES),
+        "load_bits": loop.widths(LOADS),
+        "store_bits": loop.widths(STORES),
         "elements": elements,
         "instructions_per_element": instructions,
         "mufu_per_element": mufu,
@@ -132,7 +134,7 @@ def _stream(compiled: Compiled, loop: sass.Loop) -> Row:
     }
 
 
-def _products(compiled: Compiled, loops: Sequence[sass.Loop]) -> Row:
+def _products(compiled: Compiled, loops: Sequence[Loop]) -> Row:
     """Per sum of the first loop's tile, with ``HIDDEN`` multiply-adds in each of the loops."""
     machine, threads = MACHINES[compiled.architecture], compiled.threads
     loops = [loop for loop in loops if loop.matrices]
@@ -149,14 +151,14 @@ def _products(compiled: Compiled, loops: Sequence[sass.Loop]) -> Row:
         "MUFU": (counted["mufu_once"] or 0) / machine.mufu,
     }
     first = loops[0].matrices[0]
-    name = {sass.WARP: "mma", 4 * sass.WARP: "wgmma", None: "tcgen05"}[first.threads]
+    name = {WARP: "mma", 4 * WARP: "wgmma", None: "tcgen05"}[first.threads]
     return {
         "loop": "products",
         "matrix": f"{name} {first.m}x{first.n}x{first.k}",
         "num_products": len(loops),
         "tile": tile,
-        "load_bits": sorted({bits for loop in loops for bits in loop.widths(sass.LOADS)}),
-        "store_bits": sorted({bits for loop in loops for bits in loop.widths(sass.STORES)}),
+        "load_bits": sorted({bits for loop in loops for bits in loop.widths(LOADS)}),
+        "store_bits": sorted({bits for loop in loops for bits in loop.widths(STORES)}),
         "barriers": sum(loop.num_barriers for loop in loops),
         **counted,
         **_bound(seconds, "tensor cores"),
@@ -168,40 +170,34 @@ def _bound(seconds: dict[str, float], floor: str) -> Row:
     return {"seconds_per_element": seconds, "bound": bound, "times_floor": seconds[bound] / seconds[floor]}
 
 
-# --- whose kernels ----------------------------------------------------------------------------------------------------
+# --- contenders -------------------------------------------------------------------------------------------------------
 
 
 def contenders() -> dict[str, Callable[[int], list[Compiled]]]:
-    """Who, and how to get the kernels for an architecture."""
+    """Return, by owner, what compiles the owner's kernels for an architecture."""
 
     def triton(launcher: Callable[[int], None]) -> Callable[[int], list[Compiled]]:
         return lambda architecture: aot.launches(lambda: launcher(architecture), architecture)
 
-    ours = {
-        OURS_CUDA: gpu_ours.cuda_kernels,
-        OURS_TRITON: triton(gpu_ours.triton_logits),
-        OURS_HEAD: triton(gpu_ours.triton_head),
+    kernels = {
+        OURS_CUDA: ours.cuda_kernels,
+        OURS_TRITON: triton(ours.triton_logits),
+        OURS_HEAD: triton(ours.triton_head),
     }
-    peers = {f"{name} ({_version(package)})": triton(launch) for name, (package, launch) in gpu_peers.PEERS.items()}
-    return ours | peers
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    for name, (package, launch) in peers.PEERS.items():
+        kernels[f"{name} ({version_of(package) or 'not installed'})"] = triton(launch)
+    return kernels
 
 
 def collect(architectures: Sequence[int]) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows of everybody's kernels, and who is missing and why."""
+    """Return the rows of all kernels, and the reason for each owner that is missing."""
     found: list[Row] = []
     missing: dict[str, str] = {}
     for owner, kernels in contenders().items():
         for architecture in architectures:
             try:
                 compiled = kernels(architecture)
-            except Exception as error:  # a broken installation raises anything
+            except Exception as error:  # a broken installation can raise anything
                 missing[owner] = explain(error)
                 break
             for row in (row for each in compiled for row in rows(owner, each)):
@@ -214,7 +210,7 @@ def collect(architectures: Sequence[int]) -> tuple[list[Row], dict[str, str]]:
 
 
 def balance() -> Iterator[str]:
-    """Lines: what a loop that is bound by memory may spend, and why."""
+    """Yield lines: what a loop bound by memory may spend per element, and why."""
     yield "Machine balance, from data sheets. A lane does 2 flops a clock: clocks/s of all multiprocessors together are"
     yield "float32 flops / 2 / lanes. In a clock each issues an instruction for 4 warps and does 16 special functions."
     for architecture, machine in MACHINES.items():
@@ -223,7 +219,7 @@ def balance() -> Iterator[str]:
         yield (
             f"  sm_{architecture:<4}{machine.name:14} {teras[0]:5.2f} TB/s, {teras[1]:5.1f} Tflop/s float32 in"
             f" {machine.fp32_lanes:3} lanes, {teras[2]:5.0f} bfloat16: {instructions:4.1f} instructions and {mufu:4.2f}"
-            f" MUFU per bfloat16 read, {machine.products / machine.instructions * sass.WARP:3.0f} multiply-adds per"
+            f" MUFU per bfloat16 read, {machine.products / machine.instructions * WARP:3.0f} multiply-adds per"
             " instruction of a warp"
         )
 
@@ -239,7 +235,7 @@ PRODUCTS = (
 
 
 def tables(found: Sequence[Row]) -> Iterator[str]:
-    """Lines: a table of the loops over logits and one of the products, in the order of architectures."""
+    """Yield lines: for each architecture a table of the loops over logits, then one of the products."""
     streams = [row for row in found if row["loop"] != "products"]
     for title, chosen, line in (
         ("Loops over memory: per element; barriers per 1,024 elements of a block", streams, _stream_line),
@@ -296,11 +292,11 @@ def main() -> int:
         prog="python -m benchmarks.gpu_static", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--arch", type=int, choices=aot.ARCHITECTURES, action="append", help="only this one; repeatable"
+        "--arch", type=int, choices=MACHINES, action="append", help="only this architecture, for example 90; repeatable"
     )
     options = parser.parse_args()
-    found, missing = collect(options.arch or list(aot.ARCHITECTURES))
-    print(f"V = {VOCAB:,}, bfloat16; Triton {_version('triton')}")
+    found, missing = collect(options.arch or list(MACHINES))
+    print(f"V = {VOCAB:,}, bfloat16; Triton {version_of('triton') or 'not installed'}")
     print("\n".join(balance()))
     print("\n".join(tables(found)))
     for owner, reason in missing.items():

@@ -1,8 +1,7 @@
-"""Answers judged per second: by math-verify alone, in this process and without limits, and by ``Grader``'s workers.
+"""Answers graded per second: by math-verify alone, in this process and without limits, and by ``Grader``'s workers.
 
 ``python -m benchmarks.grading DATA ...``, for example evaluation_suite@math. Every accepted answer is compared with
-itself "+ 0", so that no text is identical and math-verify has to decide; all must come to the same outcomes. The last
-line is JSON.
+itself "+ 0", so that the texts differ and math-verify has to decide. All outcomes must agree. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from edge_grpo.types import Outcome
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grading", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", metavar="DATA", nargs="+", help="data as edge-grpo eval --data takes it")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="data, as for edge-grpo eval --data")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of processes to try")
     options = parser.parse_args()
     where = machine()
@@ -48,7 +47,7 @@ def measure(spec: str, worker_counts: Sequence[int]) -> dict[str, object]:
         same, rates[f"{count} workers, identical texts"] = timed(grader, [([answer], answer) for answer in answers])
         grader.close()
         if outcomes != alone or set(same) != {"correct"}:
-            raise SystemExit(f"{spec}: {count} workers judge otherwise than math-verify alone")
+            raise SystemExit(f"{spec}: {count} workers disagree with math-verify alone")
     print(f"\n{spec}: {len(pairs)} answers")
     print("\n".join(f"  {name:28} {rate:10,.0f} a second" for name, rate in rates.items()))
     return {"data": spec, "answers": len(pairs), "per_second": rates}

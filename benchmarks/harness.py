@@ -1,6 +1,6 @@
-"""How a benchmark runs: a fresh process per configuration, contenders taking turns, medians, spread, peak memory.
+"""How a benchmark runs: a fresh process per configuration, contenders in turns, medians with spread, peak memory.
 
-What is timed is peers.py's and limits.py's; which configurations, the scripts'. Tables and JSON are printed here.
+Tables and JSON are printed here. What is timed stands in peers.py and limits.py, the configurations in each script.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-Config = dict[str, Any]  # what a script's ``measure`` takes: JSON
-Configs = Callable[[bool], Sequence[Config]]  # a script's selection; the flag: a small one
-Result = dict[str, Any]  # one row of the tables, with its contenders: JSON
+Config = dict[str, Any]  # the argument of a script's ``measure``: JSON
+Configs = Callable[[bool], Sequence[Config]]  # a script's configurations; the flag asks for few small ones
+Result = dict[str, Any]  # one table, a row for each contender: JSON
 OURS = "edge_kernels"
 SIZES = (("V", "vocab"), ("N", "rows"), ("D", "hidden"))
 COMPILED = "torch.compile"
-SLOW_SECONDS = (0.3, 1.0, 2.5)  # from each on a contender runs fewer times: all of them, 4, 3, 2
+SLOW_SECONDS = (0.3, 1.0, 2.5)  # a contender slower than these runs only 4, 3 or 2 times
 TIMEOUT_SECONDS = 900
 
 
@@ -38,28 +38,28 @@ TIMEOUT_SECONDS = 900
 
 
 class WrongError(Exception):
-    """Ours is less exact than it has to be: nothing is timed."""
+    """Our result is less accurate than required, so nothing is timed."""
 
 
 class Run(NamedTuple):
-    """``run`` is timed; what it returns is freed after the clock has stopped. ``prepare`` comes before, untimed."""
+    """``run`` is timed; its result is freed after the clock has stopped. ``prepare`` runs before it, untimed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
-    own_bytes: int = 0  # of what it returns or leaves behind, not counted as extra memory
+    own_bytes: int = 0  # of its results, which do not count as extra memory
 
 
 def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
     """Return times in milliseconds and peak memory in bytes of each contender, run in turns with cold caches.
 
-    The first round is not timed: it warms up, decides from the time taken how many rounds follow, and measures memory;
-    0 ``repetitions`` end there.
+    The first round is not timed: it warms up, measures memory, and sets the number of timed rounds by its duration.
+    With ``repetitions`` 0 it is the only one.
     """
     flush = torch.ones(_last_level_cache_bytes() // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
     rounds, peaks, failed = dict.fromkeys(runs, repetitions), {}, {}
     for turn in range(repetitions + 1):
-        # Every other round backwards, so that nobody always follows the same one.
+        # Every other round runs backwards, so that no contender always follows the same one.
         for name in list(runs)[:: 1 if turn % 2 else -1]:
             if name in failed or turn > rounds[name]:
                 continue
@@ -75,16 +75,19 @@ def take_turns(runs: Mapping[str, Run], repetitions: int) -> dict[str, Result]:
                 result = runs[name].run()
                 times[name].append((time.perf_counter() - start) * 1e3)
                 del result
-            except Exception as error:  # a peer's failure is a result, whatever it is
+            except Exception as error:  # any failure of a peer is a result
                 failed[name] = explain(error)
     answers: dict[str, Result] = {name: {"failed": reason} for name, reason in failed.items()}
     for name, values in times.items():
         if name not in failed:
             answers[name] = {"repetitions": len(values), "extra_bytes": peaks[name]}
             if values:
-                times_ms = {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
-                answers[name] = {**times_ms, **answers[name]}
+                answers[name] = {**spread(values), **answers[name]}
     return answers
+
+
+def spread(times_ms: Sequence[float]) -> Result:
+    return {"median_ms": statistics.median(times_ms), "min_ms": min(times_ms), "max_ms": max(times_ms)}
 
 
 def explain(error: BaseException) -> str:
@@ -92,7 +95,7 @@ def explain(error: BaseException) -> str:
 
 
 def _last_level_cache_bytes() -> int:
-    """A little more than the largest cache that the machine admits to, within reason."""
+    """Return a little more than the largest cache that the system reports, between 64 and 512 MiB."""
     sizes = [64 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -106,10 +109,10 @@ def _status(name: str) -> int:
 
 
 def _peak_bytes(run: Callable[[], object]) -> tuple[float, float]:
-    """Return how much the resident set grew at its highest (NaN where /proc does not tell), and the seconds taken."""
+    """Return the growth of the resident set at its peak (NaN without /proc), and the seconds taken."""
     gc.collect()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier run freed but kept would hide this run's need
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept from earlier runs would hide this one's need
     before = math.nan
     with suppress(OSError, StopIteration):
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -135,7 +138,7 @@ def machine() -> dict[str, Any]:
 
 
 def child() -> None:
-    """What the fresh process does: one ``measure(config)``, whose results go to the file it was told."""
+    """Run in the fresh process: write the results of one ``measure(config)`` to the file named in the arguments."""
     module, config, answer = sys.argv[1:]
     try:
         message = {"results": importlib.import_module(module).measure(json.loads(config))}
@@ -144,16 +147,16 @@ def child() -> None:
     Path(answer).write_text(json.dumps(message))
 
 
-# --- in the process that asks -----------------------------------------------------------------------------------------
+# --- in the calling process -------------------------------------------------------------------------------------------
 
 
 def fresh(script: str, config: Config) -> list[Result]:
-    """Return what ``benchmarks.<script>.measure(config)`` returns in a process of its own, threads pinned.
+    """Return the results of ``benchmarks.<script>.measure(config)`` in a process of its own, with pinned threads.
 
-    ``config["pages"]`` is "huge" (PyTorch asks for transparent huge pages, for everybody alike) or "ordinary".
-    ``OMP_NUM_THREADS``, where set, is obeyed. Raises WrongError where ours failed its check.
+    ``config["pages"]`` is "huge" (PyTorch requests transparent huge pages for every contender) or "ordinary".
+    ``OMP_NUM_THREADS`` is respected if set. Raises WrongError if our result fails its check.
     """
-    # A measurement that starts processes is itself bound to one core.
+    # A measurement that starts more processes is itself bound to one core.
     cpus = json.loads(os.environ.get("BENCHMARK_CPUS", "null")) or sorted(os.sched_getaffinity(0))
     threads = int(os.environ.get("OMP_NUM_THREADS", len(cpus)))
     root = Path(__file__).resolve().parent.parent
@@ -163,13 +166,13 @@ def fresh(script: str, config: Config) -> list[Result]:
         "OMP_NUM_THREADS": str(threads),
         "BENCHMARK_CPUS": json.dumps(cpus),
         "THP_MEM_ALLOC_ENABLE": "1" if config["pages"] == "huge" else "0",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compilers that lives on beside what is timed
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiler processes beside the timed code
         "TRANSFORMERS_VERBOSITY": "error",
         "TQDM_DISABLE": "1",
     }
     if threads == len(cpus):
         environment |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
-    # The affinity first: torch's OpenMP runtime reads it once, and binds the main thread to the first of the cores.
+    # Set the affinity first: torch's OpenMP runtime reads it once and binds the main thread to the first core.
     code = f"import os; os.sched_setaffinity(0, {cpus}); from benchmarks.harness import child; child()"
     command = [sys.executable, "-W", "ignore", "-c", code, f"benchmarks.{script}", json.dumps(config)]
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +192,7 @@ def fresh(script: str, config: Config) -> list[Result]:
 
 
 def run_all(script: str, configs: Iterable[Config]) -> list[Result]:
-    """Run, print as they come, and return the results of every configuration."""
+    """Return the results of all configurations, printing each as it arrives."""
     results = []
     for config in configs:
         for result in fresh(script, config):
@@ -199,15 +202,17 @@ def run_all(script: str, configs: Iterable[Config]) -> list[Result]:
 
 
 def main(script: str, about: str | None, configs: Configs) -> int:
-    """The command line of one script: its table, JSON as the last line; 1 where ours is wrong or a process failed."""
+    """Run one script from the command line, JSON last; return 1 if our result is wrong or a process failed."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{script}", description=(about or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small selection")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
-    parser.add_argument("--pages", choices=["huge", "ordinary"], help="only these")
-    parser.add_argument("--vocab", type=int, help="instead of the selection's")
-    parser.add_argument("--rows", type=int, help="instead of the selection's")
-    parser.add_argument("--repetitions", type=int, help="timed, of fast contenders (default: 7)")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), help="names, comma-separated")
+    parser.add_argument("--quick", action="store_true", help="few small configurations")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this dtype")
+    parser.add_argument("--pages", choices=["huge", "ordinary"], help="only with these pages")
+    parser.add_argument("--vocab", type=int, help="replaces the configurations' vocabulary size")
+    parser.add_argument("--rows", type=int, help="replaces the configurations' number of tokens")
+    parser.add_argument("--repetitions", type=int, help="timed runs of a fast contender (default: 7)")
+    parser.add_argument(
+        "--contenders", type=lambda text: text.split(","), help="comma-separated names; ours always takes part"
+    )
     options = vars(parser.parse_args())
     chosen = select(configs, **options)
     print(describe(machine()), flush=True)
@@ -223,17 +228,17 @@ def main(script: str, about: str | None, configs: Configs) -> int:
 def select(
     configs: Configs, *, quick: bool, dtype: str | None = None, pages: str | None = None, **given: Any
 ) -> list[Config]:
-    """Return a script's configurations of this dtype and these pages, with what is given put in."""
+    """Return a script's configurations of this dtype and these pages, with the given values replaced."""
     chosen: dict[str, Config] = {}
     for config in configs(quick):
         if dtype in (None, config["dtype"]) and pages in (None, config["pages"]):
             changed = {**config, **{key: value for key, value in given.items() if value is not None}}
-            chosen[json.dumps(changed)] = changed  # what is given may make two of them one
+            chosen[json.dumps(changed)] = changed  # replaced values can make two of them equal
     return list(chosen.values())
 
 
 def clean(value: Any) -> Any:
-    """Return ``value`` with NaN and infinities as None: JSON has no numbers for them."""
+    """Return ``value`` with None for NaN and infinities, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -247,9 +252,13 @@ def clean(value: Any) -> Any:
 def describe(where: Mapping[str, Any]) -> str:
     return (
         f"{where['cpu']}, {where['threads']} threads, {where['instruction_set']}, torch {where['torch']}\n"
-        "Times: median (smallest to largest) with cold caches. Extra: peak memory beyond inputs and gradients.\n"
+        "Times: median (smallest to largest) with cold caches. Extra: peak memory besides inputs and gradients.\n"
         "Errors against float64: logprob and entropy absolute (nats), gradients relative to their largest element."
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def title(result: Result) -> str:
@@ -259,7 +268,7 @@ def title(result: Result) -> str:
 
 
 def table(result: Result) -> str:
-    """Lines for one result: its contenders, fastest first, then the limits, then who is missing."""
+    """Return the lines of one result: contenders, fastest first, then the limits, then what was left out."""
     lines = ["", title(result)]
     if "failed" in result:
         return "\n".join([*lines, f"  FAILED: {result['failed']}"])

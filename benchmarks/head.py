@@ -1,6 +1,6 @@
-"""The fused LM head, loss and gradient from hidden states: correctness, then time and memory, against its peers.
+"""The fused LM head, loss and gradients from hidden states: correctness first, then time and memory, against peers.
 
-Every contender starts without gradients (``zero_grad(set_to_none=True)``); "accumulated" ones add to those that exist.
+Contenders start without gradients (``zero_grad(set_to_none=True)``); "accumulated" ones add to existing ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.harness import COMPILED, OURS, Config, Result, Run, main, take_t
 
 ACCUMULATED = (OURS, COMPILED)
 WORK = "loss from hidden states"
-MAX_EXACT_ROWS = 1024  # with more, the weight's gradient would take longer to check than to make
+MAX_EXACT_ROWS = 1024  # with more, checking the weight's gradient would take longer than computing it
 
 
 def configs(quick: bool) -> Sequence[Config]:
@@ -27,9 +27,9 @@ def configs(quick: bool) -> Sequence[Config]:
     small = [{**config, "vocab": 49_152, "hidden": 576, "rows": 256} for config in dtypes]
     if quick:
         few["contenders"].append(peers.PLAIN)
-        return [{**config, **few, "rows": 32, "repetitions": 3} for config in small]
+        return [{**config, **few, "rows": 32, "repetitions": 3, "max_seconds": 1.0} for config in small]
     large = [{**config, "vocab": 151_936, "hidden": 896, "rows": 128} for config in dtypes]
-    # A product takes seconds in bfloat16 where there are no instructions for it: not everybody, then.
+    # Without bfloat16 instructions a product takes seconds: fewer contenders.
     large[1]["contenders"] = [COMPILED, peers.TRL_HEAD, peers.VERL]
     wide = [{**config, **few, "hidden": 1536, "accumulated": False} for config in large]
     ordinary = [{**config, "contenders": [COMPILED], "pages": "ordinary"} for config in large]
@@ -37,7 +37,7 @@ def configs(quick: bool) -> Sequence[Config]:
 
 
 def make_head(rows: int, vocab: int, hidden: int, dtype: torch.dtype, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, D) and weight (V, D) whose logits resemble a language model's, targets among the likely."""
+    """Return hidden states (B, T, D) and weight (V, D) whose logits are like a language model's, the targets likely."""
     generator = torch.Generator().manual_seed(vocab + hidden)
     weight = torch.randn(vocab, hidden, generator=generator).mul_(2.5 / hidden**0.5)
     states = torch.randn(rows, hidden, generator=generator) + 2 * weight[targets.flatten()]
@@ -49,14 +49,23 @@ def measure(config: Config) -> list[Result]:
     batch = peers.make_batch(*peers.split(rows), vocab)
     hidden, weight = make_head(rows, vocab, config["hidden"], dtype, batch.targets)
     found, missing = peers.available(peers.HEADS, config["contenders"])
-    if config.get("skip_plain"):  # memory's limits: plain PyTorch's logits may not fit
+    if config.get("skip_plain"):  # plain PyTorch's logits may not fit into memory
         found.pop(peers.PLAIN)
+    num_flops = 6.0 * rows * vocab * config["hidden"]
+    # Ours is never left out: it multiplies in float32 where bfloat16 is slow.
+    flops = {name: num_flops for name in (*found, limits.THREE_PRODUCTS) if name != OURS}
+    left_out = limits.too_slow({**flops, limits.SQUARE_PRODUCT: limits.SQUARE_FLOPS}, dtype, config.get("max_seconds"))
+    missing |= left_out
+    found = {name: loss for name, loss in found.items() if name not in left_out or name == peers.PLAIN}
+    if peers.PLAIN in left_out:
+        found[peers.PLAIN] = peers.plain_head_by_float32  # the measure of accuracy
     calls = {name: partial(with_gradient, loss, hidden, weight, batch) for name, loss in found.items()}
     errors, failed, _ = check(calls, hidden, weight, batch)
     if peers.PLAIN in found:
         peers.require_exact(errors, WORK)
     drop, own = partial(set_gradients, hidden, weight), hidden.nbytes + weight.nbytes
-    names = [name for name in calls if name not in failed and peers.is_timed(name, config["contenders"])]
+    skipped = {*failed, *left_out}
+    names = [name for name in calls if name not in skipped and peers.is_timed(name, config["contenders"])]
     runs = {name: Run(calls[name], drop, own) for name in names}
     floors: dict[str, Run] = {}
     if config.get("accumulated"):
@@ -66,6 +75,7 @@ def measure(config: Config) -> list[Result]:
                 runs[f"{name}, accumulated"] = Run(calls[name], keep, hidden.nbytes)
     if not config.get("memory_only"):
         floors = limits.products(hidden.flatten(0, 1), weight) | limits.square_product(dtype)
+        floors = {name: run for name, run in floors.items() if name not in left_out}
     times = take_turns({**runs, **floors}, config["repetitions"])
     measured = {name: times.pop(name) for name in floors}
     for name, row in times.items():
@@ -73,8 +83,17 @@ def measure(config: Config) -> list[Result]:
         row |= {"note": peers.NOTES[name]} if name in peers.NOTES else {}
     times |= {name: {"failed": reason} for name, reason in failed.items()}
     where = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages")}
-    floor_of = limits.rates(measured, num_flops=6.0 * rows * vocab * config["hidden"])
-    return [{"work": WORK, **where, "floor": "3 products", "contenders": times, "limits": floor_of, "missing": missing}]
+    floor_of = limits.rates(measured, num_flops=num_flops)
+    return [
+        {
+            "work": WORK,
+            **where,
+            "floor": limits.THREE_PRODUCTS,
+            "contenders": times,
+            "limits": floor_of,
+            "missing": missing,
+        }
+    ]
 
 
 def set_gradients(hidden: Tensor, weight: Tensor, of_weight: Tensor | None = None) -> None:
@@ -93,10 +112,10 @@ def check(
     weight: Tensor,  # (V, D)
     batch: peers.Batch,
 ) -> peers.Checked:
-    """Return each contender's errors against float64. It is also everybody's warm-up.
+    """Return each contender's errors against float64. It is also the warm-up.
 
-    The weight's gradient is compared in every 37th row and those of some targets; from ``MAX_EXACT_ROWS`` hidden states
-    on not at all, and the rest in as many rows.
+    The weight's gradient is compared in every 37th row and in those of some targets. With more than ``MAX_EXACT_ROWS``
+    hidden states it is not compared, and the rest only in 64 rows.
     """
     targets = batch.targets.flatten()
     states, matrix = hidden.detach().flatten(0, 1), weight.detach().double()

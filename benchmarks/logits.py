@@ -1,4 +1,4 @@
-"""Loss and gradient from logits, and the statistics alone: correctness, then time, against peers and the memory's."""
+"""Loss and gradient from logits, and the statistics alone: correctness first, then time, against peers and memory."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def configs(quick: bool) -> Sequence[Config]:
 
 
 def sweep(base: Config) -> list[Config]:
-    """What the plot of time against N and V needs beside the tables."""
+    """Return what the plot of time over N and V needs in addition to the tables."""
     few = {**base, "dtype": "float32", "works": [LOSS], "contenders": [COMPILED, peers.TRL], "repetitions": 5}
     sizes = [(32, 151_936), (128, 151_936), (512, 12_288), (512, 262_144)]
     return [{**few, "rows": rows, "vocab": vocab} for rows, vocab in sizes]
 
 
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, targets: Tensor) -> Tensor:
-    """Logits as a language model's, (rows, V): a wide bulk and a few likely tokens, the targets among them."""
+    """Return logits (rows, V) like a language model's: a broad bulk and a few likely tokens, among them the targets."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)).mul_(2.5)
     logits[torch.arange(rows), targets.flatten()] += 12
     return logits.to(dtype)
@@ -62,7 +62,7 @@ class Exact(NamedTuple):
 
 
 def measure(config: Config) -> list[Result]:
-    """One configuration: every work of it, checked and timed on the same logits."""
+    """Return the results of each work of a configuration, checked and timed on the same logits."""
     rows, vocab, dtype = config["rows"], config["vocab"], getattr(torch, config["dtype"])
     batch = peers.make_batch(*peers.split(rows), vocab)
     pristine = make_logits(rows, vocab, dtype, batch.targets)
@@ -75,7 +75,7 @@ def measure(config: Config) -> list[Result]:
         calls: dict[str, Call] = {}
         for name, (statistics, loss) in found.items():
             if work == FORWARD and name != peers.NEW_BUFFER:
-                calls[name] = partial(_forward, statistics, logits, batch)
+                calls[name] = partial(without_gradient, statistics, logits, batch)
             elif work != FORWARD and (work == DRIVEN or name != peers.PUBLISHED):
                 calls[name] = partial(with_gradient, loss, logits, batch, work == DRIVEN)
         refill = partial(buffer.copy_, pristine)
@@ -99,7 +99,7 @@ def measure(config: Config) -> list[Result]:
     return results
 
 
-def _forward(statistics: peers.Statistics, logits: Tensor, batch: peers.Batch) -> tuple[Tensor, ...]:
+def without_gradient(statistics: peers.Statistics, logits: Tensor, batch: peers.Batch) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return statistics(logits, batch.targets)
 
@@ -119,7 +119,7 @@ def check(
     batch: peers.Batch,
     work: str,
 ) -> peers.Checked:
-    """Return each contender's errors against float64. It is also everybody's warm-up."""
+    """Return each contender's errors against float64. It is also the warm-up."""
     logprobs, entropy, sample, p = exact
     coefficients = peers.exact_coefficients(entropy, batch, work == DRIVEN)
     gradient = peers.exact_gradient(p, batch.targets.flatten()[sample], coefficients[sample])
@@ -131,7 +131,7 @@ def check(
             continue
         lowest_entropy[name] = got[1].min().item()
         errors[name] = {"logprob": peers.error(got[0], logprobs), "entropy": peers.error(got[1], entropy)}
-        if work != FORWARD and name != peers.PUBLISHED:  # whose loss is another one
+        if work != FORWARD and name != peers.PUBLISHED:  # its loss differs
             rows = got[2].flatten(0, 1)[sample]
             errors[name]["gradient"] = peers.error(rows, gradient, relative=True)
     return checked

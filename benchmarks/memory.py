@@ -1,6 +1,6 @@
-"""Peak memory of the fused LM head beyond its inputs and their gradients, over the number of tokens.
+"""Peak memory of the fused LM head besides its inputs and their gradients, over the number of tokens.
 
-A narrow head: what counts is that of size N x V, which the hidden states' width does not change, and time does.
+The head is narrow: the memory of interest has size N x V, whatever the hidden width, and a narrow one saves time.
 """
 
 from __future__ import annotations

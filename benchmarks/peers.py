@@ -1,7 +1,7 @@
-"""The contenders: ours, plain PyTorch, torch.compile of it, and the peers; and the float64 result all are held against.
+"""The contenders: ours, plain PyTorch, torch.compile of it, the peers; and the float64 result to compare them with.
 
-Everybody computes the GRPO loss of completions whose log-ratios are 0 (the policy that sampled them is the present one)
-and, where it can, the entropy, detached. Packages are imported when asked for; who cannot be had is named with reason.
+Each computes the GRPO loss of completions whose log-ratios are 0 (the current policy sampled them) and, if it can, the
+entropy, detached. Packages are imported on demand; a contender that is not available is listed with the reason.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The loss, and logprobs and entropy (B, T) where the contender hands them out."""
+    """The loss, and logprobs and entropy (B, T) if the contender returns them."""
 
     loss: Tensor
     logprobs: Tensor | None
@@ -53,7 +55,7 @@ def make_batch(num_sequences: int, num_tokens: int, vocab: int) -> Batch:
 
 
 def split(rows: int) -> tuple[int, int]:
-    """Return sequences and tokens a sequence: groups of four where that comes out even."""
+    """Return sequences and tokens a sequence: groups of four if ``rows`` is a multiple."""
     num_sequences = 4 if rows % 4 == 0 else 1
     return num_sequences, rows // num_sequences
 
@@ -70,7 +72,7 @@ def policy_loss(logprobs: Tensor, advantages: Tensor, batch: Batch) -> Tensor:
 
 
 def driven_advantages(entropy: Tensor, batch: Batch) -> Tensor:
-    """Entropy-driven advantages (arXiv:2507.21848, eqs. 3, 6, 7) of whole groups of four that lie together."""
+    """Entropy-driven advantages (arXiv:2507.21848, eqs. 3, 6, 7) of whole, adjacent groups of four."""
     group = min(4, len(batch.rewards))
     rewards = batch.rewards.to(entropy.dtype).view(-1, group)
     spread = rewards.std(1, keepdim=True) if group > 1 else torch.zeros_like(rewards)
@@ -98,6 +100,11 @@ def plain_loss(logits: Tensor, batch: Batch, driven: bool) -> Answer:
 
 def plain_head(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
     return plain_loss(F.linear(hidden, weight), batch, False)
+
+
+def plain_head_by_float32(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
+    """Return what ``plain_head`` does: it sums in float32 and rounds as often. A fast measure of its accuracy."""
+    return plain_loss(F.linear(hidden.float(), weight.float()).to(hidden.dtype), batch, False)
 
 
 # --- from logits: (statistics, loss) of each --------------------------------------------------------------------------
@@ -183,7 +190,7 @@ def _trl_head() -> HeadLoss:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK_SIZE
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
-        options = (1.0, CHUNK_SIZE, None, 1.0, ("log_probs", "entropy"))  # as GRPOTrainer asks for
+        options = (1.0, CHUNK_SIZE, None, 1.0, ("log_probs", "entropy"))  # as GRPOTrainer calls it
         flat = hidden.flatten(0, 1), weight, None, batch.targets.flatten()
         logprobs, entropy, *_ = ChunkedLogProbFunction.apply(*flat, *options)
         return answer(logprobs.view_as(batch.targets), entropy.view_as(batch.targets), batch)
@@ -202,16 +209,24 @@ def _liger_head() -> HeadLoss:
     return loss
 
 
-def _verl_head() -> HeadLoss:
-    spec = importlib.util.find_spec("verl")  # finds without importing, which would need ray, tensordict and more
-    if spec is None or not spec.submodule_search_locations:
+def verl_module(file: str, name: str) -> tuple[ModuleType, Callable[[], None]]:
+    """Return a module from one file of verl, and what executes it: importing verl would need ray, tensordict and more.
+
+    Raises ModuleNotFoundError.
+    """
+    verl = importlib.util.find_spec("verl")  # finds without importing
+    if verl is None or not verl.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'verl'")
-    path = Path(spec.submodule_search_locations[0]) / "utils" / "experimental" / "torch_functional.py"
-    file = importlib.util.spec_from_file_location("verl_torch_functional", path)
-    assert file is not None
-    assert file.loader is not None
-    module = importlib.util.module_from_spec(file)
-    file.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location(name, Path(verl.submodule_search_locations[0]) / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    return module, partial(spec.loader.exec_module, module)
+
+
+def _verl_head() -> HeadLoss:
+    module, execute = verl_module("utils/experimental/torch_functional.py", "verl_torch_functional")
+    execute()
     function = module.FusedLinearForPPO()
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Answer:
@@ -248,20 +263,20 @@ NOTES = {
 
 
 def is_timed(name: str, names: Sequence[str] | None) -> bool:
-    """Plain PyTorch is always there, to be compared with; its time is wanted only where it is named."""
+    """Whether to time a contender. Plain PyTorch always runs, as the measure of accuracy; it is timed only if named."""
     return names is None or name in names or name.startswith(OURS)
 
 
 def available(
     makers: Mapping[str, Callable[[], Any]], names: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the contenders among ``names`` (all where None; ours and plain PyTorch always), and why others are not."""
+    """Return the contenders in ``names`` (None: all; ours and plain PyTorch always), and why others are missing."""
     found, missing = {}, {}
     for name, make in makers.items():
         if names is None or name in names or name in (OURS, PLAIN):
             try:
                 found[name] = make()
-            except Exception as error:  # a broken installation raises anything
+            except Exception as error:  # a broken installation can raise anything
                 missing[name] = explain(error)
     return found, missing
 
@@ -291,10 +306,10 @@ def exact_gradient(p: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
 
 
 class Checked(NamedTuple):
-    """What a check found out about each contender."""
+    """What a check found for each contender."""
 
     errors: dict[str, dict[str, float]]
-    failed: dict[str, str]  # and why
+    failed: dict[str, str]  # the reasons
     lowest_entropy: dict[str, float]
 
 
@@ -302,10 +317,10 @@ T = TypeVar("T")
 
 
 def attempt(name: str, call: Callable[[], T], failed: dict[str, str]) -> T | None:
-    """Return ``call()``, or None with the reason in ``failed``; ours and plain PyTorch, the measure, must not fail."""
+    """Return ``call()``, or None with the reason in ``failed``. Ours and plain PyTorch must not fail."""
     try:
         return call()
-    except Exception as error:  # a peer's failure is a result, whatever it is
+    except Exception as error:  # any failure of a peer is a result
         failed[name] = explain(error)
         if name in (OURS, PLAIN):
             raise
@@ -313,7 +328,7 @@ def attempt(name: str, call: Callable[[], T], failed: dict[str, str]) -> T | Non
 
 
 def error(got: Tensor | None, wanted: Tensor, *, relative: bool = False) -> float:
-    """The largest difference; NaN where the result has NaN or infinities that the exact one has not."""
+    """Return the largest difference; NaN if the result has NaN or infinities where the exact one has none."""
     if got is None:
         return math.nan
     largest = (got.detach().double().reshape(wanted.shape) - wanted).abs().max().item()
@@ -321,7 +336,7 @@ def error(got: Tensor | None, wanted: Tensor, *, relative: bool = False) -> floa
 
 
 def require_exact(errors: Mapping[str, Mapping[str, float]], where: str) -> None:
-    """Raise WrongError unless ours is as exact as plain PyTorch in the same dtype, with a margin of half."""
+    """Raise WrongError unless ours is as accurate as plain PyTorch in the same dtype, with a margin of half."""
     for name in (name for name in errors if name.startswith(OURS)):
         for kind, plain in errors[PLAIN].items():
             ours, allowed = errors[name][kind], (1.5 * plain if math.isfinite(plain) else 0.0) + 1e-6

@@ -1,4 +1,4 @@
-"""The pictures of a whole run: time from logits over N and over V, and the head's memory over N."""
+"""The plots of a full run: time from logits over N and over V, and the head's memory over N."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write what ``results`` has points for, and return the files."""
+    """Return the files of the plots that ``results`` has points for."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [r for r in results if "contenders" in r and r.get("pages") == "huge" and r.get("dtype") == "float32"]
     times = [r for r in chosen if r["work"] == logits.LOSS]
@@ -26,7 +26,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     needed = _series(memory, "rows", "extra_bytes", 1e6)
     title = "loss + gradient from float32 logits, huge pages"
     written = [_figure(folder / "time.png", title, "milliseconds", drawn)]
-    title = f"{head.WORK}:\nmemory beyond inputs and gradients"
+    title = f"{head.WORK}:\nmemory besides inputs and gradients"
     written += [_figure(folder / "memory.png", title, "MB", [("tokens N, at V = 151,936", needed)])]
     return [path for path in written if path is not None]
 

@@ -1,7 +1,7 @@
-"""The generation phase with transformers and with vLLM in process, same weights and prompts: tokens per second.
+"""Tokens per second of generation with transformers and with in-process vLLM, on the same weights and prompts.
 
-Both sample in bfloat16, in turns, after a warm-up. vLLM's logprobs are compared with the trainer's before anything is
-timed. ``make smollm2 vllm`` fetches the model and installs vLLM. The last line is JSON.
+Both sample in bfloat16, in turns, after a warm-up. vLLM's logprobs are compared with the trainer's before timing.
+``make smollm2 vllm`` fetches the model and installs vLLM. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.harness import describe, machine
 from edge_grpo.config import TrainConfig, load_config, recipe_path
-from edge_grpo.data.sources import load_examples, render_prompts
-from edge_grpo.policy.model import load_model
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
+from edge_grpo.policy.loading import load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import RolloutEngine, Sampling
 

@@ -1,20 +1,16 @@
-// The Python module edge_kernels._C: integer addresses in, checked, and the kernels run without the interpreter's lock.
-#include <pybind11/pybind11.h>
-
+// The Python module edge_kernels._C: the kernels, the instruction sets, and what this build and machine have.
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <string>
 
-#include "arguments.h"
+#include "bindings.h"
 #include "cpu/blocks.h"
 #include "cpu/dispatch.h"
-#include "grpo_sweep.h"
-#include "token_stats.h"
+#include "cpu/kernels.h"
 #ifdef EDGE_KERNELS_CUDA
 #include "bindings_cuda.h"
 #include "cuda/devices.h"
@@ -25,146 +21,25 @@ namespace py = pybind11;
 namespace {
 
 using edge::Address;
-using edge::check_gradient_rows;
 using edge::pointer;
 using edge::reject;
-using edge::require_address;
-using edge::token_rows;
 
-void check_threads(int threads) {
+edge::cpu::Launch cpu_launch(int threads) {
     if (threads < 0) reject("threads", "at least 1, or 0 for OpenMP's setting", std::to_string(threads));
-}
-
-void token_stats_forward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
-                         Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
-                         double logit_scale, Address logprobs, Address entropy, Address logsumexp,
-                         Address logsumexp_low, int threads) {
-    const edge::TokenStatsForward call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
-                                                  inv_temperature, softcap, logit_scale),
-                                       pointer(logprobs), pointer(entropy), pointer(logsumexp), pointer(logsumexp_low)};
-    if (targets != 0) require_address("logprobs", logprobs, rows);
-    if (targets == 0 && logprobs != 0) reject("logprobs", "0 where there are no targets", "an address");
-    require_address("entropy", entropy, rows);
-    require_address("logsumexp", logsumexp, rows);
-    check_threads(threads);
-    const py::gil_scoped_release unlocked;
-    edge::cpu::token_stats_forward(call, threads);
-}
-
-void token_stats_backward(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
-                          Address targets, std::int64_t ignore_index, double inv_temperature, double softcap,
-                          double logit_scale, Address entropy, Address logsumexp, Address grad_logprobs,
-                          Address grad_entropy, Address grad_logsumexp, Address grad_logits,
-                          std::int64_t grad_row_stride, Address logsumexp_low, int threads) {
-    const edge::TokenStatsBackward call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
-                                                   inv_temperature, softcap, logit_scale),
-                                        pointer(entropy),
-                                        pointer(logsumexp),
-                                        pointer(logsumexp_low),
-                                        pointer(grad_logprobs),
-                                        pointer(grad_entropy),
-                                        pointer(grad_logsumexp),
-                                        pointer(grad_logits),
-                                        grad_row_stride};
-    if (targets == 0 && grad_logprobs != 0) reject("grad_logprobs", "0 where there are no targets", "an address");
-    require_address("entropy", entropy, rows);
-    require_address("logsumexp", logsumexp, rows);
-    check_gradient_rows(grad_logits, grad_row_stride, logits, row_stride, rows, vocab);
-    check_threads(threads);
-    const py::gil_scoped_release unlocked;
-    edge::cpu::token_stats_backward(call, threads);
-}
-
-void grpo_sweep(int dtype, Address logits, std::int64_t row_stride, std::int64_t rows, std::int64_t vocab,
-                Address targets, std::int64_t ignore_index, double inv_temperature, double softcap, double logit_scale,
-                Address logprobs, Address entropy, Address grad_logits, std::int64_t grad_row_stride, Address weight,
-                Address advantages, Address old_logprobs, Address ref_logprobs, Address sampler_ratio,
-                Address sampling_logprobs, Address injected, bool cispo, double epsilon_low, double epsilon_high,
-                double delta, double beta, double sampler_cap, double sampler_floor, bool sampler_masks,
-                int injected_treatment, double sft_weight, double shaped_gamma, double max_log_ratio,
-                double entropy_threshold, double bonus_weight, int threads) {
-    edge::TokenLossRule rule =
-        edge::loss_rule(cispo, epsilon_low, epsilon_high, delta, beta, sampler_cap, sampler_floor, sampler_masks,
-                        injected_treatment, sft_weight, shaped_gamma, max_log_ratio);
-    rule.entropy_threshold = entropy_threshold;
-    rule.bonus_weight = bonus_weight;
-    const edge::GrpoSweep call{token_rows(dtype, logits, row_stride, rows, vocab, targets, ignore_index,
-                                          inv_temperature, softcap, logit_scale),
-                               rule,
-                               pointer(weight),
-                               pointer(advantages),
-                               pointer(old_logprobs),
-                               pointer(ref_logprobs),
-                               pointer(sampler_ratio),
-                               pointer(sampling_logprobs),
-                               pointer<const std::uint8_t>(injected),
-                               pointer(logprobs),
-                               pointer(entropy),
-                               pointer(grad_logits),
-                               grad_row_stride};
-    require_address("targets", targets, rows);
-    require_address("logprobs", logprobs, rows);
-    require_address("entropy", entropy, rows);
-    require_address("weight", weight, rows);
-    require_address("advantages", advantages, rows);
-    check_gradient_rows(grad_logits, grad_row_stride, logits, row_stride, rows, vocab);
-    check_threads(threads);
-    const py::gil_scoped_release unlocked;
-    edge::cpu::grpo_sweep(call, threads);
-}
-
-void token_loss(int dtype, std::int64_t sequences, std::int64_t length, bool ratio_of_sequence,
-                bool sampler_of_sequence, Address logprobs, Address entropy, Address mask, Address weight,
-                Address advantages, Address old_logprobs, Address ref_logprobs, Address sampler_ratio,
-                Address sampling_logprobs, Address injected, bool cispo, double epsilon_low, double epsilon_high,
-                double delta, double beta, double sampler_cap, double sampler_floor, bool sampler_masks,
-                int injected_treatment, double sft_weight, double shaped_gamma, double max_log_ratio,
-                double entropy_threshold, double bonus_weight, Address loss, Address metrics, Address d_logprobs,
-                Address d_entropy) {
-    if (dtype != 0 && dtype != 3) reject("dtype", "0 (float32) or 3 (float64)", std::to_string(dtype));
-    if (sequences < 0 || length < 0) {
-        reject("sequences and length", "at least 0", std::to_string(sequences) + " and " + std::to_string(length));
-    }
-    edge::TokenLoss call;
-    call.dtype = static_cast<edge::DType>(dtype);
-    call.sequences = sequences;
-    call.length = length;
-    call.rule = edge::loss_rule(cispo, epsilon_low, epsilon_high, delta, beta, sampler_cap, sampler_floor,
-                                sampler_masks, injected_treatment, sft_weight, shaped_gamma, max_log_ratio);
-    call.rule.entropy_threshold = entropy_threshold;
-    call.rule.bonus_weight = bonus_weight;
-    call.ratio_of_sequence = ratio_of_sequence;
-    call.sampler_of_sequence = sampler_of_sequence;
-    call.logprobs = pointer(logprobs);
-    call.entropy = pointer(entropy);
-    call.mask = pointer<const std::uint8_t>(mask);
-    call.weight = pointer(weight);
-    call.advantages = pointer(advantages);
-    call.old_logprobs = pointer(old_logprobs);
-    call.ref_logprobs = pointer(ref_logprobs);
-    call.sampler_ratio = pointer(sampler_ratio);
-    call.sampling_logprobs = pointer(sampling_logprobs);
-    call.injected = pointer<const std::uint8_t>(injected);
-    call.loss = pointer(loss);
-    call.metrics = pointer(metrics);
-    call.d_logprobs = pointer(d_logprobs);
-    call.d_entropy = pointer(d_entropy);
-    edge::require_token_loss(call, sequences * length);
-    const py::gil_scoped_release unlocked;
-    edge::cpu::token_loss(call);
+    return {threads};
 }
 
 void exponentials(Address x, Address out, std::int64_t count, double slope) {
     if (count < 1 || count > edge::cpu::kBlock) {
         reject("count", "in [1, " + std::to_string(edge::cpu::kBlock) + "]", std::to_string(count));
     }
-    require_address("x", x, count);
-    require_address("out", out, count);
+    edge::require_address("x", pointer(x), count);
+    edge::require_address("out", pointer(out), count);
     edge::cpu::instruction_set().float32.powers(pointer(x), pointer(out), count, slope);
 }
 
-// The pages that lie in [begin, begin + bytes) entirely, and are not there yet, are to be huge ones. A wish: where the
-// system has none, nothing changes.
+// Requests huge pages for what lies in [begin, begin + bytes) and has not been written yet, in whole pages. Where the
+// system has no huge pages nothing changes.
 void want_huge_pages(Address begin, std::int64_t bytes) {
 #ifdef __linux__
     constexpr Address kHugePage = Address{2} << 20;
@@ -243,8 +118,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("exponentials", &exponentials, py::kw_only(), "x"_a, "out"_a, "count"_a, "slope"_a,
                "Writes exp((x - max(x)) * slope) of a block of float32, as the sweep computes it; for tests.");
     module.def("want_huge_pages", &want_huge_pages, "address"_a, "bytes"_a,
-               "Asks for huge pages under memory that is about to be written for the first time.");
-    module.def("cpu_features", &cpu_features, "What this CPU offers, by name.");
+               "Requests huge pages for memory that is about to be written for the first time.");
+    module.def("cpu_features", &cpu_features, "The CPU features that the kernels look for, by name.");
     module.def("instruction_sets", &instruction_sets, "The instruction sets that can run here, lowest first.");
     module.def(
         "instruction_set", [] { return edge::cpu::instruction_set().name; },
@@ -255,31 +130,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_devices", &cuda_devices, "One dict per CUDA device; empty without driver, device or CUDA build.");
     module.def("cuda_versions", &cuda_versions, "CUDA versions of the driver and of this build, None where absent.");
 
-    module.def("token_stats_forward", &token_stats_forward, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a,
-               "rows"_a, "vocab"_a, "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a,
-               "logprobs"_a, "entropy"_a, "logsumexp"_a, "logsumexp_low"_a = 0, "threads"_a = 0,
-               "Writes log-probability, entropy and logsumexp of each row; see csrc/token_stats.h.");
-    module.def("token_stats_backward", &token_stats_backward, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a,
-               "rows"_a, "vocab"_a, "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a,
-               "entropy"_a, "logsumexp"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad_logsumexp"_a, "grad_logits"_a,
-               "grad_row_stride"_a, "logsumexp_low"_a = 0, "threads"_a = 0,
-               "Writes the gradient of the logits; see csrc/token_stats.h.");
-    module.def("grpo_sweep", &grpo_sweep, py::kw_only(), "dtype"_a, "logits"_a, "row_stride"_a, "rows"_a, "vocab"_a,
-               "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a, "logprobs"_a,
-               "entropy"_a, "grad_logits"_a, "grad_row_stride"_a, "weight"_a, "advantages"_a, "old_logprobs"_a = 0,
-               "ref_logprobs"_a = 0, "sampler_ratio"_a = 0, "sampling_logprobs"_a = 0, "injected"_a = 0,
-               "cispo"_a = false, "epsilon_low"_a = 0.2, "epsilon_high"_a = 0.2, "delta"_a = HUGE_VAL, "beta"_a = 0.0,
-               "sampler_cap"_a = HUGE_VAL, "sampler_floor"_a = 0.0, "sampler_masks"_a = false,
-               "injected_treatment"_a = 0, "sft_weight"_a = 1.0, "shaped_gamma"_a = 0.1, "max_log_ratio"_a = HUGE_VAL,
-               "entropy_threshold"_a = -HUGE_VAL, "bonus_weight"_a = 0.0, "threads"_a = 0,
-               "Writes statistics and the gradient of a GRPO loss in one sweep; see csrc/grpo_sweep.h.");
-    module.def("token_loss", &token_loss, py::kw_only(), "dtype"_a, "sequences"_a, "length"_a, "ratio_of_sequence"_a,
-               "sampler_of_sequence"_a, "logprobs"_a, "entropy"_a, "mask"_a, "weight"_a, "advantages"_a,
-               "old_logprobs"_a, "ref_logprobs"_a, "sampler_ratio"_a, "sampling_logprobs"_a, "injected"_a, "cispo"_a,
-               "epsilon_low"_a, "epsilon_high"_a, "delta"_a, "beta"_a, "sampler_cap"_a, "sampler_floor"_a,
-               "sampler_masks"_a, "injected_treatment"_a, "sft_weight"_a, "shaped_gamma"_a, "max_log_ratio"_a,
-               "entropy_threshold"_a, "bonus_weight"_a, "loss"_a, "metrics"_a, "d_logprobs"_a, "d_entropy"_a,
-               "Writes a batch's loss, its metrics and its derivatives by the statistics; see csrc/token_loss.h.");
+    edge::bind_records(module);
+    py::class_<edge::cpu::Launch>(module, "CpuLaunch", py::module_local())
+        .def(py::init(&cpu_launch), py::kw_only(), "threads"_a);
+    edge::bind_kernels<edge::cpu::Launch>(module);
 #ifdef EDGE_KERNELS_CUDA
     edge::bind_cuda(module);
 #endif

@@ -1,12 +1,9 @@
-// A token's GRPO loss and its derivatives by its log-probability and entropy, in the order of
-// edge_kernels/token_loss.py, which is their specification. Plain arithmetic, for the CPU and for CUDA: no
-// header of Python or torch.
+// What every backend promises of the GRPO loss, and the mathematics of one token's: its loss and the derivatives by its
+// log-probability and entropy, in the order of edge_kernels/backends/plain.py, which is their specification. Plain
+// arithmetic, once for the CPU and for CUDA.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#include "token_stats.h"
+#include "calls.h"
 
 #ifdef __CUDACC__
 #define EDGE_HOST_DEVICE __host__ __device__
@@ -16,23 +13,8 @@
 
 namespace edge {
 
-enum class Objective : int { kClipped = 0, kCispo = 1 };
-enum class Injected : int { kNone = 0, kSft = 1, kShaped = 2 };
-
-// The part of a loss configuration that acts on one token; ratios of whole sequences are not among it.
-struct TokenLossRule {
-    Objective objective = Objective::kClipped;
-    double epsilon_low = 0.2;
-    double epsilon_high = 0.2;
-    double delta = HUGE_VAL;
-    double beta = 0.0;
-    double sampler_cap = HUGE_VAL;
-    double sampler_floor = 0.0;
-    bool sampler_masks = false;  // else it truncates
-    Injected injected = Injected::kNone;
-    double sft_weight = 1.0;
-    double shaped_gamma = 0.1;
-    double max_log_ratio = HUGE_VAL;
+// The rule and the two numbers that a whole batch decides.
+struct TokenRule : LossRule {
     double entropy_threshold = -HUGE_VAL;
     double bonus_weight = 0.0;
 };
@@ -42,17 +24,42 @@ struct TokenTerms {
     double weight = 0.0;
     double advantage = 0.0;
     double old_logprob = NAN;
-    double ref_logprob = NAN;  // looked at where beta > 0
+    double ref_logprob = NAN;  // read where beta > 0
     double sampler_ratio = 1.0;
-    double sampling_logprob = NAN;  // looked at where has_sampling, in place of sampler_ratio
+    double sampling_logprob = NAN;  // read where has_sampling, instead of sampler_ratio
     bool has_sampling = false;
     bool injected = false;
 };
 
+EDGE_HOST_DEVICE inline double number_at(const void* base, DType dtype, std::int64_t index, double absent) {
+    if (base == nullptr) return absent;
+    return dtype == DType::kFloat64 ? static_cast<const double*>(base)[index]
+                                    : static_cast<double>(static_cast<const float*>(base)[index]);
+}
+
+// dtype: the statistics' type.
+EDGE_HOST_DEVICE inline TokenRule token_rule(const LossRule& rule, const TokenTensors& tensors, DType dtype) {
+    return {rule, number_at(tensors.entropy_threshold, dtype, 0, -HUGE_VAL),
+            number_at(tensors.bonus_weight, dtype, 0, 0.0)};
+}
+
+EDGE_HOST_DEVICE inline TokenTerms token_terms(const TokenTensors& tensors, DType dtype, std::int64_t token) {
+    TokenTerms out;
+    out.weight = number_at(tensors.weight, dtype, token, 0.0);
+    out.advantage = number_at(tensors.advantages, dtype, token, 0.0);
+    out.old_logprob = number_at(tensors.old_logprobs, dtype, token, NAN);
+    out.ref_logprob = number_at(tensors.ref_logprobs, dtype, token, NAN);
+    out.sampler_ratio = number_at(tensors.sampler_ratio, dtype, token, 1.0);
+    out.sampling_logprob = number_at(tensors.sampling_logprobs, dtype, token, NAN);
+    out.has_sampling = tensors.sampling_logprobs != nullptr;
+    out.injected = tensors.injected != nullptr && tensors.injected[token] != 0;
+    return out;
+}
+
 // Before the token's weight is applied.
 struct TokenOutcome {
     double loss;           // without the entropy bonus
-    double direct;         // d loss / d logprob, but for the way through the ratio
+    double direct;         // d loss / d logprob, without the path through the ratio
     double through_ratio;  // d loss / d log ratio
     double acting;         // 0 where the entropy is below the threshold, else 1
     double ratio;
@@ -66,7 +73,7 @@ struct TokenDerivatives {
     double entropy;
 };
 
-// The log-probability that the ratio is taken to.
+// The log-probability that the ratio refers to.
 EDGE_HOST_DEVICE inline double old_logprob(const TokenTerms& token, double logprob) {
     return std::isnan(token.old_logprob) ? logprob : token.old_logprob;
 }
@@ -78,14 +85,14 @@ EDGE_HOST_DEVICE inline double sampler_difference(const TokenTerms& token, doubl
 }
 
 // The factor that a difference gives, of one token or summed over a sequence.
-EDGE_HOST_DEVICE inline double sampler_factor(const TokenLossRule& rule, double difference) {
+EDGE_HOST_DEVICE inline double sampler_factor(const TokenRule& rule, double difference) {
     double factor = std::exp(difference);
     if (rule.sampler_masks) return factor < rule.sampler_floor || factor > rule.sampler_cap ? 0.0 : factor;
     factor = factor < rule.sampler_floor ? rule.sampler_floor : factor;
     return factor > rule.sampler_cap ? rule.sampler_cap : factor;
 }
 
-EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenLossRule& rule, const TokenTerms& token, double logprob,
+EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const TokenTerms& token, double logprob,
                                                    double entropy, double log_ratio, double factor) {
     const double advantage = token.advantage;
     TokenOutcome out{};
@@ -139,7 +146,7 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenLossRule& rule, co
 }
 
 // For rules under which a token's derivatives depend on that token alone.
-EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenLossRule& rule, const TokenTerms& token,
+EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenRule& rule, const TokenTerms& token,
                                                            double logprob, double entropy) {
     const double log_ratio = logprob - old_logprob(token, logprob);
     const double factor =
@@ -148,7 +155,7 @@ EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenLossRule& 
     return {token.weight * (out.direct + out.through_ratio), -rule.bonus_weight * out.acting};
 }
 
-// What is added up over tokens or, for the two maxima, compared: the loss, then METRICS of edge_kernels/token_loss.py
+// What is summed over tokens, or maximized for the two maxima: the loss, then METRICS of edge_kernels/contract.py
 // in their order.
 enum TokenSum : int {
     kLoss,
@@ -165,35 +172,39 @@ enum TokenSum : int {
     kTokenSums
 };
 
-// The loss of a batch of tokens whose statistics are known: the weighted sum, its metrics, and the derivatives by each
-// token's log-probability and entropy. Per-token tensors are contiguous, (sequences, length), of the statistics' type
-// (mask and injected: one byte). Null means what TokenTerms defaults to.
+// One sweep from logits to the gradient of the loss: each row is read from memory once, its statistics are made, its
+// token's loss is differentiated, and the gradient is written while the row is in cache. For rules under which a
+// token's derivatives depend on that token alone. Special values and ignored rows as token_stats.h says; the tensors'
+// mask is not read, since the targets imply it.
+struct GrpoSweep {
+    TokenRows rows;
+    LossRule rule;
+    TokenTensors tensors;
+    void* logprobs = nullptr;
+    void* entropy = nullptr;
+    void* grad_logits = nullptr;  // may be the logits
+    std::int64_t grad_row_stride = 0;
+};
+
+// The loss of sequences x length tokens whose statistics are known: the weighted sum, its metrics, and the derivatives
+// by each token's log-probability and entropy, all of the statistics' type. Tokens outside the mask get 0.
 struct TokenLoss {
     DType dtype = DType::kFloat32;  // or kFloat64
     std::int64_t sequences = 0;
     std::int64_t length = 0;
-    TokenLossRule rule;
-    bool ratio_of_sequence = false;  // else each token has its own
-    bool sampler_of_sequence = false;
+    LossRule rule;
+    TokenTensors tensors;
     const void* logprobs = nullptr;
     const void* entropy = nullptr;
-    const std::uint8_t* mask = nullptr;
-    const void* weight = nullptr;
-    const void* advantages = nullptr;
-    const void* old_logprobs = nullptr;
-    const void* ref_logprobs = nullptr;
-    const void* sampler_ratio = nullptr;
-    const void* sampling_logprobs = nullptr;
-    const std::uint8_t* injected = nullptr;
     void* loss = nullptr;     // one
     void* metrics = nullptr;  // kTokenSums - 1
     void* d_logprobs = nullptr;
     void* d_entropy = nullptr;
+
+    // Whether a token's loss depends on the other tokens of its sequence.
+    EDGE_HOST_DEVICE bool is_of_sequences() const {
+        return rule.ratio_of_sequence || (rule.sampler_of_sequence && tensors.sampling_logprobs != nullptr);
+    }
 };
 
-namespace cpu {
-
-void token_loss(const TokenLoss& call);
-
-}  // namespace cpu
 }  // namespace edge

@@ -1,31 +1,10 @@
 // What every backend of the kernels promises: log-probability, entropy and logsumexp of each row of logits, and the
-// gradient of the logits. Raw pointers only: no header of Python or torch is known below bindings.cpp.
+// gradient of the logits. The functions: cpu/kernels.h and cuda/kernels.h.
 #pragma once
 
-#include <cstdint>
+#include "calls.h"
 
 namespace edge {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-
-// z = y * inv_temperature with y = f(x): first logit_scale * x, then softcap * tanh(y / softcap) unless softcap is 0.
-struct LogitTransform {
-    double inv_temperature = 1.0;
-    double softcap = 0.0;
-    double logit_scale = 1.0;
-};
-
-// The matrix of logits and the column that each row is asked about. Element (i, j) is logits[i * row_stride + j].
-struct TokenRows {
-    DType dtype = DType::kFloat32;
-    const void* logits = nullptr;
-    std::int64_t row_stride = 0;  // in elements; 0 repeats one row
-    std::int64_t rows = 0;
-    std::int64_t vocab = 0;
-    const std::int64_t* targets = nullptr;  // (rows), or null: every row counts and no log-probability is asked for
-    std::int64_t ignore_index = -100;
-    LogitTransform transform;
-};
 
 // Statistics and their gradients are double for float64 logits, float for all other types; contiguous, one per row.
 //
@@ -39,7 +18,7 @@ struct TokenStatsForward {
     void* logprobs = nullptr;  // null without targets
     void* entropy = nullptr;
     void* logsumexp = nullptr;
-    void* logsumexp_low = nullptr;  // optional: what rounding took from logsumexp; see TokenStatsBackward
+    void* logsumexp_low = nullptr;  // optional: the rounding error of logsumexp; see TokenStatsBackward
 };
 
 // grad_logits = (grad_logprob * (1[j = target] - p) - grad_entropy * p * (log p + entropy) + grad_logsumexp * p) *
@@ -63,11 +42,4 @@ struct TokenStatsBackward {
     std::int64_t grad_row_stride = 0;
 };
 
-namespace cpu {
-
-// threads = 0 takes OpenMP's setting, which is torch's: both use one libgomp. The result does not depend on it.
-void token_stats_forward(const TokenStatsForward& call, int threads);
-void token_stats_backward(const TokenStatsBackward& call, int threads);
-
-}  // namespace cpu
 }  // namespace edge

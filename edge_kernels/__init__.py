@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_kernels.advantages import entropy_driven_advantages, entropy_weights, group_advantages
+    from edge_kernels.advantages import (
+        entropy_driven_advantages,
+        entropy_weights,
+        group_advantages,
+        response_entropy,
+        response_entropy_weights,
+    )
     from edge_kernels.backend import get_backend, set_backend, use_backend
     from edge_kernels.config import EDAConfig, GRPOLossConfig
     from edge_kernels.ops.grpo_loss import edge_grpo_loss
@@ -30,6 +36,8 @@ __all__ = [
     "group_advantages",
     "linear_edge_grpo_loss",
     "linear_token_stats",
+    "response_entropy",
+    "response_entropy_weights",
     "set_backend",
     "token_entropy",
     "token_stats",
@@ -48,6 +56,8 @@ _MODULE_OF = {
     "group_advantages": "advantages",
     "linear_edge_grpo_loss": "ops.linear_grpo_loss",
     "linear_token_stats": "ops.linear_token_stats",
+    "response_entropy": "advantages",
+    "response_entropy_weights": "advantages",
     "set_backend": "backend",
     "token_entropy": "ops.token_stats",
     "token_stats": "ops.token_stats",

@@ -49,23 +49,26 @@ def check_like(
 
     ``dtype`` is "bool", "int64" or "floating point".
     """
-    expected = " or ".join(f"{symbol} = {shape}" for symbol, shape in shapes.items())
     kind_is_right = isinstance(value, Tensor) and (
         value.is_floating_point() if dtype == "floating point" else value.dtype == getattr(torch, dtype)
     )
     if not isinstance(value, Tensor) or not kind_is_right:
-        raise TypeError(f"{name} must be {dtype} with shape {expected}; got {describe(value)}; {remedy}")
-    if tuple(value.shape) not in shapes.values():
-        raise ValueError(f"{name} must be {dtype} with shape {expected}; got {describe(value)}; {remedy}")
+        raise TypeError(f"{name} must be {dtype} with shape {_either(shapes)}; got {describe(value)}; {remedy}")
+    if not any(value.shape == shape for shape in shapes.values()):
+        raise ValueError(f"{name} must be {dtype} with shape {_either(shapes)}; got {describe(value)}; {remedy}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}; got {value.device}; move it with .to({str(like.device)!r})")
 
 
+def _either(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return " or ".join(f"{symbol} = {shape}" for symbol, shape in shapes.items())
+
+
 def check_transform(temperature: float, softcap: float | None) -> None:
     """Require a positive temperature and a positive soft cap, or none."""
-    if not temperature > 0 or math.isinf(temperature):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number greater than 0; got {temperature!r}")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a number greater than 0, or None; got {softcap!r}")
 
 

@@ -1,4 +1,4 @@
-"""Loads the compiled extension ``edge_kernels._C`` and gives it torch's OpenMP runtime.
+"""Loads the compiled extension ``edge_kernels._C`` with torch's OpenMP runtime; says whether its CUDA code can run.
 
 The extension names no OpenMP library: torch wheels bring their own copy, under a name that differs between releases,
 and a second one in the process would have its own threads and not obey ``torch.set_num_threads``.
@@ -62,3 +62,42 @@ def load() -> ModuleType:
         else:
             remedy = "build it with `pip install .` in the source tree, which needs a C++17 compiler"
         raise ImportError(f"the compiled kernels edge_kernels._C did not load: {error}; {remedy}") from error
+
+
+def cuda_unavailable(module: ModuleType) -> str | None:
+    """Return why the extension's CUDA kernels cannot run on any device of this machine, or None if they can."""
+    built = module.built_with()
+    if built["cuda"] is None:
+        return "the extension edge_kernels._C was built without CUDA; install nvcc and build it again"
+    if torch.version.hip is not None:
+        return "torch is a build for ROCm"
+    versions = module.cuda_versions()
+    if versions["driver"] is None:
+        return "there is no CUDA driver on this machine"
+    devices = {device["name"]: device["capability"] for device in module.cuda_devices()}
+    if not devices and torch.cuda.is_available():
+        return (
+            f"the extension edge_kernels._C was built with CUDA {versions['runtime']} and finds no device where torch "
+            f"does: the driver supports CUDA {versions['driver']}; update it, or build with an older nvcc"
+        )
+    compiled = built["cuda_architectures"]
+    if devices and not any(_is_compiled_for(compiled, *capability) for capability in devices.values()):
+        names = ", ".join(f"{name} (sm_{major}{minor})" for name, (major, minor) in devices.items())
+        numbers = ";".join(sorted({f"{major}{minor}" for major, minor in devices.values()}))
+        return (
+            f"the extension edge_kernels._C was compiled for {', '.join(compiled)}, which {names} cannot run; "
+            f"build it again with CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES={numbers}'"
+        )
+    return None
+
+
+def _is_compiled_for(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether a device runs machine code of its own major version and no later minor one, or translates older PTX."""
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        if not number.isdigit():  # CMake's "native" or "all", or code for one architecture's own features
+            return True
+        built = divmod(int(number), 10)
+        if (kind == "compute" and built <= (major, minor)) or (built[0] == major and built[1] <= minor):
+            return True
+    return False

@@ -6,6 +6,7 @@ shuffled, as long as every group is whole in the tensors passed. Vectorized, wit
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,73 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool 
     return centred / (variance.sqrt() + SCALE_EPSILON)
 
 
+def response_entropy(entropy: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the mean entropy P of each response over its own tokens, (B,); -inf for a response without tokens.
+
+    Equivalent: ``(entropy * completion_mask).sum(1) / completion_mask.sum(1)``.
+
+    entropy          (B, T), floating point, nats. What stands outside the mask is not looked at (NaN is fine there).
+    completion_mask  (B, T), bool: the response's own tokens.
+
+    -inf, and not NaN, so that a NaN entropy inside the mask is not taken for a missing one. float64 for float64
+    entropy, else float32. No gradient. Raises ValueError or TypeError for wrong shapes and dtypes. arXiv:2507.21848,
+    eq. 3.
+    """
+    check_float("entropy", entropy, least_dims=1)
+    if entropy.dim() != 2:
+        raise ValueError(f"entropy must have shape (B, T); got {describe(entropy)}; pass one row per response")
+    B, T = entropy.shape
+    remedy = "pass the mask of the completion's own tokens"
+    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", entropy, remedy=remedy)
+    entropy = entropy.detach().to(stats_dtype(entropy.dtype))
+    lengths = completion_mask.sum(-1)
+    means = entropy.masked_fill(~completion_mask, 0).sum(-1) / lengths.clamp(min=1)
+    return means.masked_fill(lengths == 0, -math.inf)
+
+
+def response_entropy_weights(
+    mean_entropy: Tensor, group_ids: Tensor, config: EDAConfig | None = None, *, advantages: Tensor | None = None
+) -> Tensor:
+    """Return the weight 1 / P_hat of each response from its mean entropy, (B,): what ``entropy_weights`` returns.
+
+    Processes that share groups exchange these means, one number per response, instead of the entropy of every token.
+
+    mean_entropy  (B,), floating point, nats: what ``response_entropy`` returns, -inf for a response without tokens.
+
+    Other arguments, results and errors as in ``entropy_weights``. arXiv:2507.21848, eq. 6.
+    """
+    config = _check_config(config)
+    shapes = {"(B,)": tuple(mean_entropy.shape[:1])}
+    remedy = "pass one mean per response"
+    check_like("mean_entropy", mean_entropy, shapes, "floating point", mean_entropy, remedy=remedy)
+    _check_groups(group_ids, mean_entropy)
+    if advantages is not None:
+        remedy = "pass one advantage per response"
+        check_like("advantages", advantages, shapes, "floating point", mean_entropy, remedy=remedy)
+    elif config.preserve_scale:
+        raise ValueError(
+            "preserve_scale=True rescales weights by the advantages' magnitude; got advantages=None; "
+            "pass advantages=group_advantages(...)"
+        )
+
+    groups = _groups(group_ids)
+    mean_entropy = mean_entropy.detach().to(stats_dtype(mean_entropy.dtype))
+    has_tokens = mean_entropy != -math.inf
+    mean_entropy = torch.where(has_tokens, mean_entropy, 0)  # P, (B,)
+    if config.mean_over == "group":
+        mean = groups.sum(mean_entropy) / groups.sum(has_tokens.to(mean_entropy.dtype)).clamp(min=1)
+    else:
+        mean = (mean_entropy.sum() / has_tokens.sum().clamp(min=1)).expand_as(mean_entropy)
+    ratio = torch.where(mean == 0, 1, mean_entropy / mean)  # P_hat
+    weights = torch.where(has_tokens, 1 / ratio.clamp(config.min_ratio, config.max_ratio), 1)
+    if config.preserve_scale and advantages is not None:
+        advantages = advantages.detach().to(weights.dtype)
+        before = groups.sum(advantages.abs())
+        after = groups.sum(apply_weights(advantages, weights).abs())
+        weights = weights * torch.where(after == 0, 1, before / after)
+    return weights
+
+
 def entropy_weights(
     entropy: Tensor,
     completion_mask: Tensor,
@@ -99,42 +167,13 @@ def entropy_weights(
     A response without tokens has weight 1 and stays out of its group's mean; a group of entropy 0 has weights 1. A NaN
     entropy inside the mask gives NaN. float64 for float64 entropy, else float32. No gradient: the weight is a constant
     of the loss, unlike in the published code, where it leaked through (NaN on peaked logits). Raises ValueError or
-    TypeError for wrong shapes and dtypes. arXiv:2507.21848, eqs. 3 and 6; deviations: DESIGN.
+    TypeError for wrong shapes and dtypes. arXiv:2507.21848, eqs. 3 and 6. Unlike the published code, the mean is over
+    the response's own tokens and over its group, and P_hat is bounded, so that entropy 0 gives a finite weight.
     """
     config = _check_config(config)
-    check_float("entropy", entropy, least_dims=1)
-    if entropy.dim() != 2:
-        raise ValueError(f"entropy must have shape (B, T); got {describe(entropy)}; pass one row per response")
-    B, T = entropy.shape
-    remedy = "pass the mask of the completion's own tokens"
-    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", entropy, remedy=remedy)
-    _check_groups(group_ids, entropy)
-    if advantages is not None:
-        remedy = "pass one advantage per response"
-        check_like("advantages", advantages, {"(B,)": (B,)}, "floating point", entropy, remedy=remedy)
-    elif config.preserve_scale:
-        raise ValueError(
-            "preserve_scale=True rescales weights by the advantages' magnitude; got advantages=None; "
-            "pass advantages=group_advantages(...)"
-        )
-
-    groups = _groups(group_ids)
-    entropy = entropy.detach().to(stats_dtype(entropy.dtype))
-    lengths = completion_mask.sum(-1)
-    has_tokens = lengths > 0
-    response_entropy = entropy.masked_fill(~completion_mask, 0).sum(-1) / lengths.clamp(min=1)  # P, (B,)
-    if config.mean_over == "group":
-        mean = groups.sum(response_entropy) / groups.sum(has_tokens.to(entropy.dtype)).clamp(min=1)
-    else:
-        mean = (response_entropy.sum() / has_tokens.sum().clamp(min=1)).expand_as(response_entropy)
-    ratio = torch.where(mean == 0, 1, response_entropy / mean)  # P_hat
-    weights = torch.where(has_tokens, 1 / ratio.clamp(config.min_ratio, config.max_ratio), 1)
-    if config.preserve_scale and advantages is not None:
-        advantages = advantages.detach().to(weights.dtype)
-        before = groups.sum(advantages.abs())
-        after = groups.sum(apply_weights(advantages, weights).abs())
-        weights = weights * torch.where(after == 0, 1, before / after)
-    return weights
+    return response_entropy_weights(
+        response_entropy(entropy, completion_mask), group_ids, config, advantages=advantages
+    )
 
 
 def apply_weights(advantages: Tensor, weights: Tensor) -> Tensor:

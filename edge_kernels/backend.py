@@ -25,9 +25,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _MODULES = {
     "reference": "edge_kernels.backends.plain",
-    "cpu": "edge_kernels.backends.cpu",
+    "cpu": "edge_kernels.backends.compiled",
     "triton": "edge_kernels.backends.triton",
-    "cuda": "edge_kernels.backends.cuda",
+    "cuda": "edge_kernels.backends.compiled",
 }
 
 OPS = (
@@ -37,6 +37,8 @@ OPS = (
     "edge_grpo_loss",
     "linear_edge_grpo_loss",
     "group_advantages",
+    "response_entropy",
+    "response_entropy_weights",
     "entropy_weights",
     "entropy_driven_advantages",
 )
@@ -45,7 +47,15 @@ OPS = (
 HEAD_OPS = frozenset({"linear_token_stats", "linear_edge_grpo_loss"})
 
 # O(B) and O(N) arithmetic: a few PyTorch calls on any device, which no kernel would speed up.
-PLAIN_OPS = frozenset({"group_advantages", "entropy_weights", "entropy_driven_advantages"})
+PLAIN_OPS = frozenset(
+    {
+        "group_advantages",
+        "response_entropy",
+        "response_entropy_weights",
+        "entropy_weights",
+        "entropy_driven_advantages",
+    }
+)
 
 DEVICES = ("cpu", "cuda")
 
@@ -110,8 +120,7 @@ def _triton_unavailable() -> str | None:
 
 @cache
 def _cuda_unavailable(module: ModuleType) -> str | None:
-    reason: str | None = importlib.import_module(_MODULES["cuda"]).unavailable(module)
-    return reason
+    return _extension.cuda_unavailable(module)
 
 
 def is_interpreting() -> bool:

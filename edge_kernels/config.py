@@ -5,8 +5,7 @@ Names and meanings are TRL's where TRL has the option. Validation happens here, 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
@@ -25,7 +24,7 @@ def _one_of(name: str, value: object, choices: object) -> None:
 def _number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     """Require a real number (infinity allowed, NaN not), strictly above or at least a bound."""
     bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)
+    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or value != value
     if bad or (above is not None and not value > above) or (least is not None and not value >= least):
         raise ValueError(f"{name} must be a number{bound}; got {value!r}")
 
@@ -95,9 +94,12 @@ class GRPOLossConfig:
     injected: InjectedTreatment = "credit"
     sft_weight: float = 1.0
     shaped_gamma: float = 0.1
-    eda: EDAConfig = field(default_factory=EDAConfig)
+    eda: EDAConfig = None  # type: ignore[assignment]  # EDAConfig(): torch.compile does not trace objects as defaults
 
     def __post_init__(self) -> None:
+        eda: Any = self.eda
+        if eda is None:
+            object.__setattr__(self, "eda", EDAConfig())
         _one_of("loss_type", self.loss_type, LossType)
         _one_of("importance_sampling_level", self.importance_sampling_level, ImportanceLevel)
         _one_of("sampler_ratio_mode", self.sampler_ratio_mode, SamplerRatioMode)

@@ -1,19 +1,215 @@
-"""What a backend offers: the functions of its module, as a protocol. Which backend serves a tensor: backend.py.
+"""What a backend offers, and the records that pass between ops and backends. Which backend serves a tensor: backend.py.
 
-reference: plain.py; cpu: cpu.py; triton: triton/; cuda: cuda.py. Arguments have been checked, tensors are real (not
-fake) and on one device; nothing here is differentiable, autograd stands around it. No function waits for the device.
+reference: backends/plain.py; cpu and cuda: backends/compiled.py; triton: backends/triton. Arguments have been checked,
+tensors are real (not fake) and on one device; nothing here is differentiable, autograd stands around it. No function
+waits for the device. The mathematics: reference.py.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from edge_kernels.ops.token_loss import LossRule, TokenLoss, TokenTerms
-    from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform
+from edge_kernels._checks import stats_dtype
+from edge_kernels.config import GRPOLossConfig
+
+
+def pack_numbers(values: Sequence[float]) -> Tensor:
+    """Return a record's numbers as one float64 tensor on the CPU, whatever device the op runs on.
+
+    As a tensor a number can change without torch.compile tracing anew: a float argument of an op is a constant of the
+    graph.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # a product with a float is what the tracer keeps symbolic
+    return torch.stack([one * value for value in values])
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+class Transform(NamedTuple):
+    """What happens to raw logits first, and which target means "no token here"."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+
+    def pack(self) -> Tensor:
+        """Return the transform as an op's argument ``transform``."""
+        return pack_numbers([self.temperature, self.softcap or 0.0, self.logit_scale, float(self.ignore_index)])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Transform:
+        temperature, softcap, logit_scale, ignore_index = packed.tolist()
+        return cls(temperature, softcap or None, logit_scale, int(ignore_index))
+
+
+class KernelStats(NamedTuple):
+    """``TokenStats``, and what rounding took from logsumexp: at logits of 3e4 it is 1e-3, and p would be off by it."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    logsumexp_low: Tensor
+
+
+class StatsGradients(NamedTuple):
+    """The incoming gradients of the statistics, (...) each; None is 0."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    logsumexp: Tensor | None
+
+
+def new_stats(logits: Tensor) -> Tensor:
+    """Return an uninitialized statistic of each row of ``logits`` (..., V)."""
+    return torch.empty(logits.shape[:-1], dtype=stats_dtype(logits.dtype), device=logits.device)
+
+
+# --- the loss of a token ----------------------------------------------------------------------------------------------
+
+# The entries of the metrics vector. Those ending in _max combine by the maximum, the others by addition.
+METRICS = (
+    "tokens",
+    "entropy_sum",
+    "ratio_sum",
+    "ratio_max",
+    "clip_low",
+    "clip_high",
+    "clip_region",
+    "kl_sum",
+    "sampler_ratio_sum",
+    "sampler_ratio_max",
+)
+
+
+class Objective:
+    """The policy term, as in csrc/calls.h. Plain numbers: torch.compile does not trace ``float`` of an enum."""
+
+    CLIPPED = 0
+    CISPO = 1
+
+
+class Injected:
+    """What tokens that the policy did not sample do instead; as in csrc/calls.h."""
+
+    NOTHING = 0
+    SFT = 1
+    SHAPED = 2
+
+
+class LossRule(NamedTuple):
+    """The part of ``GRPOLossConfig`` that acts on a single token; every field is a number."""
+
+    objective: int
+    ratio_of_sequence: bool  # one importance ratio per response instead of one per token
+    epsilon_low: float
+    epsilon_high: float
+    delta: float  # inf for none
+    beta: float
+    sampler_cap: float  # inf for none
+    sampler_floor: float
+    sampler_of_sequence: bool
+    sampler_masks: bool  # outside of [floor, cap]; else it truncates
+    injected: int
+    sft_weight: float
+    shaped_gamma: float
+
+    @classmethod
+    def of(cls, config: GRPOLossConfig) -> LossRule:
+        infinity = float("inf")
+        treatment = {"sft": Injected.SFT, "shaped": Injected.SHAPED}
+        return cls(
+            objective=Objective.CISPO if config.loss_type == "cispo" else Objective.CLIPPED,
+            ratio_of_sequence=config.importance_sampling_level == "sequence",
+            epsilon_low=float(config.epsilon_low),
+            epsilon_high=float(config.epsilon_high),
+            delta=infinity if config.delta is None else float(config.delta),
+            beta=float(config.beta),
+            sampler_cap=infinity if config.sampler_ratio_cap is None else float(config.sampler_ratio_cap),
+            sampler_floor=float(config.sampler_ratio_floor),
+            sampler_of_sequence=config.sampler_ratio_mode.startswith("sequence"),
+            sampler_masks=config.sampler_ratio_mode.endswith("mask"),
+            injected=treatment.get(config.injected, Injected.NOTHING),
+            sft_weight=float(config.sft_weight),
+            shaped_gamma=float(config.shaped_gamma),
+        )
+
+    def pack(self) -> Tensor:
+        """Return the rule as an op's argument ``rule``."""
+        return pack_numbers(self)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> LossRule:
+        kinds: dict[str, Any] = {"objective": int, "injected": int}
+        kinds |= dict.fromkeys(("ratio_of_sequence", "sampler_of_sequence", "sampler_masks"), bool)
+        values: list[Any] = [kinds.get(name, float)(x) for name, x in zip(cls._fields, packed.tolist(), strict=True)]
+        return cls(*values)
+
+
+class TokenTerms(NamedTuple):
+    """What the loss of each token depends on besides its statistics. Per-token tensors have one shape.
+
+    That shape is (B, T); where every quantity is the token's own (no ratio of whole sequences), any selection of
+    tokens, (n,), gives that selection's part of the sum.
+    """
+
+    mask: Tensor  # bool: tokens that have a loss
+    weight: Tensor  # 1 / normalizer; the loss is the weighted sum
+    advantages: Tensor
+    old_logprobs: Tensor | None = None  # NaN where there is no record; None: the current ones
+    ref_logprobs: Tensor | None = None
+    sampler_ratio: Tensor | None = None  # the correction factor, where it is known beforehand
+    sampling_logprobs: Tensor | None = None  # else what it is made from, with the current logprobs
+    injected: Tensor | None = None  # bool: tokens to treat as ``LossRule.injected`` says
+    entropy_threshold: Tensor | None = None  # (): tokens below it have no policy gradient
+    bonus_weight: Tensor | None = None  # (): entropy coefficient / number of tokens it acts on
+
+    def pack(self) -> list[Tensor | None]:
+        """Return the terms as an op's argument ``Tensor?[] terms``."""
+        return list(self)
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Tensor | None]) -> TokenTerms:
+        mask, weight, advantages, *others = packed
+        assert mask is not None
+        assert weight is not None
+        assert advantages is not None
+        return cls(mask, weight, advantages, *others)
+
+    def select(self, rows: Tensor) -> TokenTerms:
+        """Return the terms of some rows, where the per-token tensors have shape (N,)."""
+        return self._map(lambda value: value[rows])
+
+    def flatten(self) -> TokenTerms:
+        """Return the same with per-token tensors of shape (N,)."""
+        return self._map(torch.flatten)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenTerms:
+        per_token = {name: value for name, value in self._asdict().items() if value is not None and value.dim()}
+        return self._replace(**{name: function(value) for name, value in per_token.items()})
+
+
+class TokenLoss(NamedTuple):
+    """The weighted sum of token losses, its metrics, and its derivatives by each token's logprob and entropy."""
+
+    loss: Tensor  # ()
+    metrics: Tensor  # (len(METRICS),)
+    d_logprobs: Tensor
+    d_entropy: Tensor
+
+    def gradients(self, terms: TokenTerms) -> StatsGradients:
+        """Return the derivatives as incoming gradients of the statistics; without a bonus entropy has none."""
+        return StatsGradients(self.d_logprobs, None if terms.bonus_weight is None else self.d_entropy, None)
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
 
 
 class Kernels(Protocol):
@@ -53,11 +249,11 @@ class Kernels(Protocol):
 
         ``logits`` (..., V) with rows of adjacent elements; ``targets`` and the per-token tensors of ``terms`` (...),
         the latter of any stride. The coefficient of a row is ``token_loss``'s derivative there, for rules under which
-        it depends on the row's own statistics alone (level "token", sampler_mode "token_..." or a given sampler_ratio).
+        it depends on the row's own statistics alone (no ratio, and no sampler correction to be made, of sequences).
         """
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
-        """Return what ``edge_kernels.ops.token_loss.token_loss`` returns, which is the specification."""
+        """Return loss, metrics and derivatives of tokens; the specification is ``backends.plain.token_loss``."""
 
 
 class HeadKernels(Kernels, Protocol):
@@ -82,7 +278,7 @@ class HeadKernels(Kernels, Protocol):
         targets: Tensor,
         stats: KernelStats,
         gradients: StatsGradients,
-        wanted: tuple[bool, bool, bool],
+        wanted: Sequence[bool],  # of hidden states, weight and bias
         dtype: torch.dtype,
         transform: Transform,
         into: Tensor | None,

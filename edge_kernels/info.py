@@ -17,7 +17,8 @@ from typing import Any
 PACKAGES = ("torch", "triton", "transformers", "trl", "vllm")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return an installed package's version, None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -50,10 +51,10 @@ def collect() -> dict[str, Any]:
     instruction_set, instruction_set_error = _or_error(extension.instruction_set) if extension else (None, None)
     services, services_error = _or_error(backend.services)
     return {
-        "edge_kernels": _version("edge-grpo"),
+        "edge_kernels": version_of("edge-grpo"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "extension": {
             "path": extension.__file__ if extension else None,
             "error": extension_error,

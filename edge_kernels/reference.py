@@ -243,19 +243,9 @@ def edge_grpo_loss(
         p = logprobs.exp()
         per_token = torch.where(injected, -A * p / (p + config.shaped_gamma), per_token)
 
-    # The correction for a sampler whose probabilities differ from the trainer's.
     if config.sampler_ratio_cap is not None:
         assert sampling_logprobs is not None
-        difference = (old.detach() - sampling_logprobs.to(entropy.dtype)).masked_fill(~mask, 0).nan_to_num(nan=0.0)
-        if config.sampler_ratio_mode.startswith("sequence"):
-            difference = difference.sum(-1, keepdim=True)
-        correction = difference.exp()
-        low, high = config.sampler_ratio_floor, config.sampler_ratio_cap
-        if config.sampler_ratio_mode.endswith("truncate"):
-            correction = correction.clamp(low, high)
-        else:
-            correction = correction.masked_fill((correction < low) | (correction > high), 0)
-        per_token = per_token * correction
+        per_token = per_token * _sampler_correction(old.detach(), sampling_logprobs.to(entropy.dtype), mask, config)
 
     # The policy term of low-entropy tokens is dropped; so is their entropy bonus below.
     acting = mask
@@ -272,19 +262,36 @@ def edge_grpo_loss(
         per_token = per_token + config.beta * k3(ref_logprobs.to(entropy.dtype), logprobs)
     per_token = per_token.masked_fill(~mask, 0)
 
-    sequences = len(mask) if num_sequences is None else num_sequences
     items = mask.sum() if num_items is None else num_items
-    if config.loss_type == "grpo":
-        loss = (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / max(sequences, 1)
-    elif config.loss_type == "dr_grpo":
-        assert config.max_completion_length is not None
-        loss = per_token.sum() / (max(sequences, 1) * config.max_completion_length)
-    else:
-        loss = per_token.sum() / max(items, 1)
+    loss = _reduced(per_token, mask, config, items, len(mask) if num_sequences is None else num_sequences)
     if config.entropy_coef:
         bonus_items = acting.sum() if num_items is None else tokens_above_quantile(items, config.top_entropy_quantile)
         loss = loss - config.entropy_coef * entropy.masked_fill(~acting, 0).sum() / max(bonus_items, 1)
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, {})
+
+
+def _sampler_correction(old: Tensor, sampling: Tensor, mask: Tensor, config: GRPOLossConfig) -> Tensor:
+    """Return the correction for a sampler whose probabilities differ from the trainer's."""
+    difference = (old - sampling).masked_fill(~mask, 0).nan_to_num(nan=0.0)
+    if config.sampler_ratio_mode.startswith("sequence"):
+        difference = difference.sum(-1, keepdim=True)
+    correction = difference.exp()
+    low, high = config.sampler_ratio_floor, config.sampler_ratio_cap or math.inf
+    if config.sampler_ratio_mode.endswith("truncate"):
+        return correction.clamp(low, high)
+    return correction.masked_fill((correction < low) | (correction > high), 0)
+
+
+def _reduced(
+    per_token: Tensor, mask: Tensor, config: GRPOLossConfig, items: Tensor | float, sequences: Tensor | float
+) -> Tensor:
+    """Return the loss of the batch from those of its tokens, 0 outside the mask."""
+    if config.loss_type == "grpo":
+        return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / max(sequences, 1)
+    if config.loss_type == "dr_grpo":
+        assert config.max_completion_length is not None
+        return per_token.sum() / (max(sequences, 1) * config.max_completion_length)
+    return per_token.sum() / max(items, 1)
 
 
 def linear_edge_grpo_loss(

@@ -21,7 +21,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.data.arithmetic import LEVELS, generate
-from edge_grpo.grading.rewards import judge
+from edge_grpo.grading.answers import Grader
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.text import last_box
 from edge_grpo.types import Example, Sampling
@@ -191,7 +191,6 @@ class Phase:
     decay_to: float  # what is left of it at the end, linearly
 
 
-PER_LEVEL = 100  # held-out problems for the model card
 PHASES = (
     Phase(steps=1000, shares=(0.0, 0.85, 0.15), learning_rate=5e-3, decay_to=0.1),
     Phase(steps=350, shares=(0.5, 0.3, 0.2), learning_rate=2.5e-3, decay_to=0.0),
@@ -230,7 +229,7 @@ def train(model: LlamaForCausalLM, texts: Texts, phase: Phase, batch_size: int) 
 Rows = dict[str, list[float]]
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, per_level: int) -> Rows:
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, grader: Grader, per_level: int) -> Rows:
     """Held-out accuracy by level, a row for each way of asking:
 
     greedy, sampled   the prompt alone, at temperature 0 and 1
@@ -261,7 +260,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, per_lev
             "reflected": ask(1.0, wrong),
         }
         for name, texts in answers.items():
-            outcomes = [judge((e.answer or "",), last_box(t)) for e, t in zip(examples, texts, strict=True)]
+            outcomes = grader([((e.answer or "",), last_box(t)) for e, t in zip(examples, texts, strict=True)])
             rows.setdefault(name, []).append(outcomes.count("correct") / per_level)
         works = sum("First" in text for text in answers["sampled"]) / per_level
         rows.setdefault("works by itself", []).append(works)
@@ -279,22 +278,29 @@ def model_card(rows: Rows, parameters: int, per_level: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "python" / "edge_grpo" / "tiny")
-    parser.add_argument("--seed", type=int, default=0)
+    folder = Path(__file__).parents[1] / "python" / "edge_grpo" / "tiny"
+    steps = [phase.steps for phase in PHASES]
+    parser.add_argument("--output", type=Path, default=folder, help="folder to write to (default: the package's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the texts (default: 0)")
+    parser.add_argument("--steps", type=int, nargs=len(PHASES), default=steps, help=f"of each phase (default: {steps})")
+    parser.add_argument("--problems", type=int, default=100, help="held out for each level's accuracy (default: 100)")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the same bits without it, in less time
+    # The same bits without it, in less time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    for phase in PHASES:
-        train(model, Texts(tokenizer, args.seed), phase, batch_size=64)
-    model.to(torch.bfloat16)
+    for phase, num_steps in zip(PHASES, args.steps, strict=True):
+        train(model, Texts(tokenizer, args.seed), replace(phase, steps=num_steps), batch_size=64)
+    model.bfloat16()
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    rows = measure(model.float(), tokenizer, PER_LEVEL)
-    card = model_card(rows, model.num_parameters(), PER_LEVEL)
+    grader = Grader()
+    rows = measure(model.float(), tokenizer, grader, args.problems)
+    grader.close()
+    card = model_card(rows, model.num_parameters(), args.problems)
     (args.output / "README.md").write_text(card, encoding="utf-8")
     print(card)
 

@@ -1,6 +1,6 @@
 """The backends that a process of tests can run: Triton only where it interprets its kernels, and then only Triton.
 
-``TRITON_INTERPRET=1 pytest tests/kernels/ops/test_token_stats.py tests/kernels/backends/interpreted`` runs them by
+``TRITON_INTERPRET=1 pytest tests/kernels/ops/test_token_stats*.py tests/kernels/backends/interpreted`` runs them by
 hand; test_triton.py does it in a process of its own, because Triton reads the variable once, when it is first imported.
 """
 

@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "../token_stats.h"
-
 namespace edge::cpu {
 
 // Elements per block: the float32 block (16 KB) stays in the L1 cache between its two passes, and float sums over a
@@ -47,8 +45,8 @@ using BackwardBlock = void (*)(const void* logits, void* grad_logits, std::int64
 
 // The same in one exponential per element, for linear transforms: exp((x - the block's max) * slope) is written to
 // powers, of type float (double for float64), and later turned into the gradient, powers * factor, each block having a
-// factor of its own. powers may lie where x or grad does if those are of its type; nobody else may read them, since
-// their order is the kernel's.
+// factor of its own. powers may share memory with x or grad if the types are equal; only the kernel may read
+// them, since it decides their order.
 using PowersBlock = BlockSums (*)(const void* logits, void* powers, std::int64_t count, double slope);
 using ScaleBlock = void (*)(const void* powers, void* grad_logits, std::int64_t count, double factor);
 

@@ -1,15 +1,13 @@
-// The one-sweep loss: a row's blocks pass twice while the row is in cache. Where only the log-probability has a
-// gradient and the transform is linear, exp is taken once per element: first each block's maximum, exp and sums; then,
-// with the row's statistics known, one multiplication, whose factor makes up for the block's maximum not being the
-// row's.
-#include "../grpo_sweep.h"
-
+// The one-sweep loss: each block of a row is processed twice while the row is in cache. Where only the log-probability
+// has a gradient and the transform is linear, exp is taken once per element: first each block's maximum, exp and sums;
+// then, with the row's statistics known, one multiplication, whose factor corrects for the difference between the
+// block's maximum and the row's.
 #include <cstring>
 #include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
-#include "terms.h"
 
 namespace edge::cpu {
 namespace {
@@ -22,7 +20,8 @@ class Sweep {
           grid_(grid),
           kernels_(kernels_for(call.rows.dtype)),
           transform_(prepare(call.rows.transform)),
-          keeps_powers_(transform_.linear && call.rule.bonus_weight == 0.0) {}
+          rule_(token_rule(call.rule, call.tensors, call.rows.dtype)),
+          keeps_powers_(transform_.linear && rule_.bonus_weight == 0.0) {}
 
     // Whether exp(z - max) needs memory apart from the gradient's: 16-bit elements cannot hold it.
     bool needs_scratch() const {
@@ -65,14 +64,15 @@ class Sweep {
         write_stat(dtype, call_.logprobs, row, stats.logprob);
         write_stat(dtype, call_.entropy, row, stats.entropy);
         const TokenDerivatives d =
-            token_derivatives(call_.rule, token_terms(call_, dtype, row), stats.logprob, stats.entropy);
+            token_derivatives(rule_, token_terms(call_.tensors, dtype, row), stats.logprob, stats.entropy);
         if (d.logprob == 0.0 && d.entropy == 0.0) {
             for_blocks(clear);
             return;
         }
         const StatGradients grads{d.logprob, d.entropy, 0.0};
         const RowGradient gradient = row_gradient(dtype, transform_, stats.logsumexp, stats.entropy, grads);
-        // The target stands in the row's sum like any other element, so only a gradient of its own makes it special.
+        // The target is part of the row's sum like any other element; only a gradient of the log-probability sets it
+        // apart.
         const bool has_own = target >= 0 && d.logprob != 0.0;
         const double own =
             has_own ? target_gradient(call_.rows.transform, transform_, gradient, target_x, stats.entropy, grads) : 0.0;
@@ -97,18 +97,19 @@ class Sweep {
     const Grid& grid_;
     const BlockKernels& kernels_;
     const Transform transform_;
+    const TokenRule rule_;
     const bool keeps_powers_;
 };
 
 }  // namespace
 
-void grpo_sweep(const GrpoSweep& call, int threads) {
+void grpo_sweep(const GrpoSweep& call, const Launch& launch) {
     const Grid grid(call.rows);
-    const Sharing sharing(grid, threads);
+    const Sharing sharing(grid, launch.threads);
     const Sweep sweep(call, grid);
     const std::int64_t rows = call.rows.rows;
     const std::int64_t workers = sharing.threads > 1 && rows < 2 * sharing.threads ? 1 : sharing.threads;
-    // A worker's scratch is written again and again, so it stays in its cache.
+    // A worker reuses its scratch for every row, so it stays in that core's cache.
     const std::int64_t scratch_size = sweep.needs_scratch() ? call.rows.vocab : 0;
     const std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(workers * scratch_size)]);
     std::vector<std::vector<BlockSums>> parts(static_cast<std::size_t>(workers));
@@ -117,7 +118,7 @@ void grpo_sweep(const GrpoSweep& call, int threads) {
         return scratch_size > 0 ? scratch.get() + worker * scratch_size : nullptr;
     };
 
-    if (workers < sharing.threads) {  // too few rows to occupy the threads: all of them share each row
+    if (workers < sharing.threads) {  // too few rows to occupy the threads: all threads share each row
         const auto shared_blocks = [&](const auto& task) {
             parallel_for(grid.blocks, kBlocksAtOnce, sharing.threads, task);
         };

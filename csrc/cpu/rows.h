@@ -1,5 +1,5 @@
-// Rows of logits as the drivers see them: which kernels serve them, their blocks, how threads share them, how block
-// sums merge into a row's statistics. For files compiled without AVX flags only (blocks.h says why).
+// Rows of logits as the drivers see them: which kernels process them, their blocks, how threads share them, how block
+// sums merge into a row's statistics. Only for files compiled without AVX flags (blocks.h says why).
 #pragma once
 
 #include <omp.h>
@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "../calls.h"
 #include "blocks.h"
 #include "dispatch.h"
 #include "element.h"
@@ -72,7 +73,7 @@ inline double read_stat(DType dtype, const void* base, std::int64_t index) {
                                     : static_cast<double>(static_cast<const float*>(base)[index]);
 }
 
-// Returns what rounding to the statistics' type took away.
+// Returns the error of rounding to the statistics' type.
 inline double write_stat(DType dtype, void* base, std::int64_t index, double value) {
     if (dtype == DType::kFloat64) {
         static_cast<double*>(base)[index] = value;
@@ -93,7 +94,7 @@ struct Grid {
         : rows(given), bytes(element_bytes(given.dtype)), blocks((given.vocab + kBlock - 1) / kBlock) {}
 
     bool ignored(std::int64_t row) const { return rows.targets != nullptr && rows.targets[row] == rows.ignore_index; }
-    // The column asked about, or -1.
+    // The row's target column, or -1 for none.
     std::int64_t target(std::int64_t row) const {
         if (rows.targets == nullptr) return -1;
         const std::int64_t column = rows.targets[row];
@@ -159,7 +160,7 @@ struct Merger {
     BlockSums total{-kInfinity, 0.0, 0.0};
 
     void add(const BlockSums& block) {
-        if (block.max == -kInfinity) {  // nothing but -inf; a NaN must still be passed on
+        if (block.max == -kInfinity) {  // only -inf; a NaN must still be passed on
             total.sum += block.sum;
         } else if (total.max == -kInfinity) {
             total = {block.max, block.sum + total.sum, block.weighted};
@@ -189,7 +190,7 @@ struct RowStats {
     double logsumexp = kNaN;
 };
 
-// target_y is what the target's logit is transformed to: by the code that found the maximum, lest it lie above it.
+// target_y: the target's transformed logit, computed by the code that found the maximum, so that it cannot exceed it.
 inline RowStats row_stats(const BlockSums& total, double slope, bool has_target, double target_y) {
     RowStats out;
     if (!(total.sum > 0)) return out;  // every z is -inf, or some z is NaN or +inf
@@ -219,8 +220,8 @@ inline RowGradient row_gradient(DType dtype, const Transform& transform, double 
     return out;
 }
 
-// The target's own gradient, x being its logit: in double and apart from the rest, since 1 - p cancels where the model
-// is certain.
+// The target's own gradient; x is its logit. Computed separately and in double, since 1 - p cancels where the model is
+// certain.
 inline double target_gradient(const LogitTransform& given, const Transform& transform, const RowGradient& row, double x,
                               double entropy, const StatGradients& grads) {
     double slope = transform.slope;
@@ -234,7 +235,7 @@ inline double target_gradient(const LogitTransform& given, const Transform& tran
             slope *= 1.0 - bent * bent;
         }
     }
-    // A target of -inf keeps the formula's 1, as it does in PyTorch; what forbade it stops the gradient.
+    // For a target of -inf the formula's 1 remains, as in PyTorch; the operation that masked it blocks the gradient.
     const double exact = (y - row.reference) * transform.slope - row.remainder;
     const double logp = std::max(exact, -800.0);  // exp is 0 there, and p * logp must be too
     const double p = std::exp(logp);

@@ -1,18 +1,17 @@
-// One thread: thousands of tokens take less than waking a second one, and sums keep their order.
-#include "../token_loss.h"
-
+// The loss of tokens, on one thread: thousands of tokens take less time than waking a second one, and the order of the
+// sums is fixed.
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "rows.h"
-#include "terms.h"
 
 namespace edge::cpu {
 namespace {
 
 class Batch {
   public:
-    explicit Batch(const TokenLoss& call) : call_(call) {}
+    explicit Batch(const TokenLoss& call) : call_(call), rule_(token_rule(call.rule, call.tensors, call.dtype)) {}
 
     void run() {
         for (std::int64_t sequence = 0; sequence < call_.sequences; ++sequence) {
@@ -29,13 +28,13 @@ class Batch {
         double log_ratio_of_all = 0.0;
         double num_recorded = 1.0;
         double factor_of_all = 1.0;
-        if (call_.ratio_of_sequence || call_.sampler_of_sequence) {
+        if (call_.is_of_sequences()) {
             double log_ratios = 0.0;
             double recorded = 0.0;
             double differences = 0.0;
             for (std::int64_t i = begin_; i < end_; ++i) {
-                if (call_.mask[i] == 0) continue;
-                const TokenTerms token = token_terms(call_, call_.dtype, i);
+                if (call_.tensors.mask[i] == 0) continue;
+                const TokenTerms token = token_terms(call_.tensors, call_.dtype, i);
                 const double logprob = value_of(call_.logprobs, i);
                 if (has_record(i)) {
                     recorded += 1.0;
@@ -45,45 +44,45 @@ class Batch {
             }
             num_recorded = std::max(recorded, 1.0);
             log_ratio_of_all = log_ratios / num_recorded;
-            if (call_.sampler_of_sequence) factor_of_all = sampler_factor(call_.rule, differences);
+            if (rule_.sampler_of_sequence) factor_of_all = sampler_factor(rule_, differences);
         }
 
         double through_ratio = 0.0;
         for (std::int64_t i = begin_; i < end_; ++i) {
-            if (call_.mask[i] == 0) {
+            if (call_.tensors.mask[i] == 0) {
                 write(call_.d_logprobs, i, 0.0);
                 write(call_.d_entropy, i, 0.0);
                 continue;
             }
-            const TokenTerms token = token_terms(call_, call_.dtype, i);
+            const TokenTerms token = token_terms(call_.tensors, call_.dtype, i);
             const double logprob = value_of(call_.logprobs, i);
             const double entropy = value_of(call_.entropy, i);
-            const double log_ratio = call_.ratio_of_sequence ? log_ratio_of_all : logprob - old_logprob(token, logprob);
+            const double log_ratio = rule_.ratio_of_sequence ? log_ratio_of_all : logprob - old_logprob(token, logprob);
             double factor = token.sampler_ratio;
             if (token.has_sampling) {
-                factor = call_.sampler_of_sequence ? factor_of_all
-                                                   : sampler_factor(call_.rule, sampler_difference(token, logprob));
+                factor = rule_.sampler_of_sequence ? factor_of_all
+                                                   : sampler_factor(rule_, sampler_difference(token, logprob));
             }
-            const TokenOutcome out = token_outcome(call_.rule, token, logprob, entropy, log_ratio, factor);
+            const TokenOutcome out = token_outcome(rule_, token, logprob, entropy, log_ratio, factor);
             add(token, out, logprob, entropy);
             double d_logprob = token.weight * out.direct;
-            if (call_.ratio_of_sequence) {
+            if (rule_.ratio_of_sequence) {
                 through_ratio += token.weight * out.through_ratio;
             } else {
                 d_logprob += token.weight * out.through_ratio;
             }
             write(call_.d_logprobs, i, d_logprob);
-            write(call_.d_entropy, i, -call_.rule.bonus_weight * out.acting);
+            write(call_.d_entropy, i, -rule_.bonus_weight * out.acting);
         }
-        if (!call_.ratio_of_sequence) return;
+        if (!rule_.ratio_of_sequence) return;
         for (std::int64_t i = begin_; i < end_; ++i) {  // every recorded token moves the one ratio by 1 / length
-            if (call_.mask[i] == 0 || !has_record(i)) continue;
+            if (call_.tensors.mask[i] == 0 || !has_record(i)) continue;
             write(call_.d_logprobs, i, value_of(call_.d_logprobs, i) + through_ratio / num_recorded);
         }
     }
 
     void add(const TokenTerms& token, const TokenOutcome& out, double logprob, double entropy) {
-        const double bonus = call_.rule.bonus_weight;
+        const double bonus = rule_.bonus_weight;
         sums_[kLoss] += token.weight * out.loss;
         if (bonus != 0.0 && out.acting != 0.0) sums_[kLoss] -= bonus * entropy;
         sums_[kTokens] += 1.0;
@@ -93,11 +92,11 @@ class Batch {
         sums_[kClippedLow] += out.clipped_low;
         sums_[kClippedHigh] += out.clipped_high;
         sums_[kClipped] += out.clipped_low || out.clipped_high;
-        if (call_.ref_logprobs != nullptr) {
+        if (call_.tensors.ref_logprobs != nullptr) {
             const double difference = token.ref_logprob - logprob;
             sums_[kKl] += std::exp(difference) - difference - 1.0;
         }
-        if (call_.sampler_ratio != nullptr || call_.sampling_logprobs != nullptr) {
+        if (call_.tensors.sampler_ratio != nullptr || call_.tensors.sampling_logprobs != nullptr) {
             sums_[kFactor] += out.factor;
             raise(sums_[kFactorMax], out.factor);
         }
@@ -109,10 +108,11 @@ class Batch {
     double value_of(const void* base, std::int64_t i) const { return read_stat(call_.dtype, base, i); }
     void write(void* base, std::int64_t i, double value) const { write_stat(call_.dtype, base, i, value); }
     bool has_record(std::int64_t i) const {
-        return call_.old_logprobs == nullptr || !std::isnan(value_of(call_.old_logprobs, i));
+        return call_.tensors.old_logprobs == nullptr || !std::isnan(value_of(call_.tensors.old_logprobs, i));
     }
 
     const TokenLoss& call_;
+    const TokenRule rule_;
     std::int64_t begin_ = 0;
     std::int64_t end_ = 0;
     double sums_[kTokenSums] = {};
@@ -120,7 +120,7 @@ class Batch {
 
 }  // namespace
 
-void token_loss(const TokenLoss& call) {
+void token_loss(const TokenLoss& call, const Launch&) {
     Batch(call).run();
 }
 

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace edge::cpu {
@@ -24,11 +25,11 @@ void finish_row(const TokenStatsForward& call, const Grid& grid, const BlockKern
 
 }  // namespace
 
-void token_stats_forward(const TokenStatsForward& call, int threads) {
+void token_stats_forward(const TokenStatsForward& call, const Launch& launch) {
     const Grid grid(call.rows);
     const BlockKernels& kernels = kernels_for(call.rows.dtype);
     const Transform transform = prepare(call.rows.transform);
-    const Sharing sharing(grid, threads);
+    const Sharing sharing(grid, launch.threads);
     const std::int64_t rows = call.rows.rows;
     const auto block_sums = [&](std::int64_t row, std::int64_t block) {
         return kernels.forward(grid.at(row, block * kBlock), grid.count(block), transform);
@@ -59,12 +60,12 @@ void token_stats_forward(const TokenStatsForward& call, int threads) {
     }
 }
 
-void token_stats_backward(const TokenStatsBackward& call, int threads) {
+void token_stats_backward(const TokenStatsBackward& call, const Launch& launch) {
     const Grid grid(call.rows);
     const DType dtype = call.rows.dtype;
     const BlockKernels& kernels = kernels_for(dtype);
     const Transform transform = prepare(call.rows.transform);
-    const Sharing sharing(grid, threads);
+    const Sharing sharing(grid, launch.threads);
     const std::int64_t rows = call.rows.rows;
 
     // Writes blocks [first, last) of a row's gradient.

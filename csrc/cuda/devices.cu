@@ -8,7 +8,7 @@ namespace edge::cuda {
 std::vector<Device> devices() {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError();  // forget the error, or the next caller would be told of it
+        cudaGetLastError();  // clears the error, which the next call would report again
         return {};
     }
     std::vector<Device> found;

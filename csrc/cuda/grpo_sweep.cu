@@ -1,5 +1,5 @@
-// Launches the kernels of grpo_sweep.cuh: as many rows as occupy the GPU evenly with a block for each, and the rest, or
-// all where they are few, split over blocks.
+// Launches the kernels of grpo_sweep.cuh: one block per row for as many rows as occupy the GPU evenly; the remaining
+// rows, or all of them if they are few, are split over blocks.
 #include "grpo_sweep.cuh"
 
 #include "launch.h"
@@ -32,8 +32,8 @@ struct WholeRows {
         slots = attribute(device, cudaDevAttrMultiProcessorCount) * blocks;
     }
 
-    // How many rows to take whole. The last turn is worth taking when it is half full, or when a second read of its
-    // rows would not be served by the cache.
+    // How many rows get a block of their own. The last wave is worth running when it is half full, or when a second
+    // read of its rows would miss the cache.
     std::int64_t share(int device, const RowShape& shape, std::int64_t rows) const {
         const std::int64_t rest = rows % slots;
         const bool is_worth_it =
@@ -42,28 +42,7 @@ struct WholeRows {
     }
 };
 
-SweepArguments arguments_of(const GrpoSweep& call, const DeviceNumbers& numbers) {
-    SweepArguments out{};
-    out.rows = call.rows;
-    out.transform = prepare(call.rows.transform);
-    out.rule = call.rule;
-    out.entropy_threshold = numbers.entropy_threshold;
-    out.bonus_weight = numbers.bonus_weight;
-    out.weight = static_cast<const float*>(call.weight);
-    out.advantages = static_cast<const float*>(call.advantages);
-    out.old_logprobs = static_cast<const float*>(call.old_logprobs);
-    out.ref_logprobs = static_cast<const float*>(call.ref_logprobs);
-    out.sampler_ratio = static_cast<const float*>(call.sampler_ratio);
-    out.sampling_logprobs = static_cast<const float*>(call.sampling_logprobs);
-    out.injected = call.injected;
-    out.logprobs = static_cast<float*>(call.logprobs);
-    out.entropy = static_cast<float*>(call.entropy);
-    out.grad_logits = call.grad_logits;
-    out.grad_row_stride = call.grad_row_stride;
-    return out;
-}
-
-// The same without the first rows.
+// The same call without its first rows.
 SweepArguments without(SweepArguments call, std::int64_t first) {
     const std::int64_t bytes = element_bytes(call.rows.dtype);
     call.rows.rows -= first;
@@ -72,16 +51,20 @@ SweepArguments without(SweepArguments call, std::int64_t first) {
     const auto skip = [first](auto& pointer) {
         if (pointer != nullptr) pointer += first;
     };
+    const auto skip_floats = [first](auto& pointer) {
+        if (pointer != nullptr) pointer = static_cast<const float*>(pointer) + first;
+    };
+    const auto skip_results = [first](void*& pointer) { pointer = static_cast<float*>(pointer) + first; };
     skip(call.rows.targets);
-    skip(call.weight);
-    skip(call.advantages);
-    skip(call.old_logprobs);
-    skip(call.ref_logprobs);
-    skip(call.sampler_ratio);
-    skip(call.sampling_logprobs);
-    skip(call.injected);
-    skip(call.logprobs);
-    skip(call.entropy);
+    skip(call.tensors.injected);
+    skip_floats(call.tensors.weight);
+    skip_floats(call.tensors.advantages);
+    skip_floats(call.tensors.old_logprobs);
+    skip_floats(call.tensors.ref_logprobs);
+    skip_floats(call.tensors.sampler_ratio);
+    skip_floats(call.tensors.sampling_logprobs);
+    skip_results(call.logprobs);
+    skip_results(call.entropy);
     return call;
 }
 
@@ -122,16 +105,15 @@ void sweep_split_rows(SweepArguments arguments, const RowShape& shape, const Lau
 
 }  // namespace
 
-void grpo_sweep(const GrpoSweep& call, const DeviceNumbers& numbers, const Launch& launch) {
+void grpo_sweep(const GrpoSweep& call, const Launch& launch) {
     const std::int64_t rows = call.rows.rows;
     if (rows == 0) return;
     const DeviceGuard guard(launch, "grpo_sweep_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
-    SweepArguments arguments = arguments_of(call, numbers);
+    SweepArguments arguments{call, prepare(call.rows.transform), exceeds_cache(launch.device, shape, rows)};
     const bool linear = arguments.transform.linear;
     const WholeRows whole(launch.device, shape, linear ? kSweepThreads<Linear> : kSweepThreads<Curved>);
     const std::int64_t share = whole.share(launch.device, shape, rows);
-    arguments.streams = exceeds_cache(launch.device, shape, rows);
     const SweepArguments rest = without(arguments, share);
     arguments.rows.rows = share;
     if (share > 0) sweep_whole_rows(arguments, whole, launch);

@@ -20,27 +20,12 @@ namespace edge::cuda {
 template <class Curve>
 inline constexpr int kSweepThreads = Curve::kIsLinear ? 1024 : 512;
 
-struct SweepArguments {
-    TokenRows rows;
+struct SweepArguments : GrpoSweep {
     Transform transform;
-    TokenLossRule rule;  // but for the two numbers that live on the device
-    const float* entropy_threshold;
-    const float* bonus_weight;
-    const float* weight;
-    const float* advantages;
-    const float* old_logprobs;
-    const float* ref_logprobs;
-    const float* sampler_ratio;
-    const float* sampling_logprobs;
-    const std::uint8_t* injected;
-    float* logprobs;
-    float* entropy;
-    void* grad_logits;
-    std::int64_t grad_row_stride;
-    Sums* parts;             // (rows, parts) where rows are split
-    RowGradient* gradients;  // (rows) where rows are split
-    unsigned kept_packets;   // that shared memory holds
-    bool streams;
+    bool streams;                      // as in ForwardArguments
+    unsigned kept_packets = 0;         // that shared memory holds
+    Sums* parts = nullptr;             // (rows, parts) where rows are split
+    RowGradient* gradients = nullptr;  // (rows) where rows are split
 };
 
 // At the front of grpo_sweep_kernel's shared memory; the kept packets follow.
@@ -50,38 +35,24 @@ struct SweepShared {
     alignas(sizeof(Packet)) Packet kept[1];
 };
 
-__device__ inline TokenTerms terms_of(const SweepArguments& call, std::int64_t row) {
-    TokenTerms out;
-    out.weight = read_stat(call.weight, row);
-    out.advantage = read_stat(call.advantages, row);
-    out.old_logprob = read_stat(call.old_logprobs, row, no_number());
-    out.ref_logprob = read_stat(call.ref_logprobs, row, no_number());
-    out.sampler_ratio = read_stat(call.sampler_ratio, row, 1.0);
-    out.sampling_logprob = read_stat(call.sampling_logprobs, row, no_number());
-    out.has_sampling = call.sampling_logprobs != nullptr;
-    out.injected = call.injected != nullptr && call.injected[row] != 0;
-    return out;
-}
-
 // Writes a row's statistics, on one thread, and returns what its gradient needs. The logits are still there.
 __device__ inline RowGradient finish_sweep_row(const SweepArguments& call, std::int64_t row, const Sums& total) {
     const std::int64_t target = target_of(call.rows, row);
     float target_x = 0.0f;
     if (target >= 0) target_x = read_element(call.rows.dtype, call.rows.logits, row * call.rows.row_stride + target);
     const RowStats stats = row_stats(total, call.transform, target >= 0, curve_of(call.transform, target_x));
-    call.logprobs[row] = static_cast<float>(stats.logprob);
-    call.entropy[row] = static_cast<float>(stats.entropy);
-    TokenLossRule rule = call.rule;
-    rule.entropy_threshold = read_stat(call.entropy_threshold, 0, rule.entropy_threshold);
-    rule.bonus_weight = read_stat(call.bonus_weight, 0, rule.bonus_weight);
-    const TokenDerivatives d = token_derivatives(rule, terms_of(call, row), stats.logprob, stats.entropy);
+    write_stat(call.logprobs, row, stats.logprob);
+    write_stat(call.entropy, row, stats.entropy);
+    const TokenRule rule = token_rule(call.rule, call.tensors, DType::kFloat32);
+    const TokenTerms terms = token_terms(call.tensors, DType::kFloat32, row);
+    const TokenDerivatives d = token_derivatives(rule, terms, stats.logprob, stats.entropy);
     const StatGradients grads{d.logprob, d.entropy, 0.0};
     return row_gradient(call.transform, stats.logsumexp, stats.entropy, grads, target, target_x);
 }
 
 __device__ inline void write_ignored(const SweepArguments& call, std::int64_t row) {
-    call.logprobs[row] = 0.0f;
-    call.entropy[row] = 0.0f;
+    write_stat(call.logprobs, row, 0.0);
+    write_stat(call.entropy, row, 0.0);
 }
 
 template <class T, class Curve>

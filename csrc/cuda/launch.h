@@ -14,12 +14,12 @@ namespace edge::cuda {
 
 inline void check(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // forget the error, or the next caller would be told of it
+    cudaGetLastError();  // clears the error, which the next call would report again
     throw std::runtime_error(what + ": CUDA error " + std::to_string(static_cast<int>(status)) + " (" +
                              cudaGetErrorName(status) + "): " + cudaGetErrorString(status));
 }
 
-// While it lives, a device is the current one.
+// Makes the launch's device the current one for the guard's lifetime.
 class DeviceGuard {
   public:
     DeviceGuard(const Launch& launch, const std::string& kernel) {
@@ -107,18 +107,19 @@ struct RowShape {
     }
 };
 
-// How the blocks of a kernel share rows: parts of a row, and blocks that take rows in turn.
+// How the blocks of a kernel share rows: each row is split into parts, and blocks take rows in turn.
 struct Sharing {
     int threads;
     std::int64_t parts;
     std::int64_t blocks;
 
-    // The fewest parts that keep nine tenths of the multiprocessors busy to the end, or the busiest where none does.
+    // The smallest number of parts that keeps nine tenths of the multiprocessors busy to the end; if there is none, the
+    // one that keeps most of them busy.
     Sharing(int device, const RowShape& shape, std::int64_t rows, int most_threads)
         : threads(shape.threads(most_threads)) {
         const std::int64_t per_multiprocessor = std::min(16, kResidentThreads / threads);
         const std::int64_t slots = attribute(device, cudaDevAttrMultiProcessorCount) * per_multiprocessor;
-        // Less than a step for each thread is not worth a block.
+        // A block with less than one step per thread does not pay off.
         const std::int64_t step = static_cast<std::int64_t>(threads) * kPacketsAtOnce<Linear>;
         const std::int64_t most_parts =
             std::clamp<std::int64_t>(shape.packets / step, 1, std::min<std::int64_t>(slots, 64));
@@ -148,7 +149,7 @@ inline dim3 finish_grid(std::int64_t rows) {
     return dim3(static_cast<unsigned>((rows + kRows - 1) / kRows));
 }
 
-// Cuts pieces off the workspace, the most aligned first.
+// Hands out pieces of the workspace; ask for those with the strictest alignment first.
 class Workspace {
   public:
     explicit Workspace(const Launch& launch)

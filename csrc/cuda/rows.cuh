@@ -2,7 +2,7 @@
 // transform that comes first, and the walk over the packets.
 #pragma once
 
-#include "../token_stats.h"
+#include "../calls.h"
 #include "device.cuh"
 
 namespace edge::cuda {

@@ -19,13 +19,13 @@ struct StatGradients {
     double logsumexp;
 };
 
-__device__ __forceinline__ double no_number() {
-    return NAN;
+// Null is 0.
+__device__ __forceinline__ double read_stat(const void* base, std::int64_t index) {
+    return base == nullptr ? 0.0 : static_cast<double>(static_cast<const float*>(base)[index]);
 }
 
-// Null is absent.
-__device__ __forceinline__ double read_stat(const float* base, std::int64_t index, double absent = 0.0) {
-    return base == nullptr ? absent : static_cast<double>(base[index]);
+__device__ __forceinline__ void write_stat(void* base, std::int64_t index, double value) {
+    static_cast<float*>(base)[index] = static_cast<float>(value);
 }
 
 __device__ __forceinline__ float read_element(DType dtype, const void* base, std::int64_t index) {
@@ -40,9 +40,9 @@ __device__ __forceinline__ float curve_of(const Transform& transform, float x) {
     return transform.linear ? x : Curved(transform)(x);
 }
 
-// target_y: f of the target's logit; looked at where has_target.
+// target_y: f of the target's logit; read only if has_target.
 __device__ inline RowStats row_stats(const Sums& total, const Transform& transform, bool has_target, float target_y) {
-    RowStats out{no_number(), no_number(), no_number()};
+    RowStats out{NAN, NAN, NAN};
     // Otherwise some z is NaN or +inf, or every z is -inf.
     if (!(total.sum > 0.0f && total.sum <= -kLowest && total.max <= -kLowest)) return out;
     const double log_sum = std::log2(static_cast<double>(total.sum));
@@ -74,12 +74,12 @@ __device__ __forceinline__ RowGradient zero_gradient() {
     return {0.0f, 0.0f, 0.0f, 0.0f, -1, true};
 }
 
-// target_x: the target's logit; looked at where target >= 0.
+// target_x: the target's logit; read only if target >= 0.
 __device__ inline RowGradient row_gradient(const Transform& transform, double logsumexp, double entropy,
                                            const StatGradients& grads, std::int64_t target, float target_x) {
     if (grads.logprob == 0.0 && grads.entropy == 0.0 && grads.logsumexp == 0.0) return zero_gradient();
     RowGradient out{};
-    // Back to what the elements are computed with. What is too fine for the reference goes into the factors.
+    // In the units that the elements are computed in. What the reference loses by rounding goes into the factors.
     const double exact = (logsumexp - transform.gain_error * (logsumexp - entropy)) * kLog2E;
     out.reference = static_cast<float>(exact);
     const double remainder = exact - static_cast<double>(out.reference);
@@ -89,7 +89,7 @@ __device__ inline RowGradient row_gradient(const Transform& transform, double lo
     out.tilt = static_cast<float>(-factor * grads.entropy * kLn2);
     out.target = target >= 0 && grads.logprob != 0.0 ? target : -1;
     if (out.target >= 0) {
-        // In double and apart from the rest, since 1 - p cancels where the model is certain.
+        // Computed separately and in double, since 1 - p cancels where the model is certain.
         double y = static_cast<double>(target_x);
         double slope = transform.slope;
         if (!transform.linear) {
@@ -97,7 +97,8 @@ __device__ inline RowGradient row_gradient(const Transform& transform, double lo
             y = static_cast<double>(Curved(transform)(target_x, dy));
             slope *= static_cast<double>(dy);
         }
-        // A target of -inf keeps the formula's 1, as in PyTorch; what forbade it stops the gradient.
+        // For a target of -inf the formula's 1 remains, as in PyTorch; the operation that masked it blocks the
+        // gradient.
         const double exact_logp = y * transform.slope - logsumexp;
         const double logp = exact_logp < -800.0 ? -800.0 : exact_logp;  // exp is 0 there, and p * logp must be too
         const double p = std::exp(logp);
@@ -107,7 +108,7 @@ __device__ inline RowGradient row_gradient(const Transform& transform, double lo
     return out;
 }
 
-// The column that a row is asked about, or -1.
+// The row's target column, or -1 for none.
 __device__ __forceinline__ std::int64_t target_of(const TokenRows& rows, std::int64_t row) {
     if (rows.targets == nullptr) return -1;
     const std::int64_t column = rows.targets[row];

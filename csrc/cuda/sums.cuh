@@ -15,7 +15,8 @@ struct Sums {
     float weighted;
 };
 
-// Below it 2^u is exactly 0, by either way of computing it; a difference of -inf is raised to it, lest 0 * inf appear.
+// Below it 2^u is exactly 0, by either way of computing it; a difference of -inf is raised to it, so that 0 * inf
+// cannot occur.
 inline constexpr float kFloor = -127.0f;
 
 // Packets per step of the forward loop.

@@ -16,14 +16,18 @@ TokenGrid grid_of(std::int64_t sequences, std::int64_t length, bool by_sequence)
 
 }  // namespace
 
-std::size_t token_loss_workspace_bytes(std::int64_t sequences, std::int64_t length) {
+std::size_t token_loss_workspace_bytes(std::int64_t sequences, std::int64_t length, const Launch&) {
     const std::int64_t rows = std::max(sequences, grid_of(sequences, length, false).rows);
     return static_cast<std::size_t>(rows * kTokenSums) * sizeof(double);
 }
 
 void token_loss(const TokenLoss& call, const Launch& launch) {
     const DeviceGuard guard(launch, "token_loss_kernel");
-    const TokenGrid grid = grid_of(call.sequences, call.length, call.ratio_of_sequence || call.sampler_of_sequence);
+    if (call.dtype != DType::kFloat32) {
+        throw std::invalid_argument("dtype must be 0 (float32) for the cuda kernel of token_loss; got " +
+                                    std::to_string(static_cast<int>(call.dtype)));
+    }
+    const TokenGrid grid = grid_of(call.sequences, call.length, call.is_of_sequences());
     double* const row_sums = Workspace(launch).take<double>(grid.rows * kTokenSums);
     if (grid.rows > 0) {
         const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(grid.rows, 1 << 20));

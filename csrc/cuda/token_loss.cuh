@@ -1,12 +1,12 @@
 // Kernels of the token-level loss: the weighted sum, the metrics, and the derivatives by each token's log-probability
-// and entropy; edge_kernels/token_loss.py is the specification, token_loss.h the mathematics of one token.
+// and entropy; edge_kernels/backends/plain.py is the specification, csrc/token_loss.h the mathematics of one token.
 //
 // token_loss_kernel takes a row of tokens per block: a sequence where ratios are those of whole sequences, else any
 // stretch of tokens. Its sums go to token_loss_finish_kernel, one block, which adds them in the order of the rows.
 #pragma once
 
+#include "../token_loss.h"
 #include "device.cuh"
-#include "kernels.h"
 
 namespace edge::cuda {
 
@@ -68,47 +68,33 @@ __device__ __forceinline__ void combine_block(const double (&sums)[kTokenSums], 
     __syncthreads();
 }
 
-__device__ __forceinline__ double value_of(const float* base, std::int64_t index, double absent) {
-    return base == nullptr ? absent : static_cast<double>(base[index]);
-}
-
-__device__ inline TokenTerms token_terms(const TokenLoss& call, std::int64_t token) {
-    TokenTerms out;
-    out.weight = value_of(call.weight, token, 0.0);
-    out.advantage = value_of(call.advantages, token, 0.0);
-    out.old_logprob = value_of(call.old_logprobs, token, NAN);
-    out.ref_logprob = value_of(call.ref_logprobs, token, NAN);
-    out.sampler_ratio = value_of(call.sampler_ratio, token, 1.0);
-    out.sampling_logprob = value_of(call.sampling_logprobs, token, NAN);
-    out.has_sampling = call.sampling_logprobs != nullptr;
-    out.injected = call.injected != nullptr && call.injected[token] != 0;
-    return out;
-}
-
 __global__ void __launch_bounds__(kTokenLossThreads)
     token_loss_kernel(const TokenLoss call, const TokenGrid grid, double* const row_sums) {
     double* const scratch = reinterpret_cast<double*>(shared_memory());
-    TokenLossRule rule = call.rule;
-    rule.entropy_threshold = value_of(call.numbers.entropy_threshold, 0, rule.entropy_threshold);
-    rule.bonus_weight = value_of(call.numbers.bonus_weight, 0, 0.0);
-    const bool reports_factor = call.sampler_ratio != nullptr || call.sampling_logprobs != nullptr;
+    const TokenTensors& tensors = call.tensors;
+    const TokenRule rule = token_rule(call.rule, tensors, DType::kFloat32);
+    const auto* const logprobs = static_cast<const float*>(call.logprobs);
+    const auto* const entropies = static_cast<const float*>(call.entropy);
+    auto* const d_logprobs = static_cast<float*>(call.d_logprobs);
+    auto* const d_entropy = static_cast<float*>(call.d_entropy);
+    const bool reports_factor = tensors.sampler_ratio != nullptr || tensors.sampling_logprobs != nullptr;
     for (std::int64_t row = blockIdx.x; row < grid.rows; row += gridDim.x) {
         const std::int64_t begin = row * grid.columns;
         const std::int64_t end = begin + grid.columns < grid.tokens ? begin + grid.columns : grid.tokens;
 
-        // What the whole sequence decides. A token without a record takes no part in its ratio.
+        // Quantities of the whole sequence. A token without a record is left out of its ratio.
         double sequence_log_ratio = 0.0;
         double sequence_length = 1.0;
         double sequence_factor = 1.0;
-        if (call.ratio_of_sequence || call.sampler_of_sequence) {
+        if (call.is_of_sequences()) {
             double log_ratios = 0.0;
             double recorded = 0.0;
             double differences = 0.0;
             for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-                if (call.mask[i] == 0) continue;
-                const TokenTerms token = token_terms(call, i);
-                const double logprob = static_cast<double>(call.logprobs[i]);
-                if (call.old_logprobs == nullptr || !std::isnan(token.old_logprob)) {
+                if (tensors.mask[i] == 0) continue;
+                const TokenTerms token = token_terms(tensors, DType::kFloat32, i);
+                const double logprob = static_cast<double>(logprobs[i]);
+                if (tensors.old_logprobs == nullptr || !std::isnan(token.old_logprob)) {
                     recorded += 1.0;
                     log_ratios += logprob - old_logprob(token, logprob);
                 }
@@ -117,25 +103,25 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             sequence_length = sum_block(recorded, scratch);
             sequence_length = sequence_length < 1.0 ? 1.0 : sequence_length;
             sequence_log_ratio = sum_block(log_ratios, scratch) / sequence_length;
-            if (call.sampler_of_sequence) sequence_factor = sampler_factor(rule, sum_block(differences, scratch));
+            if (rule.sampler_of_sequence) sequence_factor = sampler_factor(rule, sum_block(differences, scratch));
         }
 
         double sums[kTokenSums] = {};
         double through_ratio = 0.0;
         for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-            if (call.mask[i] == 0) {
-                call.d_logprobs[i] = 0.0f;
-                call.d_entropy[i] = 0.0f;
+            if (tensors.mask[i] == 0) {
+                d_logprobs[i] = 0.0f;
+                d_entropy[i] = 0.0f;
                 continue;
             }
-            const TokenTerms token = token_terms(call, i);
-            const double logprob = static_cast<double>(call.logprobs[i]);
-            const double entropy = static_cast<double>(call.entropy[i]);
+            const TokenTerms token = token_terms(tensors, DType::kFloat32, i);
+            const double logprob = static_cast<double>(logprobs[i]);
+            const double entropy = static_cast<double>(entropies[i]);
             double log_ratio = sequence_log_ratio;
-            if (!call.ratio_of_sequence) log_ratio = logprob - old_logprob(token, logprob);
+            if (!rule.ratio_of_sequence) log_ratio = logprob - old_logprob(token, logprob);
             double factor = token.sampler_ratio;
             if (token.has_sampling) {
-                factor = call.sampler_of_sequence ? sequence_factor
+                factor = rule.sampler_of_sequence ? sequence_factor
                                                   : sampler_factor(rule, sampler_difference(token, logprob));
             }
             const TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
@@ -148,7 +134,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             sums[kClippedLow] += out.clipped_low ? 1.0 : 0.0;
             sums[kClippedHigh] += out.clipped_high ? 1.0 : 0.0;
             sums[kClipped] += out.clipped_low || out.clipped_high ? 1.0 : 0.0;
-            if (call.ref_logprobs != nullptr) {
+            if (tensors.ref_logprobs != nullptr) {
                 const double difference = token.ref_logprob - logprob;
                 sums[kKl] += std::exp(difference) - difference - 1.0;
             }
@@ -159,22 +145,22 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             }
 
             double d_logprob = token.weight * out.direct;
-            if (call.ratio_of_sequence) {
+            if (rule.ratio_of_sequence) {
                 through_ratio += token.weight * out.through_ratio;
             } else {
                 d_logprob += token.weight * out.through_ratio;
             }
-            call.d_logprobs[i] = static_cast<float>(d_logprob);
-            call.d_entropy[i] = static_cast<float>(-rule.bonus_weight * out.acting);
+            d_logprobs[i] = static_cast<float>(d_logprob);
+            d_entropy[i] = static_cast<float>(-rule.bonus_weight * out.acting);
         }
 
         // Every recorded token of a sequence moves the one ratio by 1 / length.
-        if (call.ratio_of_sequence) {
+        if (rule.ratio_of_sequence) {
             const double each = sum_block(through_ratio, scratch) / sequence_length;
             for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-                const bool has_record = call.old_logprobs == nullptr || !std::isnan(call.old_logprobs[i]);
-                if (call.mask[i] == 0 || !has_record) continue;
-                call.d_logprobs[i] = static_cast<float>(static_cast<double>(call.d_logprobs[i]) + each);
+                const bool has_record = !std::isnan(number_at(tensors.old_logprobs, DType::kFloat32, i, 0.0));
+                if (tensors.mask[i] == 0 || !has_record) continue;
+                d_logprobs[i] = static_cast<float>(static_cast<double>(d_logprobs[i]) + each);
             }
         }
         combine_block(sums, scratch, [&](int which, double value) { row_sums[row * kTokenSums + which] = value; });
@@ -190,7 +176,8 @@ __global__ void __launch_bounds__(kTokenLossThreads)
         for (int k = 0; k < kTokenSums; ++k) sums[k] = combine(k, sums[k], row_sums[row * kTokenSums + k]);
     }
     combine_block(sums, scratch, [&](int which, double value) {
-        *(which == kLoss ? call.loss : call.metrics + (which - kTokens)) = static_cast<float>(value);
+        auto* const metrics = static_cast<float*>(call.metrics);
+        *(which == kLoss ? static_cast<float*>(call.loss) : metrics + (which - kTokens)) = static_cast<float>(value);
     });
 }
 

@@ -21,10 +21,10 @@ __global__ void token_stats_finish_kernel(const ForwardArguments call, unsigned 
 
 }  // namespace
 
-std::size_t row_workspace_bytes(int device, DType dtype, std::int64_t rows, std::int64_t vocab) {
-    if (rows == 0) return 0;
-    const Sharing sharing(device, RowShape(dtype, vocab), rows, kStatsThreads);
-    return static_cast<std::size_t>(rows) *
+std::size_t row_workspace_bytes(const TokenRows& rows, const Launch& launch) {
+    if (rows.rows == 0) return 0;
+    const Sharing sharing(launch.device, RowShape(rows.dtype, rows.vocab), rows.rows, kStatsThreads);
+    return static_cast<std::size_t>(rows.rows) *
            (static_cast<std::size_t>(sharing.parts) * sizeof(Sums) + sizeof(RowGradient));
 }
 
@@ -47,15 +47,9 @@ void token_stats_forward(const TokenStatsForward& call, const Launch& launch) {
     const DeviceGuard guard(launch, "token_stats_fwd_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
     const Sharing sharing(launch.device, shape, call.rows.rows, kStatsThreads);
-    ForwardArguments arguments{};
-    arguments.rows = call.rows;
-    arguments.transform = prepare(call.rows.transform);
-    arguments.logprobs = static_cast<float*>(call.logprobs);
-    arguments.entropy = static_cast<float*>(call.entropy);
-    arguments.logsumexp = static_cast<float*>(call.logsumexp);
-    arguments.logsumexp_low = static_cast<float*>(call.logsumexp_low);
-    arguments.streams = exceeds_cache(launch.device, shape, call.rows.rows);
-    if (sharing.parts > 1) arguments.parts = Workspace(launch).take<Sums>(call.rows.rows * sharing.parts);
+    Sums* const parts = sharing.parts > 1 ? Workspace(launch).take<Sums>(call.rows.rows * sharing.parts) : nullptr;
+    const ForwardArguments arguments{call, prepare(call.rows.transform), parts,
+                                     exceeds_cache(launch.device, shape, call.rows.rows)};
     launch_forward(arguments, sharing, launch);
     if (sharing.parts > 1) {
         launch_kernel("token_stats_finish_kernel", token_stats_finish_kernel, launch, finish_grid(call.rows.rows),
@@ -67,18 +61,8 @@ void token_stats_backward(const TokenStatsBackward& call, const Launch& launch) 
     if (call.rows.rows == 0) return;
     const DeviceGuard guard(launch, "token_stats_bwd_kernel");
     const RowShape shape(call.rows.dtype, call.rows.vocab);
-    BackwardArguments arguments{};
-    arguments.rows = call.rows;
-    arguments.transform = prepare(call.rows.transform);
-    arguments.entropy = static_cast<const float*>(call.entropy);
-    arguments.logsumexp = static_cast<const float*>(call.logsumexp);
-    arguments.logsumexp_low = static_cast<const float*>(call.logsumexp_low);
-    arguments.grad_logprobs = static_cast<const float*>(call.grad_logprobs);
-    arguments.grad_entropy = static_cast<const float*>(call.grad_entropy);
-    arguments.grad_logsumexp = static_cast<const float*>(call.grad_logsumexp);
-    arguments.grad_logits = call.grad_logits;
-    arguments.grad_row_stride = call.grad_row_stride;
-    arguments.streams = exceeds_cache(launch.device, shape, call.rows.rows);
+    const BackwardArguments arguments{call, prepare(call.rows.transform), nullptr,
+                                      exceeds_cache(launch.device, shape, call.rows.rows)};
     launch_backward(arguments, Sharing(launch.device, shape, call.rows.rows, kStatsThreads), launch);
 }
 

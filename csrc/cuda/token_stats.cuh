@@ -1,6 +1,6 @@
 // Kernels of token_stats: sums of rows or parts of rows, their merging, and the gradient.
 //
-// For who reads the machine code (`nvcc -std=c++17 -O3 -arch=sm_90 -cubin csrc/cuda/token_stats.cu -o out.cubin`, the
+// For readers of the machine code (`nvcc -std=c++17 -O3 -arch=sm_90 -cubin csrc/cuda/token_stats.cu -o out.cubin`, the
 // same for grpo_sweep.cu and token_loss.cu; sm_80, sm_90, sm_100 and sm_120 are built): the kernels are
 // edge::cuda::token_stats_fwd_kernel<T, Curve> and edge::cuda::token_stats_bwd_kernel<T, Curve>, with T one of float,
 // __nv_bfloat16, __half and Curve one of Linear, Curved, and token_stats_finish_kernel. The main loop of each template
@@ -8,49 +8,36 @@
 //     forward, Linear     4 packets of 16 bytes: 32 elements of 16 bits, 16 of float
 //     backward, Linear    2 packets, loaded and stored
 //     Curved              1 packet
-// The other innermost loops take the packets that are left one at a time; where the gradient is aligned differently
-// from the logits, the backward loads single elements and stores packets. No loop over packets has a barrier.
+// The other innermost loops process the remaining packets one at a time; where the gradient is aligned differently from
+// the logits, the backward pass loads single elements and stores packets. No loop over packets has a barrier.
 #pragma once
 
+#include "../token_stats.h"
 #include "statistics.cuh"
 
 namespace edge::cuda {
 
 inline constexpr int kStatsThreads = 256;  // at most; fewer for small vocabularies
 
-struct ForwardArguments {
-    TokenRows rows;
+struct ForwardArguments : TokenStatsForward {
     Transform transform;
-    float* logprobs;
-    float* entropy;
-    float* logsumexp;
-    float* logsumexp_low;
     Sums* parts;   // (rows, gridDim.y), for a finishing kernel; null where a block takes whole rows and finishes them
     bool streams;  // the matrix is larger than the L2 cache
 };
 
-struct BackwardArguments {
-    TokenRows rows;
+struct BackwardArguments : TokenStatsBackward {
     Transform transform;
-    const float* entropy;
-    const float* logsumexp;
-    const float* logsumexp_low;
-    const float* grad_logprobs;
-    const float* grad_entropy;
-    const float* grad_logsumexp;
-    const RowGradient* gradients;  // (rows): given, all of the above are not looked at
-    void* grad_logits;
-    std::int64_t grad_row_stride;
+    const RowGradient* gradients;  // (rows): given, neither statistics nor their gradients are looked at
     bool streams;
 };
 
 __device__ inline void write_stats(const ForwardArguments& call, std::int64_t row, const RowStats& stats) {
-    if (call.logprobs != nullptr) call.logprobs[row] = static_cast<float>(stats.logprob);
-    call.entropy[row] = static_cast<float>(stats.entropy);
-    const float high = static_cast<float>(stats.logsumexp);
-    call.logsumexp[row] = high;
+    if (call.logprobs != nullptr) write_stat(call.logprobs, row, stats.logprob);
+    write_stat(call.entropy, row, stats.entropy);
+    write_stat(call.logsumexp, row, stats.logsumexp);
     if (call.logsumexp_low != nullptr) {
-        call.logsumexp_low[row] = static_cast<float>(stats.logsumexp - static_cast<double>(high));
+        const float high = static_cast<float>(stats.logsumexp);
+        write_stat(call.logsumexp_low, row, stats.logsumexp - static_cast<double>(high));
     }
 }
 
@@ -64,7 +51,7 @@ __device__ inline void finish_row(const ForwardArguments& call, std::int64_t row
     write_stats(call, row, row_stats(total, call.transform, target >= 0, target_y));
 }
 
-// Adds packets [first, last) of a row, which nobody writes meanwhile.
+// Adds packets [first, last) of a row. No other thread may write them at the same time.
 template <class T, class Curve>
 __device__ __forceinline__ void add_packets(ThreadSums& sums, const Row<const T>& row, unsigned first, unsigned last,
                                             const Curve& curve, float gain, const CachePolicy& policy) {
@@ -185,8 +172,8 @@ __device__ __forceinline__ void clear_part(const Row<T>& grad, const Part& part,
     for_packets<1>(part.first, part.last, [&](unsigned i, auto) { policy.store(grad.packet(i), Packet{}); });
 }
 
-// Writes the target's own gradient over what the loops wrote there: the thread that wrote it does, so that the order is
-// the program's.
+// Overwrites the target's element with its own gradient. The thread whose loop wrote that element does it, so that the
+// two writes are ordered.
 template <class T>
 __device__ __forceinline__ void write_own(const Row<T>& grad, const Part& part, const RowGradient& gradient) {
     const std::int64_t target = gradient.target;

@@ -1,4 +1,9 @@
-"""The backend "reference": the kernels' contract (kernels.py) in plain PyTorch, on any device and in any dtype."""
+"""The backend "reference": the contract (contract.py) in plain PyTorch, on any device and in any dtype.
+
+Its ``token_loss`` is the specification of a token's loss and of its derivatives, which are written out: a sweep over
+tiles needs them inside an op, where autograd does not reach. The same in a readable form, for whole batches and by
+autograd: reference.py.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,24 @@ import torch
 from torch import Tensor
 
 from edge_kernels import reference
-from edge_kernels.ops.token_loss import LossRule, TokenTerms, token_loss
-from edge_kernels.ops.token_stats import KernelStats, StatsGradients, Transform
-
-__all__ = ["grpo_sweep", "token_loss", "token_stats_backward", "token_stats_forward"]
+from edge_kernels.contract import (
+    METRICS,
+    Injected,
+    KernelStats,
+    LossRule,
+    Objective,
+    StatsGradients,
+    TokenLoss,
+    TokenTerms,
+    Transform,
+)
+from edge_kernels.reference import MAX_LOG_RATIO, k3
 
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     stats = reference.token_stats(logits, targets, **transform._asdict())
-    return KernelStats(*stats, torch.zeros_like(stats.logsumexp))
+    logprobs, entropy, logsumexp = (value.contiguous() for value in stats)
+    return KernelStats(logprobs, entropy, logsumexp, torch.zeros_like(logsumexp))
 
 
 def token_stats_backward(
@@ -34,7 +48,122 @@ def grpo_sweep(
 ) -> tuple[Tensor, Tensor]:
     stats = token_stats_forward(logits, targets, transform)
     part = token_loss(stats.logprobs, stats.entropy, terms, rule)
-    d_entropy = None if terms.bonus_weight is None else part.d_entropy
-    gradients = StatsGradients(part.d_logprobs, d_entropy, None)
-    token_stats_backward(logits, targets, stats, gradients, transform, out=out)
+    token_stats_backward(logits, targets, stats, part.gradients(terms), transform, out=out)
     return stats.logprobs, stats.entropy
+
+
+def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
+    """Return loss, metrics and derivatives of tokens with these log-probabilities and entropies (nats)."""
+    mask, A = terms.mask, terms.advantages
+    logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+
+    # The importance ratio; a token without a record has ratio 1 to its own present value.
+    unknown = torch.zeros_like(mask) if terms.old_logprobs is None else terms.old_logprobs.isnan()
+    old = logprobs if terms.old_logprobs is None else torch.where(unknown, logprobs, terms.old_logprobs)
+    recorded = mask & ~unknown
+    log_ratio = (logprobs - old).masked_fill(~mask, 0)
+    lengths = recorded.sum(-1, keepdim=True).clamp(min=1) if rule.ratio_of_sequence else None
+    if lengths is not None:
+        log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True) / lengths  # (B, 1)
+    log_ratio = log_ratio.expand_as(mask)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+    # The policy term; its derivative is ``direct`` by the logprob itself, ``through_ratio`` by the log ratio.
+    low = high = torch.zeros_like(mask)
+    if rule.objective == Objective.CISPO:
+        capped = ratio.clamp(max=rule.epsilon_high)
+        policy, direct, through_ratio = -capped * A * logprobs, -capped * A, torch.zeros_like(logprobs)
+        high = (ratio > rule.epsilon_high) & (A > 0)
+    else:
+        policy, through_ratio, low, high = _clipped(ratio, A, rule)
+        through_ratio = through_ratio.masked_fill(log_ratio > MAX_LOG_RATIO, 0)
+        direct = torch.zeros_like(policy)
+    if rule.injected == Injected.SHAPED and terms.injected is not None:
+        p, gamma = logprobs.exp(), rule.shaped_gamma
+        policy = torch.where(terms.injected, -A * p / (p + gamma), policy)
+        direct = torch.where(terms.injected, -A * gamma * p / (p + gamma).square(), direct)
+        through_ratio = through_ratio.masked_fill(terms.injected, 0)
+
+    factor, acting = terms.sampler_ratio, mask
+    if terms.sampling_logprobs is not None:
+        factor = sampler_correction(old, terms.sampling_logprobs, mask, rule)
+    if terms.entropy_threshold is not None:
+        acting = mask & ~(entropy < terms.entropy_threshold)  # NaN acts, and so is seen
+        policy, direct, through_ratio = policy * acting, direct * acting, through_ratio * acting
+    if factor is not None:
+        policy, direct, through_ratio = policy * factor, direct * factor, through_ratio * factor
+    if rule.injected == Injected.SFT and terms.injected is not None:
+        policy = torch.where(terms.injected, -rule.sft_weight * logprobs, policy)
+        direct = direct.masked_fill(terms.injected, -rule.sft_weight)
+        through_ratio = through_ratio.masked_fill(terms.injected, 0)
+    kl = None if terms.ref_logprobs is None else k3(terms.ref_logprobs, logprobs).masked_fill(~mask, 0)
+    if rule.beta > 0 and kl is not None and terms.ref_logprobs is not None:
+        policy = policy + rule.beta * kl
+        direct = direct + rule.beta * (1 - (terms.ref_logprobs - logprobs).exp())
+
+    loss = (terms.weight * policy).masked_fill(~mask, 0).sum()
+    d_logprobs = (terms.weight * direct).masked_fill(~mask, 0)
+    through_ratio = (terms.weight * through_ratio).masked_fill(~mask, 0)
+    if lengths is None:
+        d_logprobs = d_logprobs + through_ratio
+    else:  # every token of the sequence moves the one ratio by 1 / length
+        d_logprobs = d_logprobs + recorded * (through_ratio.sum(-1, keepdim=True) / lengths)
+    d_entropy = torch.zeros_like(d_logprobs)
+    if terms.bonus_weight is not None:
+        loss = loss - terms.bonus_weight * entropy.masked_fill(~acting, 0).sum()
+        d_entropy = -terms.bonus_weight * acting
+
+    metrics = _metrics(mask, entropy, ratio, low, high, kl, factor)
+    return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs.contiguous(), d_entropy.contiguous())
+
+
+def _clipped(ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the clipped objective, its derivative by the log ratio, and which tokens are clipped low and high."""
+    floor, ceiling = 1 - rule.epsilon_low, 1 + rule.epsilon_high
+    unclipped, moves_unclipped = ratio.clamp(max=rule.delta), (ratio <= rule.delta).to(ratio.dtype)
+    clipped, moves_clipped = ratio.clamp(floor, ceiling), ((ratio >= floor) & (ratio <= ceiling)).to(ratio.dtype)
+    # The lesser of the two counts; where they are equal autograd gives each one half, and so does this.
+    first, second = unclipped * A, clipped * A
+    moves = torch.where(first < second, moves_unclipped, moves_clipped)
+    moves = torch.where(first == second, (moves_unclipped + moves_clipped) / 2, moves)
+    low, high = (unclipped < floor) & (A < 0), (unclipped > ceiling) & (A > 0)
+    return -torch.minimum(first, second), -A * moves * ratio, low, high
+
+
+def sampler_correction(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, rule: LossRule) -> Tensor:
+    """Return the factor that makes up for the sampler's probabilities not being the trainer's, in the mask's shape.
+
+    exp(logprobs - sampling_logprobs), of a token or of a whole sequence, truncated to or masked outside [floor, cap]. A
+    token without a record (NaN) changes nothing.
+    """
+    difference = (logprobs - sampling_logprobs).masked_fill(~mask, 0).nan_to_num(nan=0.0)
+    if rule.sampler_of_sequence:
+        difference = difference.sum(-1, keepdim=True).expand_as(mask)
+    ratio = difference.exp()
+    if not rule.sampler_masks:
+        return ratio.clamp(rule.sampler_floor, rule.sampler_cap)
+    outside = (ratio < rule.sampler_floor) | (ratio > rule.sampler_cap)
+    return ratio.masked_fill(outside, 0)
+
+
+def _metrics(
+    mask: Tensor, entropy: Tensor, ratio: Tensor, low: Tensor, high: Tensor, kl: Tensor | None, factor: Tensor | None
+) -> Tensor:
+    ratio = ratio.masked_fill(~mask, 0)
+    zeros = torch.zeros_like(ratio)
+    factor = zeros if factor is None else factor.masked_fill(~mask, 0)
+    sums = {
+        "tokens": mask,
+        "entropy_sum": entropy,
+        "ratio_sum": ratio,
+        "clip_low": low & mask,
+        "clip_high": high & mask,
+        "clip_region": (low | high) & mask,
+        "kl_sum": zeros if kl is None else kl,
+        "sampler_ratio_sum": factor,
+    }
+    greatest = {"ratio_max": ratio, "sampler_ratio_max": factor}
+    values = {name: value.sum().to(ratio.dtype) for name, value in sums.items()}
+    for name, value in greatest.items():
+        values[name] = value.max() if value.numel() else value.sum()
+    return torch.stack([values[name] for name in METRICS])

@@ -1,14 +1,10 @@
-"""Rows of logits as kernels take them: blocks with one row stride, and the addresses of what belongs to each row."""
+"""Rows of logits as kernels take them: blocks with one row stride."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def with_unit_stride(logits: Tensor) -> Tensor:
@@ -43,19 +39,3 @@ def _is_one_block(logits: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def describe_rows(block: Tensor, targets: Tensor | None, start: int) -> dict[str, Any]:
-    return {
-        "dtype": DTYPE_CODES[block.dtype],
-        "logits": block.data_ptr(),
-        "row_stride": block.stride(0),
-        "rows": block.shape[0],
-        "vocab": block.shape[1],
-        "targets": address(targets, start),
-    }
-
-
-def address(tensor: Tensor | None, start: int = 0) -> int:
-    """Return the address of row ``start`` of a contiguous per-row tensor, or 0 for an absent one."""
-    return 0 if tensor is None else tensor.data_ptr() + start * tensor.element_size()

@@ -1,57 +1,149 @@
 """GRPO and EDGE-GRPO losses from hidden states and the LM head: one sweep of tiles, the ops around it, autograd.
 
-A batch's options and totals, and the second half of two sweeps, are grpo_loss.py's; tiles are linear_token_stats.py's.
+A batch's options and totals, and the second half of two sweeps, are batch.py's; tiles are head.py's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edge_kernels._checks import check_targets_in_range, describe, stats_dtype
-from edge_kernels.backend import fused_head
+from edge_kernels.backend import fused_head, kernels
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.memory import fresh, grad_to_add_to
-from edge_kernels.ops.grpo_loss import (
-    Total,
-    check_batch,
+from edge_kernels.contract import METRICS, HeadKernels, Injected, KernelStats, LossRule, TokenTerms, Transform
+from edge_kernels.ops.autograd import (
+    grad_to_add_to,
     hand_out,
     is_one,
     keep_gradients,
-    loss_of_stats,
-    output_of,
-    run_sweep,
+    none_if_unwanted,
+    refuse_second_derivative,
     wants_gradient,
 )
-from edge_kernels.ops.linear_token_stats import (
+from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
+from edge_kernels.ops.head import (
     Head,
     HeadGradient,
     Tile,
+    Wanted,
     check_head,
     fake_head_gradient,
-    linear_token_stats,
     needs_column_pass,
-    none_if_unwanted,
     product_dtype,
     rows_per_tile,
     tile_buffer,
     tiles,
     weight_gradient_by_columns,
 )
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenTerms, run_token_loss
-from edge_kernels.ops.token_stats import (
-    KernelStats,
-    StatsGradients,
-    Transform,
-    refuse_second_derivative,
-    run_backward,
-    run_forward,
-)
+from edge_kernels.ops.linear_token_stats import linear_token_stats
+from edge_kernels.ops.memory import fresh
 from edge_kernels.types import GRPOLossOutput
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """The op's arguments, unpacked."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    wanted: Wanted
+    dtype: torch.dtype
+    transform: Transform
+    terms: TokenTerms  # (N,) each
+    rule: LossRule
+
+    @property
+    def learning(self) -> Tensor:
+        """Tokens that have a gradient: without a penalty or a bonus not those of advantage 0 (equal rewards), (N,)."""
+        terms, rule = self.terms, self.rule
+        teaches_regardless = rule.beta != 0 or terms.bonus_weight is not None
+        if teaches_regardless or (rule.injected == Injected.SFT and terms.injected is not None):
+            return terms.mask
+        return terms.mask & (terms.advantages != 0)
+
+
+class _Swept(NamedTuple):
+    """What the op returns. With a kept tile the gradients are empty, else the last two are."""
+
+    loss: Tensor
+    metrics: Tensor
+    logprobs: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    tile: Tensor  # (N, V): the gradient of the logits, in its first rows that of the tokens marked in ``learning``
+    learning: Tensor  # (N,), bool
+
+
+def _by_kernels(call: _Call, fused: HeadKernels) -> _Swept:
+    """Return loss and gradients by a backend that makes the logits itself, twice."""
+    inputs = call[:4]
+    stats = fused.linear_forward(*inputs, call.dtype, call.transform)
+    total = fused.token_loss(stats.logprobs, stats.entropy, call.terms, call.rule)
+    coefficients = total.gradients(call.terms)
+    gradients = fused.linear_backward(*inputs, stats, coefficients, call.wanted, call.dtype, call.transform, None)
+    tile = call.weight.new_empty(0, dtype=Head(call.weight, None, call.dtype).products)
+    per_token = (stats.logprobs, stats.entropy)
+    return _Swept(total.loss, total.metrics, *per_token, *gradients, tile, call.terms.mask.new_empty(0))
+
+
+def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
+    """Return loss and gradients, or the one tile they are made from, in a sweep over tiles of logits."""
+    hidden, weight, bias, targets, wanted, dtype, transform, terms, rule = call
+    head, backend, learning = Head(weight, bias, dtype), kernels(weight), call.learning
+    stats = KernelStats(*(targets.new_zeros(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
+    num_rows = int(learning.sum())
+    by_columns = wanted[1] and not keep_tile and needs_column_pass(weight, head.products, num_rows)
+    in_tiles = (
+        wanted[0] and not keep_tile,
+        wanted[1] and not keep_tile and not by_columns,
+        wanted[2] and not keep_tile,
+    )
+    is_one_tile = num_rows <= rows_per_tile(weight, head.products)
+    gradient = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile)
+    if keep_tile:
+        buffer = fresh((len(targets), weight.shape[0]), weight, head.products)
+    else:
+        buffer = tile_buffer(weight, head, max(num_rows, int(terms.mask.sum()) - num_rows))
+    for tile in tiles(hidden, head, learning, buffer):
+        tile_terms, tile_targets = terms.select(tile.rows), targets[tile.rows]
+        if not by_columns:
+            parts = backend.grpo_sweep(tile.logits, tile_targets, tile_terms, rule, transform, out=tile.logits)
+            stats.logprobs[tile.rows], stats.entropy[tile.rows] = parts
+        else:  # the pass by columns will need all of a row's statistics
+            tile_stats = backend.token_stats_forward(tile.logits, tile_targets, transform)
+            for whole, part in zip(stats, tile_stats, strict=True):
+                whole[tile.rows] = part
+            tile_loss = backend.token_loss(tile_stats.logprobs, tile_stats.entropy, tile_terms, rule)
+            coefficients = tile_loss.gradients(terms)
+            backend.token_stats_backward(
+                tile.logits, tile_targets, tile_stats, coefficients, transform, out=tile.logits
+            )
+        if any(in_tiles):
+            gradient.add(tile)
+    # The others have a loss and metrics: they need their statistics.
+    for tile in tiles(hidden, head, terms.mask & ~learning, buffer[num_rows:] if keep_tile else buffer):
+        tile_stats = backend.token_stats_forward(tile.logits, targets[tile.rows], transform)
+        stats.logprobs[tile.rows], stats.entropy[tile.rows] = tile_stats.logprobs, tile_stats.entropy
+
+    total = backend.token_loss(stats.logprobs, stats.entropy, terms, rule)
+    d_hidden, d_weight, d_bias = gradient.result()
+    if by_columns:
+        coefficients = total.gradients(terms)
+        columns_arguments = (hidden, weight, head, learning, targets, stats, coefficients, transform, buffer)
+        d_weight = weight_gradient_by_columns(*columns_arguments)
+    if keep_tile:
+        kept = (buffer, learning.clone())
+    else:
+        kept = (weight.new_empty(0, dtype=head.products), learning.new_empty(0))
+    return _Swept(total.loss, total.metrics, stats.logprobs, stats.entropy, d_hidden, d_weight, d_bias, *kept)
 
 
 @torch.library.custom_op("edge_kernels::linear_grpo_loss", mutates_args=())
@@ -60,109 +152,19 @@ def linear_grpo_loss_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: list[bool],
     keep_tile: bool,
     dtype: torch.dtype,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    mask: Tensor,
-    loss_weight: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_ratio: Tensor | None,
-    sampling_logprobs: Tensor | None,
-    injected: Tensor | None,
-    entropy_threshold: Tensor | None,
-    bonus_weight: Tensor | None,
-    loss_type: str,
-    level: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    sampler_cap: float | None,
-    sampler_floor: float,
-    sampler_mode: str,
-    injected_treatment: str,
-    sft_weight: float,
-    shaped_gamma: float,
+    transform: Tensor,
+    terms: list[Tensor | None],
+    rule: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics, logprobs, entropy; gradients of hidden, weight and bias; and what makes them later.
-
-    With ``keep_tile`` the gradients are empty, and the last two are the gradient of the logits, (N, V), whose first
-    rows belong to the tokens marked in the other, (N,) bool. Otherwise these two are empty.
-    """
-    check_targets_in_range(targets, weight.shape[0], ignore_index)
-    transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    recorded = (old_logprobs, ref_logprobs, sampler_ratio, sampling_logprobs)
-    terms = TokenTerms(mask, loss_weight, advantages, *recorded, injected, entropy_threshold, bonus_weight)
-    clip = (loss_type, level, epsilon_low, epsilon_high, delta, beta)
-    rule = LossRule(*clip, sampler_cap, sampler_floor, sampler_mode, injected_treatment, sft_weight, shaped_gamma)
-    has_bonus = bonus_weight is not None
-    if not keep_tile and (fused := fused_head(hidden)) is not None:
-        stats = fused.linear_forward(hidden, weight, bias, targets, dtype, transform)
-        total = fused.token_loss(stats.logprobs, stats.entropy, terms, rule)
-        coefficients = StatsGradients(total.d_logprobs, total.d_entropy if has_bonus else None, None)
-        wanted = (want_hidden, want_weight, want_bias)
-        gradients = fused.linear_backward(
-            hidden, weight, bias, targets, stats, coefficients, wanted, dtype, transform, None
-        )
-        nothing = (weight.new_empty(0, dtype=Head(weight, None, dtype).products), mask.new_empty(0))
-        return total.loss, total.metrics, stats.logprobs, stats.entropy, *gradients, *nothing
-    head = Head(weight, bias, dtype)
-    # Without a penalty or a bonus, tokens of advantage 0 (groups of equal rewards) need their logits, no gradient.
-    learning = mask
-    if beta == 0 and not has_bonus and not (injected_treatment == "sft" and injected is not None):
-        learning = mask & (advantages != 0)
-
-    stats = KernelStats(*(torch.zeros_like(targets, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
-    num_rows = int(learning.sum())
-    num_others = int(mask.sum()) - num_rows
-    by_columns = want_weight and not keep_tile and needs_column_pass(weight, head.products, num_rows)
-    in_tiles = (want_hidden, want_weight and not by_columns, want_bias)
-    gradient = None
-    if not keep_tile:
-        is_one_tile = num_rows <= rows_per_tile(weight, head.products)
-        gradient = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile)
-        buffer = tile_buffer(weight, head, max(num_rows, num_others))
-    else:
-        buffer = fresh((len(targets), weight.shape[0]), weight, head.products)
-    for tile in tiles(hidden, head, learning, buffer):
-        tile_terms, tile_targets = terms.select(tile.rows), targets[tile.rows]
-        if not by_columns:
-            arguments = (tile.logits, tile_targets, tile_terms, rule, transform)
-            stats.logprobs[tile.rows], stats.entropy[tile.rows] = run_sweep(*arguments, out=tile.logits)
-        else:  # the pass by columns will need all of a row's statistics
-            tile_stats = run_forward(tile.logits, tile_targets, transform)
-            for whole, part in zip(stats, tile_stats, strict=True):
-                whole[tile.rows] = part
-            loss_part = run_token_loss(tile_stats.logprobs, tile_stats.entropy, tile_terms, rule)
-            coefficients = StatsGradients(loss_part.d_logprobs, loss_part.d_entropy if has_bonus else None, None)
-            run_backward(tile.logits, tile_targets, tile_stats, coefficients, transform, out=tile.logits)
-        if gradient is not None and any(in_tiles):
-            gradient.add(tile)
-    for tile in tiles(hidden, head, mask & ~learning, buffer[num_rows:] if keep_tile else buffer):
-        tile_stats = run_forward(tile.logits, targets[tile.rows], transform)
-        stats.logprobs[tile.rows], stats.entropy[tile.rows] = tile_stats.logprobs, tile_stats.entropy
-
-    total = run_token_loss(stats.logprobs, stats.entropy, terms, rule)
-    d_hidden, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    if gradient is not None:
-        d_hidden, d_weight, d_bias = gradient.result()
-    if by_columns:
-        coefficients = StatsGradients(total.d_logprobs, total.d_entropy if has_bonus else None, None)
-        columns_arguments = (hidden, weight, head, learning, targets, stats, coefficients, transform, buffer)
-        d_weight = weight_gradient_by_columns(*columns_arguments)
-    if keep_tile:
-        kept, marked = buffer, learning.clone()
-    else:
-        kept, marked = weight.new_empty(0, dtype=head.products), learning.new_empty(0)
-    return total.loss, total.metrics, stats.logprobs, stats.entropy, d_hidden, d_weight, d_bias, kept, marked
+    """Return the fields of ``_Swept``."""
+    records = (Transform.unpack(transform), TokenTerms.unpack(terms), LossRule.unpack(rule))
+    call = _Call(hidden, weight, bias, targets, wanted, dtype, *records)
+    check_targets_in_range(targets, weight.shape[0], call.transform.ignore_index)
+    fused = None if keep_tile else fused_head(hidden)
+    return _by_tiles(call, keep_tile) if fused is None else _by_kernels(call, fused)
 
 
 @linear_grpo_loss_op.register_fake
@@ -171,17 +173,14 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: list[bool],
     keep_tile: bool,
     dtype: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    per_token = [torch.empty_like(targets, dtype=stats_dtype(dtype)) for _ in range(2)]
+    per_token = [targets.new_empty(targets.shape, dtype=stats_dtype(dtype)) for _ in range(2)]
     loss, metrics = per_token[0].new_empty(()), per_token[0].new_empty(len(METRICS))
-    wanted = (False, False, False) if keep_tile else (want_hidden, want_weight, want_bias)
-    gradients = fake_head_gradient(hidden, weight, bias, wanted)
+    gradients = fake_head_gradient(hidden, weight, bias, [False] * 3 if keep_tile else wanted)
     rows = targets.shape[0] if keep_tile else 0
     shape = (rows, weight.shape[0]) if keep_tile else (0,)
     tile = weight.new_empty(shape, dtype=Head(weight, None, dtype).products)
@@ -198,7 +197,7 @@ def _gradient_of_tile(
     bias: Tensor | None,
     tile: Tensor,
     learning: Tensor,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     dtype: torch.dtype,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,51 +218,43 @@ def linear_grpo_loss_backward_op(
     bias: Tensor | None,
     tile: Tensor,
     learning: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: list[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = (want_hidden, want_weight, want_bias)
     return _gradient_of_tile(grad_loss, hidden, weight, bias, tile, learning, wanted, dtype)
 
 
 @linear_grpo_loss_backward_op.register_fake
 def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_head_gradient(hidden, weight, bias, rest[2:5])
+    return fake_head_gradient(hidden, weight, bias, rest[2])
 
 
 linear_grpo_loss_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, *wanted, keep_tile, dtype = inputs[:9]
-    ctx.mark_non_differentiable(*output[1:])
-    if not keep_tile:
-        keep_gradients(ctx, output[4:7], tuple(wanted), len(inputs))
-    else:
-        keep_gradients(ctx, (hidden, weight, bias, *output[7:]), tuple(wanted), len(inputs))
-    ctx.keep_tile, ctx.dtype = keep_tile, dtype
+    swept = _Swept(*output)
+    *tensors, _, wanted, ctx.keep_tile, ctx.dtype = inputs[:7]
+    ctx.mark_non_differentiable(*swept[1:])
+    gradients = swept[4:7]
+    keep_gradients(ctx, (*tensors, *swept[7:]) if ctx.keep_tile else gradients, wanted, inputs)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.keep_tile:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.keep_tile or grad_loss is None:
         return hand_out(ctx, grad_loss)
-    none = (None,) * ctx.num_inputs
-    if grad_loss is None:
-        return none
     if torch.is_grad_enabled():
         refuse_second_derivative()
     hidden, weight, bias, tile, learning = ctx.saved_tensors  # once: checkpointing makes them anew at each access
+    inputs = (grad_loss, hidden, weight, bias, tile, learning)
     want_hidden, want_weight, want_bias = ctx.wanted
     into = grad_to_add_to(weight) if want_weight else None
-    arguments = (grad_loss, hidden, weight, bias, tile, learning)
     if into is None:
-        gradients = linear_grpo_loss_backward_op(*arguments, *ctx.wanted, ctx.dtype)
+        gradients = linear_grpo_loss_backward_op(*inputs, ctx.wanted, ctx.dtype)
     else:
-        gradients = _gradient_of_tile(*arguments, ctx.wanted, ctx.dtype, into)
+        gradients = _gradient_of_tile(*inputs, ctx.wanted, ctx.dtype, into)
         want_weight = False
-    return *none_if_unwanted(gradients, (want_hidden, want_weight, want_bias)), *none[3:]
+    return *none_if_unwanted(gradients, (want_hidden, want_weight, want_bias)), *ctx.others
 
 
 linear_grpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -339,19 +330,12 @@ def linear_edge_grpo_loss(
     if batch.advantages is None or batch.needs_statistics_first or not any(wanted):
         stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
         return loss_of_stats(stats, batch)
-    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(
-        hidden.flatten(0, 1),
-        weight,
-        bias,
-        batch.targets.flatten(),
-        *wanted,
-        # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
-        weight.device.type == "cpu"
-        and batch.mask.numel() <= rows_per_tile(weight, product_dtype(dtype, weight.device)),
-        dtype,
-        *batch.transform,
-        *batch.terms(batch.advantages, None).flatten(),
-        *LossRule.of(batch.config),
-    )
+    # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
+    height = rows_per_tile(weight, product_dtype(dtype, weight.device))
+    keep_tile = weight.device.type == "cpu" and batch.mask.numel() <= height
+    terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)
+    inputs = (hidden.flatten(0, 1), weight, bias, batch.targets.flatten())
+    records = (batch.transform.pack(), terms.pack(), rule.pack())
+    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(*inputs, wanted, keep_tile, dtype, *records)
     shape = batch.mask.shape
     return output_of(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)

@@ -1,67 +1,22 @@
-"""Log-probability, entropy and logsumexp of each token from its logits: what kernels take and return, the
-``torch.library`` ops around them, autograd, and the public functions, top to bottom. The mathematics: reference.py.
+"""Log-probability, entropy and logsumexp of each token from its logits: the ops, autograd, and the public functions,
+top to bottom. What a backend computes: contract.py; the mathematics: reference.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import (
-    IGNORE_INDEX,
-    check_float,
-    check_like,
-    check_targets_in_range,
-    check_transform,
-    stats_dtype,
-)
+from edge_kernels._checks import IGNORE_INDEX, check_float, check_like, check_targets_in_range, check_transform
 from edge_kernels.backend import kernels
-from edge_kernels.memory import fresh
+from edge_kernels.contract import KernelStats, StatsGradients, Transform, new_stats
+from edge_kernels.ops.autograd import refuse_second_derivative
+from edge_kernels.ops.memory import fresh
 from edge_kernels.types import TokenStats
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-class Transform(NamedTuple):
-    """What happens to raw logits first, and which target means "no token here"; the ops' trailing arguments."""
-
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-
-    def for_extension(self) -> dict[str, Any]:
-        """Return the transform as the compiled kernels take it."""
-        return {
-            "inv_temperature": 1 / self.temperature,
-            "softcap": self.softcap or 0.0,
-            "logit_scale": self.logit_scale,
-            "ignore_index": self.ignore_index,
-        }
-
-
-class KernelStats(NamedTuple):
-    """``TokenStats``, and what rounding took from logsumexp: at logits of 3e4 it is 1e-3, and p would be off by it."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    logsumexp: Tensor
-    logsumexp_low: Tensor
-
-
-class StatsGradients(NamedTuple):
-    """The incoming gradients of the statistics, (...) each; None is 0."""
-
-    logprobs: Tensor | None
-    entropy: Tensor | None
-    logsumexp: Tensor | None
-
-
-def run_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
-    """Return the statistics of real (not fake) logits (..., V) by the backend that serves them, unchecked."""
-    return kernels(logits).token_stats_forward(logits, targets, transform)
+# --- ops --------------------------------------------------------------------------------------------------------------
 
 
 def run_backward(
@@ -79,26 +34,12 @@ def run_backward(
     kernels(logits).token_stats_backward(logits, targets, stats, gradients, transform, out=out)
 
 
-def new_stats(logits: Tensor) -> Tensor:
-    """Return an uninitialized statistic of each row of ``logits`` (..., V)."""
-    return torch.empty(logits.shape[:-1], dtype=stats_dtype(logits.dtype), device=logits.device)
-
-
-# --- ops --------------------------------------------------------------------------------------------------------------
-
-
 @torch.library.custom_op("edge_kernels::token_stats", mutates_args=())
-def token_stats_op(
-    logits: Tensor,
-    targets: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_stats_op(logits: Tensor, targets: Tensor | None, transform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    unpacked = Transform.unpack(transform)
     if targets is not None:
-        check_targets_in_range(targets, logits.shape[-1], ignore_index)
-    return run_forward(logits, targets, Transform(temperature, softcap, logit_scale, ignore_index))
+        check_targets_in_range(targets, logits.shape[-1], unpacked.ignore_index)
+    return kernels(logits).token_stats_forward(logits, targets, unpacked)
 
 
 @token_stats_op.register_fake
@@ -106,40 +47,29 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return new_stats(logits), new_stats(logits), new_stats(logits), new_stats(logits)
 
 
+def stats_for_backward(saved: list[Tensor]) -> KernelStats:
+    """Return the statistics from those that are saved: the gradient has no use for the logprobs."""
+    entropy, logsumexp, logsumexp_low = saved
+    return KernelStats(entropy, entropy, logsumexp, logsumexp_low)
+
+
 @torch.library.custom_op("edge_kernels::token_stats_backward", mutates_args=())
 def token_stats_backward_op(
     logits: Tensor,
     targets: Tensor | None,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    logsumexp_low: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
+    stats: list[Tensor],  # without logprobs
+    gradients: list[Tensor | None],
+    transform: Tensor,
 ) -> Tensor:
     out = fresh(logits.shape, logits)
-    stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)  # the gradient has no use for the logprobs
-    transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    gradients = StatsGradients(grad_logprobs, grad_entropy, grad_logsumexp)
-    run_backward(logits, targets, stats, gradients, transform, out=out)
+    options = (stats_for_backward(stats), StatsGradients(*gradients), Transform.unpack(transform))
+    run_backward(logits, targets, *options, out=out)
     return out
 
 
 @token_stats_backward_op.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def refuse_second_derivative(*_: Any) -> Any:
-    """Stand where a backward pass's own derivative would: the kernels have none, and 0 would be wrong."""
-    raise RuntimeError(
-        "edge_kernels ops have no second derivative; use edge_kernels.reference, which is plain PyTorch, "
-        "for the part of the loss that is differentiated twice"
-    )
+    return logits.new_empty(logits.shape)
 
 
 token_stats_backward_op.register_autograd(refuse_second_derivative)
@@ -148,19 +78,17 @@ token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, *transform = inputs
-    _, entropy, logsumexp, logsumexp_low = output
-    ctx.save_for_backward(logits, targets, entropy, logsumexp, logsumexp_low)
-    ctx.mark_non_differentiable(logsumexp_low)
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # what is not used stays None, and the kernel skips it
-    ctx.transform = transform
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     gradient = None
     if any(g is not None for g in grads[:3]):
-        gradient = token_stats_backward_op(*ctx.saved_tensors, *grads[:3], *ctx.transform)
-    return gradient, None, None, None, None, None
+        logits, targets, transform, *stats = ctx.saved_tensors
+        gradient = token_stats_backward_op(logits, targets, stats, list(grads[:3]), transform)
+    return gradient, None, None
 
 
 token_stats_op.register_autograd(_backward, setup_context=_setup_context)
@@ -175,21 +103,21 @@ class _InplaceTokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, *transform: Any) -> tuple[Tensor, ...]:
-        output = token_stats_op(logits, targets, *transform)
-        _setup_context(ctx, (logits, targets, *transform), output)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = token_stats_op(*inputs)
+        _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_second_derivative()
-        logits, targets, entropy, logsumexp, logsumexp_low = ctx.saved_tensors
-        stats = KernelStats(entropy, entropy, logsumexp, logsumexp_low)
+        logits, targets, transform, *stats = ctx.saved_tensors
         out = logits.detach()
-        run_backward(out, targets, stats, StatsGradients(*grads[:3]), Transform(*ctx.transform), out=out)
+        options = (stats_for_backward(stats), StatsGradients(*grads[:3]), Transform.unpack(transform))
+        run_backward(out, targets, *options, out=out)
         torch.autograd.graph.increment_version(logits)
-        return out, None, None, None, None, None
+        return out, None, None
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -230,7 +158,9 @@ def token_stats(
     and targets (a target out of range gives NaN on a GPU, where looking at it would wait for all work queued). Under
     autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
-    return TokenStats(*_checked(logits, targets, temperature, softcap, logit_scale, ignore_index)[:3])
+    transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    _check(logits, targets, transform)
+    return TokenStats(*token_stats_op(logits, targets, transform.pack())[:3])
 
 
 def token_entropy(
@@ -243,7 +173,8 @@ def token_entropy(
     """
     check_float("logits", logits, least_dims=1)
     check_transform(temperature, softcap)
-    return token_stats_op(logits, None, temperature, softcap, logit_scale, IGNORE_INDEX)[1]
+    transform = Transform(temperature, softcap, logit_scale, IGNORE_INDEX)
+    return token_stats_op(logits, None, transform.pack())[1]
 
 
 def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -> TokenStats:
@@ -254,7 +185,8 @@ def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -
     if torch.compiler.is_compiling():
         return token_stats(logits, targets, **transform._asdict())
     check_writable_rows(logits)
-    return TokenStats(*_checked(logits, targets, *transform, inplace=True)[:3])
+    _check(logits, targets, transform)
+    return TokenStats(*_InplaceTokenStats.apply(logits, targets, transform.pack())[:3])
 
 
 def check_writable_rows(logits: Tensor) -> None:
@@ -271,18 +203,8 @@ def check_writable_rows(logits: Tensor) -> None:
         )
 
 
-def _checked(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    inplace: bool = False,
-) -> tuple[Tensor, ...]:
+def _check(logits: Tensor, targets: Tensor, transform: Transform) -> None:
     check_float("logits", logits, least_dims=1)
     remedy = "pass one token id per row of logits"
     check_like("targets", targets, {"logits.shape[:-1]": tuple(logits.shape[:-1])}, "int64", logits, remedy=remedy)
-    check_transform(temperature, softcap)
-    op = _InplaceTokenStats.apply if inplace else token_stats_op
-    return op(logits, targets, temperature, softcap, logit_scale, ignore_index)
+    check_transform(transform.temperature, transform.softcap)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_grpo.types import Prompt, Provenance, Response, Reward
+from edge_kernels.config import InjectedTreatment
 
 
 @dataclass
@@ -91,6 +92,14 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
         ref_logprobs=per_token([sample.ref_logprobs for sample in samples]),
         sampling_logprobs=sampling,
     )
+
+
+def counted_tokens(response: Response, injected: InjectedTreatment) -> list[bool]:
+    """Return which tokens have a loss and count in the response's entropy: all but injected ones that are masked.
+
+    ``injected`` is what the loss does with those (``GRPOLossConfig.injected``).
+    """
+    return [not (injected == "mask" and mark == Provenance.INJECTED) for mark in response.provenance]
 
 
 def unpad(values: Tensor, batch: Batch) -> list[Tensor]:

@@ -1,14 +1,15 @@
 """Guided Error Correction (arXiv:2507.21848, section 3.3): turn incorrect responses into ones that teach something.
 
-Everything happens on token ids: what the policy sampled is never decoded and encoded again. Judging a response, before
-and after, is ``edge_grpo.grading.rewards``; what injected tokens do in the loss is ``edge_kernels``.
+``Corrector`` plans what to correct and how, and puts the policy's continuations in place; the caller generates them.
+Everything happens on token ids: what the policy sampled is never decoded and encoded again. Judging a response is
+``edge_grpo.grading.rewards``; what injected tokens do in the loss is ``edge_kernels``.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -16,87 +17,111 @@ from typing import get_args
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.text import bare_answer, fill
-from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward, RolloutEngine, Sampling
+from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward
 
 _KINDS: tuple[Correction, ...] = get_args(Correction)
 # What a kind turns into when its text does not fit the token budget: the next shorter one.
 _SHORTER: dict[Correction, Correction] = {"solution": "answer", "answer": "reflect"}
 
+_Key = tuple[int | str, ...]  # what the draws for a response depend on besides the seed
+
 
 @dataclass(frozen=True)
-class _Reflection:
-    """An incorrect response that the policy is going to continue."""
+class Continuation:
+    """A partial response for the policy to continue: ``start`` is what it sampled, followed by the reflection."""
 
-    position: int
-    kept: Response
-    injected: list[int]
+    position: int  # among the responses that the plan was made for
+    prompt: Prompt
+    start: Response
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What to give an engine: the prompt and the partial response."""
+        return self.prompt.token_ids + self.start.token_ids
+
+
+@dataclass(frozen=True)
+class CorrectionPlan:
+    """What ``Corrector.plan`` decided for a list of responses, and all that ``Corrector.apply`` needs.
+
+    ``written`` has one entry per response: the same object if nothing changes, the corrected response if the correction
+    is complete, or the partial response of a continuation. Each continuation has at most ``max_tokens`` tokens.
+    ``fallbacks`` counts kinds that did not fit and what replaced them, as ``{("solution", "answer"): 3, ("solution",
+    None): 1}``; ``num_truncated`` counts the solutions that were cut.
+    """
+
+    written: tuple[Response, ...]
+    continuations: tuple[Continuation, ...]
+    max_tokens: int
+    fallbacks: Counter[tuple[Correction, Correction | None]]
+    num_truncated: int
 
 
 class Corrector:
     """Replaces incorrect responses as ``config`` says; correct ones stay the same objects.
 
+        plan = corrector.plan(prompts, responses, rewards, groups, seed=step)
+        more = [generate(c.token_ids, plan.max_tokens) for c in plan.continuations]  # with any sampler
+        responses = corrector.apply(plan, more)
+
     Each incorrect response gets one correction, drawn with the configured probabilities:
 
-        reflect    sampled tokens + ``reflection_text`` + what the policy goes on to say
+        reflect    sampled tokens + ``reflection_text`` + the policy's continuation
         answer     sampled tokens + ``reflection_text`` + ``answer_text`` + end of sequence
         solution   the reference solution + end of sequence
 
     Of the sampled tokens, a final end of sequence is dropped and all others keep id, logprob, entropy and provenance.
-    Our own tokens are INJECTED and have no record; the continuation is CONTINUED and has the engine's record. The end
-    of sequence that we add is the one that the response had, else the first of ``eos_token_ids``.
+    Added text is INJECTED and has no record; the continuation is CONTINUED and has the engine's record. The end of
+    sequence that is added is the one that the response had, else the first of ``eos_token_ids``.
 
     *Which responses.* Those whose outcome is not "correct". A response whose prompt has no answer and whose outcome is
-    "unparseable" is left alone: nobody knows whether it is wrong. So are skipped ones, and with ``truncated=False``
-    those that the length limit cut off; otherwise they are corrected where they were cut. Of these ``scope`` takes
+    "unparseable" stays as it is: nobody knows whether it is wrong. So do skipped responses, and with
+    ``truncated=False`` those that the length limit cut off; otherwise the correction starts where they were cut. Of
+    these ``scope`` takes
 
         all        every one (the paper)
-        collapsed  those of groups whose rewards are all equal, which would teach nothing
-        one        one of each group that has no correct response: one right among wrong ones is enough of a contrast
+        collapsed  those in groups whose rewards are all equal, which would teach nothing
+        one        one in each group that has no correct response: one correct response is enough contrast
 
-    and ``max_per_group`` at most so many of a group. Which ones is drawn, so that no place in a group is preferred.
+    and ``max_per_group`` limits their number per group. They are drawn at random, so that no place in a group is
+    preferred. A group is all responses with the same id, in any order and of any number.
 
     *Which kinds.* A row without an answer or a solution divides that kind's probability among the others. A correction
-    adds at most ``max_length`` tokens to a response, and a solution has at most ``sampling.max_tokens + max_length``,
-    the end of sequence included. A longer solution becomes an answer, or else a reflection (``long_solution``
-    "shorter"), is cut to that limit and then has no end of sequence ("truncate"), or leaves the response as it is
-    ("skip"). A longer answer becomes a reflection, for half an answer is none. A kind of probability 0 is never used;
-    where no kind is left the response stays as it is. ``fallbacks`` counts the latest call's changes of mind, as
-    ``{("solution", "answer"): 3, ("solution", None): 1}``, and ``num_truncated`` its cut solutions.
+    adds at most ``max_length`` tokens to a response, and a solution has at most ``max_tokens + max_length``, the end of
+    sequence included. A longer solution becomes an answer, or else a reflection (``long_solution`` "shorter"), is cut
+    to that limit and then has no end of sequence ("truncate"), or leaves the response as it is ("skip"). A longer
+    answer becomes a reflection, because half an answer is useless. A kind of probability 0 is never used; if no kind is
+    left, the response stays as it is.
 
-    *Boundaries.* Injected text is encoded once, as text that stands after other text: some tokenizers put a blank
-    before whatever they encode, and it would be read there. It begins as configured, by default with the space that a
-    user types after a text. Where the text before it is empty or already ends in a blank, its leading blanks are left
-    out. The text before it is the response, or the prompt if the response is empty. Seeing blanks at the end of a
-    response takes ``decode``; without it only an empty response is noticed. A solution begins a response, and is
-    encoded as such a text.
+    *Boundaries.* Injected text is encoded once, as text that follows other text: some tokenizers put a blank before
+    whatever they encode, which the policy would read. It begins as configured, by default with a space. If the text
+    before it is empty or already ends in a blank, its leading blanks are left out. The text before it is the response,
+    or the prompt if the response is empty. Only ``decode`` can show a blank at the end of a response; without it, only
+    an empty response is noticed. A solution starts a response and is encoded as a text of its own.
     """
 
     def __init__(
         self,
         config: CorrectionConfig,
         *,
-        engine: RolloutEngine,
         encode: Callable[[str], Sequence[int]],
         eos_token_ids: Sequence[int],
-        sampling: Sampling,
+        max_tokens: int,
         decode: Callable[[Sequence[int]], str] | None = None,
         rejected_solutions: Collection[int] = (),
     ) -> None:
-        """``encode`` must add no special tokens; ``sampling`` is that of the first attempt.
+        """``encode`` must add no special tokens; ``max_tokens`` is the length limit of the first attempt.
 
         ``rejected_solutions`` are rows (``Example.index``) whose solution is not to be injected, as if there were none.
         """
         if not eos_token_ids:
             raise ValueError("eos_token_ids must name at least one token; corrected responses have to end")
         self.config = config
-        self.engine = engine
         self.encode = encode
         self.decode = decode
         self.eos_token_ids = tuple(eos_token_ids)
-        self.sampling = sampling
+        self.max_tokens = max_tokens
         self.rejected_solutions = rejected_solutions
-        self.fallbacks: Counter[tuple[Correction, Correction | None]] = Counter()
-        self.num_truncated = 0
 
         spaced = self._encode_after_text(config.reflection_text)
         unspaced = self._encode_after_text(config.reflection_text.lstrip())
@@ -105,57 +130,83 @@ class Corrector:
         if config.reflect and self._continuation_length < 1:
             raise ValueError(
                 f"correction.max_length = {config.max_length} leaves no token for the policy to go on after the "
-                f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set correction.reflect to 0"
+                f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set reflect to 0 in mix"
             )
 
-    def __call__(
+    def plan(
         self,
         prompts: Sequence[Prompt],
         responses: Sequence[Response],
         rewards: Sequence[Reward],
+        groups: Sequence[int | str],
         *,
         seed: int,
-        offset: int = 0,
-        group_size: int | None = None,
-    ) -> list[Response]:
-        """Return the responses with incorrect ones corrected; one prompt and one reward per response.
+        keys: Sequence[int | str] | None = None,
+    ) -> CorrectionPlan:
+        """Return what to correct and how; one prompt, one reward and one group id per response.
 
-        Groups stand one after the other; ``group_size`` (None: all are one group) matters to ``scope`` and
-        ``max_per_group`` only. The draws for a response depend on ``seed`` and its position alone. ``offset`` is the
-        position of the first one among all responses of the step, so that the draws do not depend on how they are
-        shared out among processes. All reflections are continued in one call of the engine, whose seed differs between
-        processes.
+        Groups must be whole; their members may stand in any order. The draws for a response depend only on ``seed`` and
+        its key, so sharding over processes does not change them. Keys must be unique; the default key is the group's id
+        and the response's place in the group.
         """
-        if not len(prompts) == len(responses) == len(rewards):
+        lengths = [len(prompts), len(responses), len(rewards), len(groups)]
+        if len(set(lengths)) != 1:
             raise ValueError(
-                "prompts, responses and rewards must be of one length; got "
-                f"{len(prompts)}, {len(responses)} and {len(rewards)}; repeat a prompt for each of its responses"
+                "prompts, responses, rewards and groups must be of one length; got "
+                f"{lengths[0]}, {lengths[1]}, {lengths[2]} and {lengths[3]}; repeat a prompt for each of its responses"
             )
-        size = group_size or len(responses)
-        if size and len(responses) % size:
-            raise ValueError(f"responses must be whole groups of {size}; got {len(responses)}")
-        self.fallbacks = Counter()
-        self.num_truncated = 0
-        corrected = list(responses)
-        reflections: list[_Reflection] = []
-        candidates = [self._may_be_corrected(*row) for row in zip(prompts, responses, rewards, strict=True)]
-        for position in self._chosen(candidates, rewards, size, seed, offset):
-            prompt, response = prompts[position], responses[position]
-            drawn = self._draw(prompt, seed, offset + position)
-            kind = drawn
-            while kind in ("solution", "answer"):
-                if (written := self._write(kind, prompt, response)) is not None:
-                    corrected[position] = written
-                    break
-                kind = self._shorter(kind)
-            if kind == "reflect":
-                kept, _ = self._without_eos(response)
-                reflections.append(_Reflection(position, kept, self._reflection(prompt, kept)))
-            if kind != drawn and drawn is not None:
-                self.fallbacks[drawn, kind] += 1
+        if keys is not None and len(keys) != len(responses):
+            raise ValueError(f"keys must name each of {len(responses)} responses; got {len(keys)}")
+        members: defaultdict[int | str, list[int]] = defaultdict(list)
+        of_response: list[_Key] = []
+        for position, group in enumerate(groups):
+            of_response.append((group, len(members[group])) if keys is None else (keys[position],))
+            members[group].append(position)
 
-        for position, response in self._continue(prompts, reflections, derive_seed(seed, "continuation", offset)):
-            corrected[position] = response
+        written = list(responses)
+        continuations: list[Continuation] = []
+        fallbacks: Counter[tuple[Correction, Correction | None]] = Counter()
+        num_truncated = 0
+        candidates = [self._may_be_corrected(*row) for row in zip(prompts, responses, rewards, strict=True)]
+        chosen = [self._chosen(group, candidates, rewards, of_response, seed) for group in members.values()]
+        for position in sorted(position for group in chosen for position in group):
+            prompt, response = prompts[position], responses[position]
+            drawn = self._draw(prompt, of_response[position], seed)
+            kind, corrected = self._correct(drawn, prompt, response)
+            written[position] = corrected
+            if kind == "reflect":
+                continuations.append(Continuation(position, prompt, corrected))
+            if kind == "solution" and corrected.finish_reason == "length":
+                num_truncated += 1
+            if kind != drawn and drawn is not None:
+                fallbacks[drawn, kind] += 1
+        return CorrectionPlan(tuple(written), tuple(continuations), self._continuation_length, fallbacks, num_truncated)
+
+    @staticmethod
+    def apply(plan: CorrectionPlan, continuations: Sequence[Response]) -> list[Response]:
+        """Return the responses with incorrect ones corrected, given the plan's continuations in their order.
+
+        Each is what the policy generated after ``Continuation.token_ids``, without the latter. A continuation of more
+        than ``plan.max_tokens`` tokens is cut to that length.
+        """
+        if len(continuations) != len(plan.continuations):
+            raise ValueError(
+                f"the plan has {len(plan.continuations)} continuations; got {len(continuations)}; pass one for each, "
+                "in order"
+            )
+        corrected = list(plan.written)
+        for wanted, more in zip(plan.continuations, continuations, strict=True):
+            if len(more.token_ids) > plan.max_tokens:
+                more = replace(_slice(more, plan.max_tokens), finish_reason="length")
+            start = wanted.start
+            corrected[wanted.position] = Response(
+                token_ids=start.token_ids + more.token_ids,
+                logprobs=start.logprobs + more.logprobs,
+                entropy=start.entropy + more.entropy,
+                provenance=start.provenance + (Provenance.CONTINUED,) * len(more.token_ids),
+                finish_reason=more.finish_reason,
+                correction="reflect",
+            )
         return corrected
 
     def _may_be_corrected(self, prompt: Prompt, response: Response, reward: Reward) -> bool:
@@ -164,28 +215,27 @@ class Corrector:
         return not (reward.correct or reward.skipped or is_unknown or is_cut_off)
 
     def _chosen(
-        self, candidates: Sequence[bool], rewards: Sequence[Reward], size: int, seed: int, offset: int
+        self,
+        members: Sequence[int],
+        candidates: Sequence[bool],
+        rewards: Sequence[Reward],
+        keys: Sequence[_Key],
+        seed: int,
     ) -> list[int]:
-        """The positions of those candidates, in order, that ``scope`` and ``max_per_group`` let through."""
-        scope, limit = self.config.scope, self.config.max_per_group or size
-        if scope == "one":
-            limit = 1
-        chosen: list[int] = []
-        for start in range(0, len(candidates), size or 1):
-            members = range(start, start + size)
-            valid = [rewards[position] for position in members if not rewards[position].skipped]
-            is_collapsed = len({reward.total for reward in valid}) == 1
-            has_right = any(reward.correct for reward in valid)
-            if (scope == "collapsed" and not is_collapsed) or (scope == "one" and has_right):
-                continue
-            drawn = sorted(
-                (position for position in members if candidates[position]),
-                key=lambda position: derive_seed(seed, "order", offset + position),
-            )
-            chosen += sorted(drawn[:limit])
-        return chosen
+        """The positions of those candidates of a group that ``scope`` and ``max_per_group`` let through."""
+        valid = [rewards[position] for position in members if not rewards[position].skipped]
+        is_collapsed = len({reward.total for reward in valid}) == 1
+        has_right = any(reward.correct for reward in valid)
+        scope = self.config.scope
+        if (scope == "collapsed" and not is_collapsed) or (scope == "one" and has_right):
+            return []
+        drawn = sorted(
+            (position for position in members if candidates[position]),
+            key=lambda position: derive_seed(seed, "order", *keys[position]),
+        )
+        return drawn[: 1 if scope == "one" else self.config.max_per_group]
 
-    def _draw(self, prompt: Prompt, seed: int, position: int) -> Correction | None:
+    def _draw(self, prompt: Prompt, key: _Key, seed: int) -> Correction | None:
         example = prompt.example
         weights = [
             self.config.reflect,
@@ -194,7 +244,21 @@ class Corrector:
         ]
         if not any(weights):
             return None
-        return random.Random(derive_seed(seed, "kind", position)).choices(_KINDS, weights)[0]
+        return random.Random(derive_seed(seed, "kind", *key)).choices(_KINDS, weights)[0]
+
+    def _correct(
+        self, drawn: Correction | None, prompt: Prompt, response: Response
+    ) -> tuple[Correction | None, Response]:
+        """The kind that ``drawn`` comes to, and the response so corrected; a reflection is still to be continued."""
+        kind = drawn
+        while kind in ("solution", "answer"):
+            if (written := self._write(kind, prompt, response)) is not None:
+                return kind, written
+            kind = self._shorter(kind)
+        if kind is None:
+            return None, response
+        kept, _ = self._without_eos(response)
+        return kind, _inject(kept, self._reflections[self._follows_text(prompt, kept)])
 
     def _shorter(self, kind: Correction) -> Correction | None:
         """The next shorter kind that the configuration uses."""
@@ -217,7 +281,7 @@ class Corrector:
         limit = self.config.max_length
         if kind == "solution":
             base, tokens = _slice(response, 0), self._solution(prompt, eos)
-            limit += self.sampling.max_tokens
+            limit += self.max_tokens
         else:
             base, tokens = kept, self._answer(prompt, kept, eos)
         if tokens is None:
@@ -225,7 +289,6 @@ class Corrector:
         if len(tokens) <= limit:
             return replace(_inject(base, tokens), finish_reason="stop", correction=kind)
         if kind == "solution" and self.config.long_solution == "truncate":
-            self.num_truncated += 1
             return replace(_inject(base, tokens[:limit]), finish_reason="length", correction=kind)
         return None
 
@@ -242,11 +305,8 @@ class Corrector:
         text = self.config.reflection_text + fill(self.config.answer_text, "answer", bare_answer(answer))
         return [*self._encode_after_text(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
 
-    def _reflection(self, prompt: Prompt, kept: Response) -> list[int]:
-        return self._reflections[self._follows_text(prompt, kept)]
-
     def _encode_after_text(self, text: str) -> list[int]:
-        """The tokens of ``text`` behind other text, or by itself where the two would melt into one token."""
+        """The tokens of ``text`` after other text, or alone if the tokenizer would merge the two into one token."""
         before = "a" if text[:1].isspace() else "\n"
         start, both = list(self.encode(before)), list(self.encode(before + text))
         return both[len(start) :] if both[: len(start)] == start else list(self.encode(text))
@@ -260,35 +320,6 @@ class Corrector:
         else:
             before = self.decode(kept.token_ids)  # all of it: where tokens are bytes, the last few may be no text
         return bool(before) and not before[-1].isspace()
-
-    def _continue(
-        self, prompts: Sequence[Prompt], reflections: Sequence[_Reflection], seed: int
-    ) -> list[tuple[int, Response]]:
-        if not reflections:
-            return []
-        starts = [_inject(reflection.kept, reflection.injected) for reflection in reflections]
-        continuations = self.engine.generate(
-            [
-                (*prompts[reflection.position].token_ids, *start.token_ids)
-                for reflection, start in zip(reflections, starts, strict=True)
-            ],
-            replace(self.sampling, max_tokens=self._continuation_length),
-            seed=seed,
-        )
-        return [
-            (
-                reflection.position,
-                Response(
-                    token_ids=start.token_ids + more.token_ids,
-                    logprobs=start.logprobs + more.logprobs,
-                    entropy=start.entropy + more.entropy,
-                    provenance=start.provenance + (Provenance.CONTINUED,) * len(more.token_ids),
-                    finish_reason=more.finish_reason,
-                    correction="reflect",
-                ),
-            )
-            for reflection, start, more in zip(reflections, starts, continuations, strict=True)
-        ]
 
 
 def _slice(response: Response, length: int) -> Response:

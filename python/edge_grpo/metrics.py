@@ -1,13 +1,18 @@
-"""What a training step reports: pure functions from the step's samples to named numbers.
+"""What a training step reports: pure functions from the step's samples to named numbers, and a timer for its phases.
 
-Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples.
+Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples. The
+metrics of the loss itself are in ``learner``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import resource
+import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, pvariance, stdev
 
 import torch
@@ -15,6 +20,22 @@ import torch
 from edge_grpo.batching import Sample
 from edge_grpo.types import Provenance, Reward
 from edge_kernels import GRPOLossConfig
+
+
+class PhaseTimes:
+    """Adds up the seconds of each phase of a step; all work queued on ``device`` in a phase counts in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -102,6 +123,21 @@ def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[s
         "ratio/sampler_max": float(ordered[-1]),
         "ratio/sampler_truncated": _share(not config.sampler_ratio_floor <= ratio <= cap for ratio in ordered.tolist()),
     }
+
+
+def num_generated(samples: Sequence[Sample]) -> int:
+    """Return how many tokens the policy generated: its first attempts and its continuations."""
+    return sum(
+        len(sample.first.token_ids) + sample.response.provenance.count(Provenance.CONTINUED) for sample in samples
+    )
+
+
+def peak_bytes() -> int:
+    """Return the process's peak memory: the accelerator's where there is one, else the resident set's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def drift_metrics(pairs: Sequence[tuple[Sample, Sequence[float], Sequence[float]]]) -> dict[str, float]:

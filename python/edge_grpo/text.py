@@ -1,10 +1,11 @@
-r"""Pure functions on strings: filling one placeholder into a template, and finding the \boxed{} answers of a text.
+r"""Pure functions on strings: filling a template, finding the \boxed{} answers of a text, figures as people read them.
 
 Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import string
 
@@ -66,3 +67,15 @@ def bare_answer(text: str) -> str:
         while start < stop and text[stop - 1].isspace():
             stop -= 1
     return text[start:stop]
+
+
+def percent(share: float) -> str:
+    """A share as people read it: 0.125 is ``12.5%``, NaN is ``-``."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}%"
+
+
+def clock(seconds: float) -> str:
+    """A duration as people read it: ``15 s``, ``1 min 15 s``, ``2 h 03 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -96,11 +96,10 @@ class Reward:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: ``temperature`` 0 is greedy; ``top_p`` 1 is the whole distribution; lengths are in tokens."""
+    """How to sample: ``temperature`` 0 is greedy; lengths are in tokens."""
 
     max_tokens: int
     temperature: float = 1.0
-    top_p: float = 1.0
 
 
 class RolloutError(RuntimeError):
@@ -118,7 +117,7 @@ class RolloutEngine(Protocol):
         """Return one response per prompt, in order. The same prompts, weights and seed give the same responses.
 
         A prompt may repeat (that is how a group is sampled) and may end in a partial completion, which is continued.
-        Logprobs are those of the whole distribution at the sampling temperature, before ``top_p``; greedy ones at 1.
+        Logprobs are those of the distribution at the sampling temperature; greedy ones at 1.
         All responses or none: RolloutError when some could not be had.
         """
         ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import aot, gpu_static, sass
+from benchmarks import gpu_static
+from benchmarks.machine_code import aot, cubin
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
@@ -25,7 +26,7 @@ def rows(first: int, n: int, architecture: int = 90) -> list[gpu_static.Row]:
     """What is launched for the copy of n elements from element ``first`` on."""
     try:
         aot.require_triton()
-        sass.tool("cuobjdump")
+        cubin.tool("cuobjdump")
     except (RuntimeError, FileNotFoundError) as error:
         pytest.skip(str(error))
 
@@ -61,6 +62,7 @@ def test_architectures_are_kept_apart() -> None:
 def test_nothing_stays_behind() -> None:
     from triton.runtime.jit import JITFunction
 
-    before = JITFunction.run, torch.cuda.get_device_properties
+    before = JITFunction.run, torch.cuda.get_device_properties, torch.version.hip
     rows(first=0, n=4096)
-    assert (JITFunction.run, torch.cuda.get_device_properties) == before
+    aot.triton_kernels(lambda: None, aot.ROCM)
+    assert (JITFunction.run, torch.cuda.get_device_properties, torch.version.hip) == before

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
+
+from benchmarks import head, limits
+from benchmarks.__main__ import summary
+from benchmarks.harness import COMPILED, OURS, table
+from benchmarks.peers import PLAIN
 
 pytestmark = pytest.mark.slow
 
@@ -66,3 +72,28 @@ def test_a_process_that_dies_is_a_failure_and_not_silence() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "FAILED" in done.stdout
+
+
+def test_what_a_cpu_multiplies_too_slowly_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, which multiplies in float32 there, is checked and timed; plain PyTorch stays the measure of accuracy."""
+    monkeypatch.setattr(limits, "_product_rate", lambda dtype, enough: 1e6)  # flops/s: 8 x 301 x 16 x 6 take 0.2 s
+    config = {"dtype": "bfloat16", "vocab": 301, "rows": 8, "hidden": 16, "pages": "huge", "repetitions": 1}
+    config |= {"contenders": [PLAIN, COMPILED], "accumulated": True}
+    (result,) = head.measure({**config, "max_seconds": 0.1})
+    assert set(result["contenders"]) == {OURS, f"{OURS}, accumulated"}
+    assert set(result["contenders"][OURS]["errors"]) == {"logprob", "entropy", "d hidden", "d weight"}
+    assert set(result["limits"]) == {"3 products, float32"}
+    assert set(result["missing"]) == {PLAIN, COMPILED, "3 products", limits.SQUARE_PRODUCT}
+    reason = "left out: 0.2 s for its products alone, bfloat16 at 0.0 GF/s"
+    assert f"  {COMPILED:38} {reason}" in table(result).splitlines()
+    assert any("3 products, float32" in line for line in summary([result]))
+    (result,) = head.measure({**config, "contenders": [PLAIN], "max_seconds": 1e6})
+    assert PLAIN in result["contenders"]
+    assert result["missing"] == {}
+
+
+def test_the_rate_of_products_is_measured_until_it_is_enough() -> None:
+    assert limits.too_slow({"a product": 1e3}, torch.float32, max_seconds=60.0) == {}
+    assert limits.too_slow({"a product": 1e30}, torch.float32, max_seconds=None) == {}
+    reasons = limits.too_slow({"a product": 1e3, "another": 1e30}, torch.float32, max_seconds=60.0)
+    assert set(reasons) == {"another"}

@@ -14,7 +14,9 @@ from paths import ROOT
 pytestmark = pytest.mark.slow
 
 
-def run(*arguments: str, code: str = "from benchmarks import gpu; sys.exit(gpu.main())") -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, code: str = "from benchmarks.gpu.__main__ import main; sys.exit(main())"
+) -> subprocess.CompletedProcess:
     # No compiler, which would take longest: torch.compile then is plain PyTorch again.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     program = f"import sys\nsys.argv[1:] = {list(arguments)!r}\n{code}"
@@ -65,16 +67,17 @@ def test_a_backend_that_errs_is_not_timed() -> None:
     """An entropy that is off by a hundredth stops it before any time is taken."""
     code = """
 import torch
-from benchmarks import gpu, peers
-make = peers.LOGITS[gpu.OURS]
+from benchmarks import peers
+from benchmarks.gpu.__main__ import OURS, main
+make = peers.LOGITS[OURS]
 def wrong():
     statistics, loss = make()
     def shifted(*arguments):
         out = loss(*arguments)
         return out._replace(entropy=out.entropy + 0.01)
     return statistics, shifted
-peers.LOGITS[gpu.OURS] = wrong
-sys.exit(gpu.main())
+peers.LOGITS[OURS] = wrong
+sys.exit(main())
 """
     done = run("--rehearse", code=code)
     assert done.returncode == 1

@@ -1,6 +1,6 @@
 """Our GPU kernels' machine code against budgets: what a loop over logits may cost, and that the head uses wgmma.
 
-No GPU is needed; what compiles them is. How the figures are read from the code is tested in test_sass.py.
+No GPU is needed; what compiles them is. How the figures are read from the code is tested in test_cubin.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import cache, partial
 
 import pytest
 
-from benchmarks import aot, gpu_ours, gpu_static, sass
-from benchmarks.aot import Compiled
+from benchmarks import gpu_static
 from benchmarks.gpu_static import OURS_CUDA, OURS_HEAD, OURS_TRITON, Row
+from benchmarks.machine_code import aot, cubin, ours
+from benchmarks.machine_code.aot import Compiled
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +25,12 @@ OF_LOGITS = re.compile(r"(token_stats_(fwd|bwd)|grpo_sweep)_kernel\b(?!.*Curved)
 @cache
 def compiled(owner: str, architecture: int) -> list[Compiled]:
     try:
-        sass.tool("cuobjdump")
+        cubin.tool("cuobjdump")
         aot.nvcc() if owner == OURS_CUDA else aot.require_triton()
     except (FileNotFoundError, RuntimeError) as error:
         pytest.skip(str(error))
     if owner == OURS_CUDA:  # not all sources: a compiler takes seconds for each
-        return [k for name in ("token_stats", "grpo_sweep") for k in gpu_ours.cuda_kernels(architecture, name)]
+        return [k for name in ("token_stats", "grpo_sweep") for k in ours.cuda_kernels(architecture, name)]
     return gpu_static.contenders()[owner](architecture)
 
 
@@ -48,7 +49,7 @@ def loops(owner: str, architecture: int, kind: str) -> list[Row]:
     return found
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_static.MACHINES)
 @pytest.mark.parametrize("owner", [OURS_CUDA, OURS_TRITON])
 def test_loops_over_logits_have_wide_accesses_no_spills_and_no_barriers(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:
@@ -71,7 +72,7 @@ def test_a_forward_loop_keeps_to_its_budget(owner: str, architecture: int, instr
         assert row["mufu_per_element"] >= 0.5  # an exponential each, most of them there: the loop is the right one
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", gpu_static.MACHINES)
 @pytest.mark.parametrize("owner", [OURS_CUDA, OURS_TRITON])
 def test_memory_bounds_every_loop_over_logits(owner: str, architecture: int) -> None:
     for row in [*loops(owner, architecture, "statistics"), *loops(owner, architecture, "gradient")]:

@@ -107,9 +107,8 @@ def compile_program(folder: Path, build: Build) -> Path:
 
 
 def load_module(program: Path, folder: Path) -> ModuleType:
-    """Return the kernels of a program of build ``PLAIN`` as a module that ``edge_kernels.backends.cuda`` can use."""
-    sources = [CSRC / "bindings_cuda.cpp", HERE / "module.cpp"]
-    objects = compile_units(folder, PLAIN, sources)
+    """Return the kernels of a program of build ``PLAIN`` as a module for ``edge_kernels.backends.compiled``."""
+    objects = compile_units(folder, PLAIN, [HERE / "module.cpp"])
     objects += [path for path in sorted(program.parent.glob("*.o")) if path.stem != "runner"]
     name = "edge_cuda_emulated"
     library = link(objects, folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", PLAIN, "-shared")

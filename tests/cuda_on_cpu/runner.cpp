@@ -153,9 +153,11 @@ edge::TokenRows take_rows(Call& call) {
     return rows;
 }
 
-edge::TokenLossRule take_rule(Call& call) {
-    edge::TokenLossRule rule;
+edge::LossRule take_rule(Call& call) {
+    edge::LossRule rule;
     rule.objective = static_cast<edge::Objective>(call.integer());
+    rule.ratio_of_sequence = call.integer() != 0;
+    rule.sampler_of_sequence = call.integer() != 0;
     rule.sampler_masks = call.integer() != 0;
     rule.injected = static_cast<edge::Injected>(call.integer());
     rule.epsilon_low = call.number();
@@ -170,9 +172,19 @@ edge::TokenLossRule take_rule(Call& call) {
     return rule;
 }
 
-edge::cuda::DeviceNumbers take_numbers(Call& call) {
-    const float* const entropy_threshold = call.buffer<const float>();
-    return {entropy_threshold, call.buffer<const float>()};
+edge::TokenTensors take_tensors(Call& call) {
+    edge::TokenTensors tensors;
+    tensors.mask = call.buffer<const std::uint8_t>();
+    tensors.weight = call.buffer();
+    tensors.advantages = call.buffer();
+    tensors.old_logprobs = call.buffer();
+    tensors.ref_logprobs = call.buffer();
+    tensors.sampler_ratio = call.buffer();
+    tensors.sampling_logprobs = call.buffer();
+    tensors.injected = call.buffer<const std::uint8_t>();
+    tensors.entropy_threshold = call.buffer();
+    tensors.bonus_weight = call.buffer();
+    return tensors;
 }
 
 void forward(Call& call, const edge::TokenRows& rows, const edge::cuda::Launch& launch) {
@@ -211,42 +223,25 @@ void sweep(Call& call, const edge::TokenRows& rows, const edge::cuda::Launch& la
     arguments.rows = rows;
     take_gradient(call, arguments);
     arguments.rule = take_rule(call);
-    arguments.weight = call.buffer();
-    arguments.advantages = call.buffer();
-    arguments.old_logprobs = call.buffer();
-    arguments.ref_logprobs = call.buffer();
-    arguments.sampler_ratio = call.buffer();
-    arguments.sampling_logprobs = call.buffer();
-    arguments.injected = call.buffer<const std::uint8_t>();
-    const edge::cuda::DeviceNumbers numbers = take_numbers(call);
+    arguments.tensors = take_tensors(call);
     arguments.logprobs = call.buffer();
     arguments.entropy = call.buffer();
-    edge::cuda::grpo_sweep(arguments, numbers, launch);
+    edge::cuda::grpo_sweep(arguments, launch);
 }
 
 void token_loss(Call& call) {
-    edge::cuda::TokenLoss arguments;
+    edge::TokenLoss arguments;
     arguments.sequences = call.integer();
     arguments.length = call.integer();
-    arguments.ratio_of_sequence = call.integer() != 0;
-    arguments.sampler_of_sequence = call.integer() != 0;
     arguments.rule = take_rule(call);
-    arguments.logprobs = call.buffer<const float>();
-    arguments.entropy = call.buffer<const float>();
-    arguments.mask = call.buffer<const std::uint8_t>();
-    arguments.weight = call.buffer<const float>();
-    arguments.advantages = call.buffer<const float>();
-    arguments.old_logprobs = call.buffer<const float>();
-    arguments.ref_logprobs = call.buffer<const float>();
-    arguments.sampler_ratio = call.buffer<const float>();
-    arguments.sampling_logprobs = call.buffer<const float>();
-    arguments.injected = call.buffer<const std::uint8_t>();
-    arguments.numbers = take_numbers(call);
-    arguments.loss = call.buffer<float>();
-    arguments.metrics = call.buffer<float>();
-    arguments.d_logprobs = call.buffer<float>();
-    arguments.d_entropy = call.buffer<float>();
-    const Buffer workspace(edge::cuda::token_loss_workspace_bytes(arguments.sequences, arguments.length), 0);
+    arguments.logprobs = call.buffer();
+    arguments.entropy = call.buffer();
+    arguments.tensors = take_tensors(call);
+    arguments.loss = call.buffer();
+    arguments.metrics = call.buffer();
+    arguments.d_logprobs = call.buffer();
+    arguments.d_entropy = call.buffer();
+    const Buffer workspace(edge::cuda::token_loss_workspace_bytes(arguments.sequences, arguments.length, {}), 0);
     edge::cuda::token_loss(arguments, {0, nullptr, workspace.data(), workspace.bytes()});
     if (!workspace.is_intact()) throw std::runtime_error("the kernel wrote outside its workspace");
 }
@@ -260,7 +255,7 @@ void run(Call& call) {
         token_loss(call);
     } else {
         const edge::TokenRows rows = take_rows(call);
-        const Buffer workspace(edge::cuda::row_workspace_bytes(0, rows.dtype, rows.rows, rows.vocab), 0);
+        const Buffer workspace(edge::cuda::row_workspace_bytes(rows, {}), 0);
         const edge::cuda::Launch launch{0, nullptr, workspace.data(), workspace.bytes()};
         if (call.name == "forward") {
             forward(call, rows, launch);

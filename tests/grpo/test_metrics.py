@@ -1,21 +1,16 @@
-"""Step metrics on a worked example, and the two logs that hold them."""
+"""Step metrics on worked examples."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from io import StringIO
 
 import pytest
 import torch
-from accelerate import Accelerator
-from rich.console import Console
 
 from edge_grpo.batching import Sample
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.metrics import drift_metrics, sampler_metrics, step_metrics
-from edge_grpo.run.log import RunLog, completion_record
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
 from edge_kernels import GRPOLossConfig
 
@@ -159,47 +154,6 @@ def test_drift_counts_only_recorded_tokens():
     metrics = drift_metrics([(sample, [-0.5, 100.0, -0.7, -0.5], [0.5, 100.0, 0.5, 0.4])])
     assert metrics == pytest.approx({"drift/logprob_mean": 0.2 / 3, "drift/logprob_max": 0.2, "drift/entropy_max": 0.1})
     assert drift_metrics([]) == {}
-
-
-def test_completion_record_cuts_where_provenance_changes():
-    record = completion_record(7, two_groups()[1], lambda ids: "".join(map(str, ids)))
-    assert record["segments"] == [["sampled", "0"], ["injected", "1"], ["continued", "23"]]
-    assert (record["step"], record["index"], record["reward_before"], record["reward"]) == (7, 4, 0.0, 1.0)
-    assert (record["parts_before"], record["parts"]) == ({"accuracy": 0.0}, {"accuracy": 1.0})
-    assert (record["failures"], record["skipped"]) == ({}, False)
-
-
-def log_to(folder, resume_step) -> RunLog:
-    return RunLog(Accelerator(cpu=True), folder, steps=9, resume_step=resume_step, console=Console(file=StringIO()))
-
-
-def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
-    with log_to(tmp_path, 0) as log:
-        for step in (0, 1, 2, 3):
-            log.step(step, {"loss": math.inf if step == 1 else 0.5})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
-    with log_to(tmp_path, 2) as log:
-        log.step(3, {"loss": 0.25})
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == [
-        {"step": 0, "loss": 0.5},
-        {"step": 1, "loss": None},
-        {"step": 2, "loss": 0.5},
-        {"step": 3, "loss": 0.25},
-    ]
-
-
-def test_log_keeps_completions_with_line_separators(tmp_path):
-    """U+2028 ends a line for str.splitlines but not in JSONL, where it may stand inside a string."""
-    sample = two_groups()[0]
-    with log_to(tmp_path, 0) as log:
-        log.completions(1, [sample], lambda ids: "a\u2028b")
-    before = (tmp_path / "completions.jsonl").read_text()
-    with log_to(tmp_path, 1):
-        pass
-    assert (tmp_path / "completions.jsonl").read_text() == before
-    assert json.loads(before)["segments"] == [["sampled", "a\u2028b"]]
 
 
 def test_seeds_depend_on_the_whole_place():

@@ -1,12 +1,14 @@
-r"""Templates, and the \boxed{} answers of a text."""
+r"""Templates, the \boxed{} answers of a text, figures as people read them."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_grpo.text import bare_answer, boxes, fill, last_box
+from edge_grpo.text import bare_answer, boxes, clock, fill, last_box, percent
 
 
 @pytest.mark.parametrize(
@@ -90,3 +92,9 @@ def test_deep_nesting_takes_one_pass():
 )
 def test_bare_answer_takes_off_what_surrounds(answer, bare):
     assert bare_answer(answer) == bare
+
+
+def test_figures_as_people_read_them():
+    assert [percent(share) for share in (0.125, 0.0, 1.0, math.nan)] == ["12.5%", "0.0%", "100.0%", "-"]
+    seconds = (0.4, 59.6, 75, 3599.7, 7384)
+    assert [clock(value) for value in seconds] == ["0 s", "1 min 0 s", "1 min 15 s", "1 h 00 min", "2 h 03 min"]

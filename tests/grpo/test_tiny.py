@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import edge_grpo
 from edge_grpo.config import CorrectionConfig, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from edge_grpo.data.arithmetic import LEVELS, generate
-from edge_grpo.data.sources import load_examples, render_prompts
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.answers import Grader
-from edge_grpo.policy.model import eos_token_ids, load_model
+from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Sampling
 

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_kernels import EDAConfig, entropy_driven_advantages, entropy_weights, group_advantages, reference
+from edge_kernels import (
+    EDAConfig,
+    entropy_driven_advantages,
+    entropy_weights,
+    group_advantages,
+    reference,
+    response_entropy,
+    response_entropy_weights,
+)
 
 CONFIGS = [
     EDAConfig(),
@@ -110,6 +118,31 @@ def test_preserve_scale_keeps_the_mean_magnitude_of_each_group(batch: tuple[Tens
         torch.testing.assert_close(after[members].abs().mean(), before[members].abs().mean())
 
 
+def test_response_entropy_is_the_mean_over_a_responses_own_tokens() -> None:
+    entropy = torch.tensor([[1.0, 2.0, math.nan], [3.0, 3.0, 6.0], [math.nan, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False], [False, False, False]])
+    means = response_entropy(entropy, mask)
+    torch.testing.assert_close(means, torch.tensor([1.5, 4.0, math.nan, -math.inf]), equal_nan=True)
+    assert response_entropy(entropy.double(), mask).dtype == torch.float64
+    assert response_entropy(entropy.bfloat16(), mask).dtype == torch.float32
+    assert not response_entropy(entropy.requires_grad_(), mask).requires_grad
+
+
+@given(batches(), st.integers(1, 4))
+def test_weights_from_gathered_means_are_those_from_all_tokens(batch: tuple[Tensor, ...], processes: int) -> None:
+    """Each process sends one number per response, from its own part of the tokens; groups may span processes."""
+    rewards, entropy, mask, groups = batch
+    parts = [slice(rank, None, processes) for rank in range(processes)]
+    gathered = torch.cat([response_entropy(entropy[part], mask[part]) for part in parts])
+    order = torch.cat([torch.arange(len(rewards))[part] for part in parts])
+    advantages = group_advantages(rewards, groups)
+    for config in CONFIGS:
+        torch.testing.assert_close(
+            response_entropy_weights(gathered, groups[order], config, advantages=advantages[order]),
+            entropy_weights(entropy, mask, groups, config, advantages=advantages)[order],
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero_however_their_mean_rounds(dtype: torch.dtype) -> None:
     for size in range(1, 20):
@@ -185,6 +218,12 @@ def test_errors_name_what_was_expected() -> None:
         entropy_weights(rewards, mask, groups)
     with pytest.raises(ValueError, match=r"preserve_scale=True .* pass advantages=group_advantages"):
         entropy_weights(entropy, mask, groups, EDAConfig(preserve_scale=True))
+    with pytest.raises(ValueError, match=r"mean_entropy must .* got float32 \(4, 2\); pass one mean per response"):
+        response_entropy_weights(entropy, groups)
+    with pytest.raises(ValueError, match=r"preserve_scale=True .* pass advantages=group_advantages"):
+        response_entropy_weights(rewards, groups, EDAConfig(preserve_scale=True))
+    with pytest.raises(TypeError, match=r"completion_mask must be bool with shape \(B, T\) = \(4, 2\); got int64"):
+        response_entropy(entropy, mask.long())
     with pytest.raises(TypeError, match=r"config must be an EDAConfig; got dict"):
         entropy_driven_advantages(rewards, entropy, mask, groups, {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rewards must .* \(B,\) = \(4,\); got float32 \(3,\)"):

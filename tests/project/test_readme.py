@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = ["steps=1", "data.eval_size=8", "rollout.num_prompts=2", "rollout.num_generations=4"]
+SHORT = ["steps=1", "eval.size=8", "rollout.num_prompts=2", "rollout.num_generations=4"]
 
 
 def snippets(language: str) -> list[str]:

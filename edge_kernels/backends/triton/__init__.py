@@ -1,8 +1,7 @@
-"""The backend "triton": the kernels' contract (kernels.py) for CUDA and ROCm devices, one concept a file.
+"""The backend "triton": the contract (contract.py) for CUDA and ROCm devices, one concept a file.
 
 arithmetic.py: a logit and a row's sums; rows.py: walking over a row; then one file an op, kernels before launchers.
-tuning.py: block sizes by architecture; aot.py: the kernels as a compiler without a GPU takes them. Under
-TRITON_INTERPRET=1 everything runs on CPU tensors, slowly, for tests.
+tuning.py: block sizes by architecture. Under TRITON_INTERPRET=1 everything runs on CPU tensors, slowly, for tests.
 """
 
 from edge_kernels.backends.triton.grpo_sweep import grpo_sweep

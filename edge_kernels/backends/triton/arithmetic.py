@@ -4,6 +4,7 @@ Everything is in powers of two, because that is what the hardware has: y = z / l
     s = sum 2^(y - m)        t = sum 2^(y - m) * (y - m)
 m is whatever float32 the rounding of ``x * slope`` gave; the sums refer to exactly that number, so that a large offset
 of the logits costs no digits. ``slope`` is logit_scale / temperature / ln 2 and positive (NEGATIVE turns the logits).
+``transform`` is launch.LogitTransform.
 """
 
 from __future__ import annotations
@@ -35,22 +36,28 @@ def tanh(x):
 
 
 @triton.jit
-def oriented(x, cap_in, cap_out, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr):
+def oriented(x, transform):
     """The number of which ``slope`` makes y: the logit itself where the transform is linear, and with a soft cap y."""
     x = x.to(tl.float32)
-    if CAPPED:
-        return cap_out * tanh(x * cap_in)
+    if transform.cap_in is not None:
+        return transform.cap_out * tanh(x * transform.cap_in)
     else:
-        return -x if NEGATIVE else x
+        return -x if transform.NEGATIVE else x
 
 
 @triton.jit
-def shifted(x, slope, m, CAPPED: tl.constexpr):
+def scaled(x, transform):
+    """y of ``x``, which is oriented."""
+    return x if transform.cap_in is not None else x * transform.slope
+
+
+@triton.jit
+def shifted(x, m, transform):
     """y - m, at least FLOOR. ``x`` is oriented."""
-    if CAPPED:
+    if transform.cap_in is not None:
         difference = x - m
     else:
-        difference = tl.fma(x, tl.zeros_like(x) + slope, tl.zeros_like(x) - m)
+        difference = tl.fma(x, tl.zeros_like(x) + transform.slope, tl.zeros_like(x) - m)
     return at_least(difference, FLOOR)
 
 
@@ -63,19 +70,27 @@ def rescaled(m, s, t, new_m):
 
 
 @triton.jit
-def absorb(x0, x1, m, s, t, slope, CAPPED: tl.constexpr):
-    """Add two tiles (UNROLL, LANES, W) to sums (LANES,): one rescaling for all of a lane's elements.
+def absorb(xs, m, s, t, transform):
+    """Add tensors (LANES, W) of oriented logits to sums (LANES,): one rescaling for all of a lane's elements.
 
-    Two, because adding them element by element before the lane's sum makes a multiply-add of the second.
+    They are added up element by element before the lane's sum, which makes a multiply-add of every term of t but the
+    first.
     """
-    top = tl.max(tl.max(tl.maximum(x0, x1), 2), 0)
-    new_m = tl.maximum(m, top if CAPPED else top * slope)
+    top = xs[0]
+    for k in tl.static_range(1, len(xs)):
+        top = tl.maximum(top, xs[k])
+    new_m = tl.maximum(m, scaled(tl.max(top, 1), transform))
     s, t = rescaled(m, s, t, new_m)
-    y0 = shifted(x0, slope, new_m[None, :, None], CAPPED)
-    y1 = shifted(x1, slope, new_m[None, :, None], CAPPED)
-    e0 = tl.exp2(y0)
-    e1 = tl.exp2(y1)
-    return new_m, s + tl.sum(tl.sum(e0 + e1, 2), 0), t + tl.sum(tl.sum(e0 * y0 + e1 * y1, 2), 0)
+    y = shifted(xs[0], new_m[:, None], transform)
+    e = tl.exp2(y)
+    terms_s = e
+    terms_t = e * y
+    for k in tl.static_range(1, len(xs)):
+        y = shifted(xs[k], new_m[:, None], transform)
+        e = tl.exp2(y)
+        terms_s += e
+        terms_t += e * y
+    return new_m, s + tl.sum(terms_s, 1), t + tl.sum(terms_t, 1)
 
 
 @triton.jit
@@ -119,12 +134,13 @@ def gradient_factors(entropy, logsumexp, low, g_logprob, g_entropy, g_logsumexp,
 
 
 @triton.jit
-def gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED: tl.constexpr, NEGATIVE: tl.constexpr):
-    """The gradient of logits x, float32."""
-    if CAPPED:
-        th = tanh(x.to(tl.float32) * cap_in)
-        y = at_least(cap_out * th - reference, FLOOR)
+def gradient(x, factors, is_target, transform):
+    """The gradient of logits x, float32; ``factors`` are ``gradient_factors``."""
+    reference, a, b, own = factors
+    if transform.cap_in is not None:
+        th = tanh(x.to(tl.float32) * transform.cap_in)
+        y = at_least(transform.cap_out * th - reference, FLOOR)
     else:
-        y = shifted(oriented(x, cap_in, cap_out, CAPPED, NEGATIVE), slope, reference, CAPPED)
+        y = shifted(oriented(x, transform), reference, transform)
     g = tl.exp2(y) * (a + b * y) + tl.where(is_target, own, 0.0)
-    return g * (1 - th * th) if CAPPED else g
+    return g * (1 - th * th) if transform.cap_in is not None else g

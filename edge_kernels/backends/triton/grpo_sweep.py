@@ -14,16 +14,9 @@ from torch import Tensor
 from edge_kernels.backends.rows import row_blocks
 from edge_kernels.backends.triton import tuning
 from edge_kernels.backends.triton.arithmetic import gradient_factors, statistics
-from edge_kernels.backends.triton.launch import LAUNCH, base_of, on_its_device, slope_of_x, transform_arguments
+from edge_kernels.backends.triton.launch import LAUNCH, on_its_device, packed, part_of, rows_of, transform_of
 from edge_kernels.backends.triton.rows import row_sums, write_gradient
-from edge_kernels.backends.triton.token_loss import (
-    corrected,
-    policy,
-    rule_arguments,
-    sampler_factor,
-    term_tensors,
-    token_loss,
-)
+from edge_kernels.backends.triton.token_loss import contribution, rule_arguments, token_loss
 from edge_kernels.backends.triton.token_stats import (
     same_shift,
     target_logit,
@@ -31,73 +24,33 @@ from edge_kernels.backends.triton.token_stats import (
     token_stats_backward,
     token_stats_forward,
 )
-from edge_kernels.ops.token_loss import LossRule, TokenTerms
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import LossRule, TokenTerms, Transform
 
 
 @triton.jit
 def grpo_sweep_kernel(
-    logits,
-    targets,
-    logprobs,  # (rows), float32, as all per-row tensors that are not said to be bool
+    logits,  # Rows
+    targets,  # (rows), int64
+    logprobs,  # (rows), float32
     entropy,
-    out,
-    mask,  # bool
-    weight,
-    advantages,
-    old_logprobs,
-    ref_logprobs,
-    sampler_ratio,
-    sampling_logprobs,
-    injected,  # bool
-    entropy_threshold,  # (1)
-    bonus_weight,  # (1)
-    first,
-    row_stride,
-    out_first,
-    out_stride,
+    terms,  # TokenTerms, (rows) or () each, float32 or bool
+    out,  # Rows
     rows,
     V,
-    chunk,  # at least V
-    ignore_index,
-    cap_in,
-    cap_out,
-    slope,
-    slope_of_x,
+    transform,
+    rule,  # of no sequences
     low,
     high,
-    delta,
-    beta,
-    sampler_floor,
-    sampler_cap,
-    sft_weight,
-    gamma,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    HAS_SAMPLER_RATIO: tl.constexpr,
-    HAS_SAMPLING: tl.constexpr,
-    HAS_INJECTED: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
-    CISPO: tl.constexpr,
-    SAMPLER_MASKS: tl.constexpr,
-    SFT: tl.constexpr,
-    SHAPED: tl.constexpr,
     SAME_SHIFT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    tile,
 ):
-    threshold = tl.load(entropy_threshold) if HAS_THRESHOLD else 0.0
-    bonus = tl.load(bonus_weight) if HAS_BONUS else 0.0
+    threshold = tl.load(terms.entropy_threshold) if terms.entropy_threshold is not None else 0.0
+    bonus = tl.load(terms.bonus_weight) if terms.bonus_weight is not None else 0.0
     zero = tl.full((), 0.0, tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         long_row = tl.full((), 0, tl.int64) + row
-        start = first + long_row * row_stride
-        out_start = out_first + long_row * out_stride
+        start = logits.first + long_row * logits.stride
+        out_start = out.first + long_row * out.stride
         target = tl.load(targets + row)
         column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
         reference = zero
@@ -105,52 +58,33 @@ def grpo_sweep_kernel(
         b = zero
         own = zero
         active = False
-        if target == ignore_index:
-            tl.store(logprobs + row, 0.0)
-            tl.store(entropy + row, 0.0)
-        else:
-            x = target_logit(logits, start, target, V, cap_in, cap_out, CAPPED, NEGATIVE)
-            m, s, t = row_sums(logits, start, V, 0, chunk, cap_in, cap_out, slope, CAPPED, NEGATIVE, LANES, VEC, UNROLL)
-            lp, h, lse, lse_low = statistics(m, s, t, target_shifted(x, slope, m, CAPPED))
+        counts = target != transform.ignore_index
+        if counts:
+            x = target_logit(logits.pointer, start, target, V, transform)
+            m, s, t = row_sums(logits.pointer, start, V, 0, V, transform, tile)
+            lp, h, lse, lse_low = statistics(m, s, t, target_shifted(x, m, transform))
             tl.store(logprobs + row, lp)
             tl.store(entropy + row, h)
-
-            A = tl.load(advantages + row)
-            old = lp
-            if HAS_OLD:
-                old = tl.load(old_logprobs + row)
-                old = tl.where(old == old, old, lp)
-            term, direct, through, _, _, _ = policy(lp - old, A, lp, low, high, delta, CISPO)
-            is_injected = tl.load(injected + row).to(tl.int1) if HAS_INJECTED else target == ignore_index
-            factor = 1.0
-            if HAS_SAMPLING:
-                difference = old - tl.load(sampling_logprobs + row)
-                factor = sampler_factor(difference, sampler_floor, sampler_cap, SAMPLER_MASKS)
-            elif HAS_SAMPLER_RATIO:
-                factor = tl.load(sampler_ratio + row)
-            acting = target != ignore_index
-            if HAS_THRESHOLD:
-                acting = (h >= threshold) | (h != h)
-            ref = tl.load(ref_logprobs + row) if HAS_REF else lp
-            term, direct, through, _ = corrected(
-                term, direct, through, A, lp, factor, acting, is_injected, ref, beta, sft_weight, gamma,
-                HAS_SAMPLING or HAS_SAMPLER_RATIO, HAS_INJECTED, SFT, SHAPED, HAS_REF, HAS_BETA,
-            )  # fmt: skip
-            d_logprob = tl.load(weight + row) * (direct + through)
+            _, direct, through, acting, _, _, _, _, _ = contribution(
+                terms, rule, low, high, row, counts, lp, h, threshold, None, None
+            )
+            d_logprob = tl.load(terms.weight + row) * (direct + through)
             d_entropy = tl.where(acting, -bonus, 0.0)
             active = (d_logprob != 0) | (d_entropy != 0)
-            reference, a, b, own = gradient_factors(h, lse, lse_low, d_logprob, d_entropy, zero, slope_of_x)
+            reference, a, b, own = gradient_factors(h, lse, lse_low, d_logprob, d_entropy, zero, transform.slope_of_x)
+        else:
+            tl.store(logprobs + row, 0.0)
+            tl.store(entropy + row, 0.0)
         tl.debug_barrier()  # every thread has read the target's logit before another writes its gradient there
         if active:
             write_gradient(
-                logits, start, out, out_start, column, V, 0, chunk, cap_in, cap_out, slope, reference, a, b, own,
-                CAPPED, NEGATIVE, SAME_SHIFT, True, LANES, VEC, UNROLL,
+                logits.pointer, start, out.pointer, out_start, column, V, 0, V, (reference, a, b, own), transform,
+                SAME_SHIFT, tile,
             )  # fmt: skip
         else:
             write_gradient(
-                logits, start, out, out_start, column, V, 0, chunk, cap_in, cap_out, slope, zero, zero, zero, zero,
-                CAPPED, NEGATIVE, SAME_SHIFT, False, LANES, VEC, UNROLL,
-            )  # fmt: skip
+                logits.pointer, start, out.pointer, out_start, column, V, 0, V, None, transform, SAME_SHIFT, tile
+            )
 
 
 @on_its_device
@@ -162,34 +96,19 @@ def grpo_sweep(
     if rows < device.multiprocessors:
         stats = token_stats_forward(logits, targets, transform)
         part = token_loss(stats.logprobs, stats.entropy, terms, rule)
-        gradients = StatsGradients(part.d_logprobs, None if terms.bonus_weight is None else part.d_entropy, None)
-        token_stats_backward(logits, targets, stats, gradients, transform, out=out)
+        token_stats_backward(logits, targets, stats, part.gradients(terms), transform, out=out)
         return stats.logprobs, stats.entropy
     logprobs, entropy = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    per_row = {"targets": targets.contiguous(), "logprobs": logprobs, "entropy": entropy, **term_tensors(terms)}
-    options = tuning.sweep(device, logits.element_size())
+    per_row = logprobs.view(-1), entropy.view(-1), targets.contiguous().view(-1)
+    flat = packed(terms)
+    tile, num_warps = tuning.sweep(device, logits.element_size())
     for (start, block), (_, out_block) in zip(row_blocks(logits), row_blocks(out, like=logits), strict=True):
         rows, V = block.shape
         span = slice(start, start + rows)
-        base, out_base = base_of(block), base_of(out_block)
+        lp, h, target = (value[span] for value in per_row)
         programs = min(rows, tuning.rows_in_cache(device, V * block.element_size()))
         grpo_sweep_kernel[(programs,)](
-            logits=base.pointer,
-            out=out_base.pointer,
-            **{n: t if t is None or t.dim() == 0 else t.view(-1)[span] for n, t in per_row.items()},
-            first=base.first,
-            row_stride=block.stride(0),
-            out_first=out_base.first,
-            out_stride=out_block.stride(0),
-            rows=rows,
-            V=V,
-            chunk=V,
-            ignore_index=transform.ignore_index,
-            slope_of_x=slope_of_x(transform),
-            SAME_SHIFT=same_shift(block, out_block, options["VEC"]),
-            **transform_arguments(transform),
-            **rule_arguments(rule, terms),
-            **options,
-            **LAUNCH,
-        )
+            rows_of(block), target, lp, h, part_of(flat, span), rows_of(out_block), rows, V, transform_of(transform),
+            **rule_arguments(rule), SAME_SHIFT=same_shift(block, out_block), tile=tile, num_warps=num_warps, **LAUNCH,
+        )  # fmt: skip
     return logprobs, entropy

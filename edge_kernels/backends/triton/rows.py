@@ -2,7 +2,8 @@
 
 A row may begin at any element. Its vectors begin at the next multiple of 16 bytes; the elements before and behind them
 are the row's edges, fewer than a vector each, taken one by a lane. Inside a loop there is no mask and no communication:
-a lane has its own sums (m, s, t), rescaled once per iteration, and lanes are merged once, at the end.
+a lane has its own sums (m, s, t), rescaled once per iteration, and lanes are merged once, at the end. ``tile`` is
+tuning.Tile, ``transform`` launch.LogitTransform.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def vectors(start, V, VEC: tl.constexpr):
 
 
 @triton.jit
-def edges(shift, end, V, VEC: tl.constexpr, LANES: tl.constexpr):
+def edges(shift, end, V, tile):
     """(columns, mask) of a row's elements outside its vectors, one a lane."""
-    lane = tl.arange(0, LANES)
+    VEC: tl.constexpr = tile.VEC
+    lane = tl.arange(0, tile.LANES)
     column = tl.where(lane < VEC, lane, end + lane - VEC)
     head = tl.where(shift > 0, shift, VEC)
     in_head = (lane >= head) & (lane < tl.minimum(V + shift, VEC))
@@ -37,40 +39,45 @@ def edges(shift, end, V, VEC: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def tile(LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    """Where a tile's vectors begin, (UNROLL, LANES, 1); neighbouring lanes have neighbouring vectors."""
-    u = tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
-    return u + tl.arange(0, LANES)[None, :, None] * VEC
+def part_mask(i, end, tile, W: tl.constexpr):
+    """Which elements (LANES, W) of a part lie before column ``end``; both it and i are at the beginning of a vector."""
+    return tl.broadcast_to((i + tl.arange(0, tile.LANES) * tile.VEC < end)[:, None], (tile.LANES, W))
 
 
 @triton.jit
-def pair_masks(i, end, IS_BF16: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    """Which elements of ``load_pair`` at column i lie before column ``end``; both are at the beginning of a vector."""
-    if IS_BF16:
-        mask = tl.broadcast_to(i + tile(LANES, VEC, UNROLL) < end, (UNROLL, LANES, VEC // 2))
-        return mask, mask
-    else:
-        starts = i + tile(LANES, VEC, UNROLL // 2)
-        shape: tl.constexpr = (UNROLL // 2, LANES, VEC)
-        return tl.broadcast_to(starts < end, shape), tl.broadcast_to(starts + UNROLL // 2 * LANES * VEC < end, shape)
+def load_tile(row, i, end, transform, tile):
+    """The oriented logits of a tile from column i, float32 tensors (LANES, W); -inf from ``end`` on, unless it is None.
 
-
-@triton.jit
-def load_pair(row, i, mask0, mask1, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr):
-    """The elements of a tile from column i as two float32 tensors; masks of None for a whole tile.
-
-    Of bfloat16 these are the lower and upper halves of 32-bit words, which costs an instruction less per pair than the
-    compiler's own conversion; of other types the first and second half of the unrolled vectors.
+    Of bfloat16 there are two for each part of a tile, the lower and upper halves of 32-bit words, which costs an
+    instruction less per pair than the compiler's own conversion.
     """
-    if row.dtype.element_ty == tl.bfloat16:
-        words = (row + i).to(tl.pointer_type(tl.uint32))
-        word = tl.load(words + (tile(LANES, VEC, UNROLL) // 2 + tl.arange(0, VEC // 2)[None, None, :]), mask=mask0)
-        return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    IS_BF16: tl.constexpr = row.dtype.element_ty == tl.bfloat16
+    W: tl.constexpr = tile.VEC // 2 if IS_BF16 else tile.VEC
+    offsets = tl.arange(0, tile.LANES)[:, None] * W + tl.arange(0, W)[None, :]
+    mask = None
+    xs = ()
+    for part in tl.static_range(tile.UNROLL):
+        first = i + part * tile.LANES * tile.VEC
+        if end is not None:
+            mask = part_mask(first, end, tile, W)
+        if IS_BF16:
+            word = tl.load((row + first).to(tl.pointer_type(tl.uint32)) + offsets, mask=mask)
+            xs = xs + (
+                present((word << 16).to(tl.float32, bitcast=True), mask, transform),
+                present((word & 0xFFFF0000).to(tl.float32, bitcast=True), mask, transform),
+            )
+        else:
+            xs = xs + (present(tl.load(row + first + offsets, mask=mask), mask, transform),)
+    return xs
+
+
+@triton.jit
+def present(x, mask, transform):
+    """The oriented logits of x, -inf outside of the mask, if there is one."""
+    if mask is None:
+        return oriented(x, transform)
     else:
-        half = row + i + tile(LANES, VEC, UNROLL // 2) + tl.arange(0, VEC)[None, None, :]
-        x0 = tl.load(half, mask=mask0)
-        x1 = tl.load(half + UNROLL // 2 * LANES * VEC, mask=mask1)
-        return x0.to(tl.float32), x1.to(tl.float32)
+        return tl.where(mask, oriented(x, transform), float("-inf"))
 
 
 @triton.jit
@@ -80,17 +87,13 @@ def row_sums(
     V,
     part,  # this program's share of the vectors is number ``part``, of ``chunk`` columns
     chunk,
-    cap_in,
-    cap_out,
-    slope,
-    CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    transform,
+    tile,
 ):
     """(m, s, t) of a share of a row."""
-    STEP: tl.constexpr = UNROLL * LANES * VEC
+    LANES: tl.constexpr = tile.LANES
+    VEC: tl.constexpr = tile.VEC
+    STEP: tl.constexpr = tile.UNROLL * LANES * VEC
     shift, aligned, first, last = vectors(start, V, VEC)
     row = logits + aligned
     begin = tl.multiple_of(first + part * chunk, VEC)
@@ -100,22 +103,38 @@ def row_sums(
     t = tl.zeros((LANES,), tl.float32)
     whole = tl.multiple_of(begin + tl.maximum(end - begin, 0) // STEP * STEP, VEC)
     for i in range(begin, whole, STEP):
-        x0, x1 = load_pair(row, tl.multiple_of(i, VEC), None, None, LANES, VEC, UNROLL)
-        x0 = oriented(x0, cap_in, cap_out, CAPPED, NEGATIVE)
-        x1 = oriented(x1, cap_in, cap_out, CAPPED, NEGATIVE)
-        m, s, t = absorb(x0, x1, m, s, t, slope, CAPPED)
+        m, s, t = absorb(load_tile(row, tl.multiple_of(i, VEC), None, transform, tile), m, s, t, transform)
     if whole < end:  # whole vectors, too few for every lane
-        mask0, mask1 = pair_masks(whole, end, logits.dtype.element_ty == tl.bfloat16, LANES, VEC, UNROLL)
-        x0, x1 = load_pair(row, whole, mask0, mask1, LANES, VEC, UNROLL)
-        x0 = tl.where(mask0, oriented(x0, cap_in, cap_out, CAPPED, NEGATIVE), float("-inf"))
-        x1 = tl.where(mask1, oriented(x1, cap_in, cap_out, CAPPED, NEGATIVE), float("-inf"))
-        m, s, t = absorb(x0, x1, m, s, t, slope, CAPPED)
+        m, s, t = absorb(load_tile(row, whole, end, transform, tile), m, s, t, transform)
     if part == 0:
-        column, mask = edges(shift, last, V, VEC, LANES)
-        x = oriented(tl.load(row + column, mask=mask), cap_in, cap_out, CAPPED, NEGATIVE)
-        x = tl.where(mask, x, float("-inf"))[None, :, None]
-        m, s, t = absorb(x, tl.full((1, LANES, 1), float("-inf"), tl.float32), m, s, t, slope, CAPPED)
+        column, mask = edges(shift, last, V, tile)
+        x = present(tl.load(row + column, mask=mask), mask, transform)
+        m, s, t = absorb((x[:, None],), m, s, t, transform)
     return merged(m, s, t, 0)
+
+
+@triton.jit
+def write_tile(row, out_row, i, end, own_column, factors, transform, tile):
+    """Write the gradient of a tile from column i, up to ``end`` unless it is None; every read precedes the writes."""
+    VEC: tl.constexpr = tile.VEC
+    PART: tl.constexpr = tile.LANES * VEC
+    dtype = out_row.dtype.element_ty
+    offsets = tl.arange(0, tile.LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    mask = None
+    xs = ()
+    if factors is not None:
+        for part in tl.static_range(tile.UNROLL):
+            if end is not None:
+                mask = part_mask(i + part * PART, end, tile, VEC)
+            xs = xs + (tl.load(row + i + part * PART + offsets, mask=mask),)
+    for part in tl.static_range(tile.UNROLL):
+        if end is not None:
+            mask = part_mask(i + part * PART, end, tile, VEC)
+        g = tl.zeros((tile.LANES, VEC), dtype)
+        if factors is not None:
+            is_target = i + part * PART + offsets == own_column
+            g = gradient(xs[part], factors, is_target, transform).to(dtype)
+        tl.store(out_row + i + part * PART + offsets, g, mask=mask)
 
 
 @triton.jit
@@ -128,23 +147,14 @@ def write_gradient(
     V,
     part,
     chunk,
-    cap_in,
-    cap_out,
-    slope,
-    reference,
-    a,
-    b,
-    own,
-    CAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    factors,  # gradient_factors; None: zeros are written and nothing is read
+    transform,
     SAME_SHIFT: tl.constexpr,  # the output's vectors lie where the logits' do
-    ACTIVE: tl.constexpr,  # otherwise zeros are written and nothing is read
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
+    tile,
 ):
     """Write the gradient of a share of a row, from its end to its beginning: what was read last is cached best."""
-    STEP: tl.constexpr = UNROLL * LANES * VEC
+    VEC: tl.constexpr = tile.VEC
+    STEP: tl.constexpr = tile.UNROLL * tile.LANES * VEC
     shift, aligned, first, last = vectors(start, V, VEC)
     row = logits + aligned
     out_aligned = out_start - shift
@@ -153,35 +163,19 @@ def write_gradient(
     out_row = out + out_aligned
     begin = tl.multiple_of(first + part * chunk, VEC)
     end = tl.multiple_of(tl.minimum(begin + chunk, last), VEC)
-    starts = tile(LANES, VEC, UNROLL)
-    offsets = starts + tl.arange(0, VEC)[None, None, :]
     own_column = tl.where(target >= 0, target + shift, -1)
-    dtype = out.dtype.element_ty
-    zeros = tl.zeros((UNROLL, LANES, VEC), dtype)
     num_whole = tl.maximum(end - begin, 0) // STEP
     whole = begin + num_whole * STEP
     if whole < end:
         i = tl.multiple_of(whole, VEC)
-        mask = tl.broadcast_to(i + starts < end, (UNROLL, LANES, VEC))
-        g = zeros
-        if ACTIVE:
-            x = tl.load(row + i + offsets, mask=mask, other=0.0)
-            is_target = i + offsets == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
-        tl.store(out_row + i + offsets, g, mask=mask)
+        write_tile(row, out_row, i, end, own_column, factors, transform, tile)
     for step in range(num_whole):
         i = tl.multiple_of(whole - (step + 1) * STEP, VEC)
-        g = zeros
-        if ACTIVE:
-            x = tl.load(row + i + offsets)
-            is_target = i + offsets == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
-        tl.store(out_row + i + offsets, g)
+        write_tile(row, out_row, i, None, own_column, factors, transform, tile)
     if part == 0:
-        column, mask = edges(shift, last, V, VEC, LANES)
-        g = tl.zeros((LANES,), dtype)
-        if ACTIVE:
+        column, mask = edges(shift, last, V, tile)
+        g = tl.zeros((tile.LANES,), out.dtype.element_ty)
+        if factors is not None:
             x = tl.load(row + column, mask=mask, other=0.0)
-            is_target = column == own_column
-            g = gradient(x, cap_in, cap_out, slope, reference, a, b, own, is_target, CAPPED, NEGATIVE).to(dtype)
+            g = gradient(x, factors, column == own_column, transform).to(out.dtype.element_ty)
         tl.store(out_row + column, g, mask=mask)

@@ -1,7 +1,7 @@
 """From a token's statistics to its loss, the loss's derivatives and the batch's metrics: one kernel, and a small sum.
 
-The formulas are edge_kernels/token_loss.py's, in its order. What concerns one token stands in functions that take
-blocks as well as scalars, because the sweep over logits (grpo_sweep.py) needs a row's coefficient in its midst.
+The formulas are backends/plain.py's, in its order. What concerns one token lies in functions that take blocks as well
+as scalars, because the sweep over logits (grpo_sweep.py) needs a row's coefficient in its midst.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from edge_kernels.backends.triton.arithmetic import LOG2E, nan_max
-from edge_kernels.backends.triton.launch import LAUNCH, float32, on_its_device
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenLoss, TokenTerms
+from edge_kernels.backends.triton.launch import LAUNCH, on_its_device, packed
+from edge_kernels.contract import METRICS, Injected, LossRule, Objective, TokenLoss, TokenTerms
 from edge_kernels.reference import MAX_LOG_RATIO
 
 BLOCK = 1024
 SUMS = tl.constexpr(16)  # room for the loss and the metrics, a power of two
 MAX_RATIO_LOG = tl.constexpr(MAX_LOG_RATIO)
+CISPO = tl.constexpr(Objective.CISPO)
+SFT = tl.constexpr(Injected.SFT)
+SHAPED = tl.constexpr(Injected.SHAPED)
 
 
 @triton.jit
@@ -29,21 +32,21 @@ def exp(x):
 
 
 @triton.jit
-def policy(log_ratio, A, logprob, low, high, delta, CISPO: tl.constexpr):
+def policy(log_ratio, A, logprob, low, high, rule):
     """(term, derivative by the logprob, by the log ratio, ratio, clipped low, clipped high).
 
     ``low`` and ``high`` are the bounds of the ratio; for CISPO ``high`` is its cap.
     """
     ratio = exp(tl.where(log_ratio > MAX_RATIO_LOG, MAX_RATIO_LOG, log_ratio))
-    if CISPO:
+    if rule.objective == CISPO:
         direct = -tl.where(ratio > high, high, ratio) * A
         is_high = (ratio > high) & (A > 0)
         never = is_high & (A < 0)
         return direct * logprob, direct, tl.zeros_like(direct), ratio, never, is_high
     else:
-        unclipped = tl.where(ratio > delta, delta, ratio)
+        unclipped = tl.where(ratio > rule.delta, rule.delta, ratio)
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-        moves_unclipped = tl.where(ratio <= delta, 1.0, 0.0)
+        moves_unclipped = tl.where(ratio <= rule.delta, 1.0, 0.0)
         moves_clipped = tl.where((ratio >= low) & (ratio <= high), 1.0, 0.0)
         # The lesser of the two counts; where they are equal autograd gives each one half, and so does this.
         first = unclipped * A
@@ -58,139 +61,122 @@ def policy(log_ratio, A, logprob, low, high, delta, CISPO: tl.constexpr):
 
 
 @triton.jit
-def sampler_factor(difference, floor, cap, MASKS: tl.constexpr):
+def sampler_factor(difference, rule):
     """The correction for a sampler whose log-probabilities are off by ``difference``; NaN is unknown, and is 1."""
+    floor = rule.sampler_floor
+    cap = rule.sampler_cap
     ratio = exp(tl.where(difference == difference, difference, 0.0))
-    if MASKS:
+    if rule.sampler_masks:
         return tl.where((ratio < floor) | (ratio > cap), 0.0, ratio)
     else:
         return tl.where(ratio < floor, floor, tl.where(ratio > cap, cap, ratio))
 
 
 @triton.jit
-def corrected(
-    term,
-    direct,
-    through,
-    A,
-    logprob,
-    factor,
-    acting,
-    injected,
-    ref,
-    beta,
-    sft_weight,
-    gamma,
-    HAS_FACTOR: tl.constexpr,
-    HAS_INJECTED: tl.constexpr,
-    SFT: tl.constexpr,
-    SHAPED: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-):
-    """The policy term and its derivatives after everything that is done to them, and the KL estimate."""
-    if SHAPED and HAS_INJECTED:
-        p = exp(logprob)
-        term = tl.where(injected, -A * p / (p + gamma), term)
-        direct = tl.where(injected, -A * gamma * p / ((p + gamma) * (p + gamma)), direct)
-        through = tl.where(injected, 0.0, through)
+def recorded_logprob(terms, at, own, lp):
+    """The logprob that the ratio's denominator has, and whether there is a record of it."""
+    if terms.old_logprobs is not None:
+        old = tl.load(terms.old_logprobs + at, mask=own, other=0.0)
+        return tl.where(old == old, old, lp), own & (old == old)
+    else:
+        return lp, own
+
+
+@triton.jit
+def contribution(terms, rule, low, high, at, own, lp, h, threshold, sequence_log_ratio, sequence_difference):
+    """(term, direct, through, acting, ratio, clipped low, clipped high, KL estimate, sampler's factor) of tokens.
+
+    Of those ``at`` some place, where they are a sequence's ``own``; a term's derivatives are by the logprob and by the
+    log ratio. ``sequence_log_ratio`` and ``sequence_difference`` are None where each token has its own.
+    """
+    A = tl.load(terms.advantages + at, mask=own, other=0.0)
+    old, _ = recorded_logprob(terms, at, own, lp)
+    log_ratio = lp - old if sequence_log_ratio is None else tl.zeros_like(lp) + sequence_log_ratio
+    term, direct, through, ratio, is_low, is_high = policy(log_ratio, A, lp, low, high, rule)
+    if terms.injected is not None:
+        injected = own & tl.load(terms.injected + at, mask=own, other=0).to(tl.int1)
+        if rule.injected == SHAPED:
+            p = exp(lp)
+            gamma = rule.shaped_gamma
+            term = tl.where(injected, -A * p / (p + gamma), term)
+            direct = tl.where(injected, -A * gamma * p / ((p + gamma) * (p + gamma)), direct)
+            through = tl.where(injected, 0.0, through)
+    acting = own
+    if terms.entropy_threshold is not None:
+        acting = own & ((h >= threshold) | (h != h))  # NaN acts, and so is seen
     scale = tl.where(acting, 1.0, 0.0)
-    if HAS_FACTOR:
+    factor = tl.zeros_like(lp) + 1.0
+    if terms.sampling_logprobs is not None:
+        difference = sequence_difference
+        if sequence_difference is None:
+            difference = old - tl.load(terms.sampling_logprobs + at, mask=own, other=0.0)
+        factor = sampler_factor(tl.zeros_like(lp) + difference, rule)
+        scale = scale * factor
+    elif terms.sampler_ratio is not None:
+        factor = tl.load(terms.sampler_ratio + at, mask=own, other=0.0)
         scale = scale * factor
     term = term * scale
     direct = direct * scale
     through = through * scale
-    if SFT and HAS_INJECTED:
-        term = tl.where(injected, -sft_weight * logprob, term)
-        direct = tl.where(injected, -sft_weight, direct)
+    if terms.injected is not None and rule.injected == SFT:
+        term = tl.where(injected, -rule.sft_weight * lp, term)
+        direct = tl.where(injected, -rule.sft_weight, direct)
         through = tl.where(injected, 0.0, through)
-    kl = tl.zeros_like(term)
-    if HAS_REF:
-        d = ref - logprob
+    kl = tl.zeros_like(lp)
+    if terms.ref_logprobs is not None:
+        d = tl.load(terms.ref_logprobs + at, mask=own, other=0.0) - lp
         power = exp(d)
         kl = power - d - 1
-        if HAS_BETA:
-            term = term + beta * kl
-            direct = direct + beta * (1 - power)
-    return term, direct, through, kl
+        if rule.beta is not None:
+            term = term + rule.beta * kl
+            direct = direct + rule.beta * (1 - power)
+    return term, direct, through, acting, ratio, is_low, is_high, kl, factor
 
 
 @triton.jit
 def token_loss_kernel(
-    logprobs,  # (num_tokens), float32, as all per-token tensors that are not said to be bool
+    logprobs,  # (num_tokens), float32
     entropy,
-    mask,  # bool
-    weight,
-    advantages,
-    old_logprobs,
-    ref_logprobs,
-    sampler_ratio,
-    sampling_logprobs,
-    injected,  # bool
-    entropy_threshold,  # (1)
-    bonus_weight,  # (1)
+    terms,  # TokenTerms, (num_tokens) or () each, float32 or bool
     d_logprobs,
     d_entropy,
     sums,  # (programs, SUMS): the loss, then METRICS
     num_tokens,
-    length,  # tokens of a program: a sequence, where SEQUENCE or SEQUENCE_SAMPLER
+    length,  # tokens of a program: a sequence, where anything is of sequences
+    rule,
     low,
     high,
-    delta,
-    beta,
-    sampler_floor,
-    sampler_cap,
-    sft_weight,
-    gamma,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    HAS_SAMPLER_RATIO: tl.constexpr,
-    HAS_SAMPLING: tl.constexpr,
-    HAS_INJECTED: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-    HAS_BONUS: tl.constexpr,
-    CISPO: tl.constexpr,
-    SEQUENCE: tl.constexpr,
-    SEQUENCE_SAMPLER: tl.constexpr,
-    SAMPLER_MASKS: tl.constexpr,
-    SFT: tl.constexpr,
-    SHAPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     base = program.to(tl.int64) * length
     offsets = tl.arange(0, BLOCK)
-    threshold = tl.load(entropy_threshold) if HAS_THRESHOLD else 0.0
-    bonus = tl.load(bonus_weight) if HAS_BONUS else 0.0
+    threshold = tl.load(terms.entropy_threshold) if terms.entropy_threshold is not None else 0.0
+    bonus = tl.load(terms.bonus_weight) if terms.bonus_weight is not None else 0.0
+    HAS_FACTOR: tl.constexpr = terms.sampling_logprobs is not None or terms.sampler_ratio is not None
 
-    mean_log_ratio = 0.0
-    recorded_tokens = 1.0
-    sequence_difference = 0.0
-    if SEQUENCE or SEQUENCE_SAMPLER:  # what the whole sequence says, first
+    sequence_log_ratio = None
+    sequence_difference = None
+    if rule.ratio_of_sequence or (terms.sampling_logprobs is not None and rule.sampler_of_sequence):
         total_ratio = tl.zeros((BLOCK,), tl.float32)
         total_recorded = tl.zeros((BLOCK,), tl.float32)
         total_difference = tl.zeros((BLOCK,), tl.float32)
-        for i in range(0, length, BLOCK):
+        for i in range(0, length, BLOCK):  # what the whole sequence says, first
             at = base + i + offsets
             here = i + offsets < length
-            own = here & tl.load(mask + at, mask=here, other=0).to(tl.int1)
+            own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
             lp = tl.load(logprobs + at, mask=own, other=0.0)
-            old = lp
-            if HAS_OLD:
-                old = tl.load(old_logprobs + at, mask=own, other=0.0)
-            recorded = own & (old == old)
-            if not HAS_OLD:
-                recorded = own
-            old = tl.where(old == old, old, lp)
+            old, recorded = recorded_logprob(terms, at, own, lp)
             total_ratio += tl.where(recorded, lp - old, 0.0)
             total_recorded += tl.where(recorded, 1.0, 0.0)
-            if SEQUENCE_SAMPLER:
-                difference = old - tl.load(sampling_logprobs + at, mask=own, other=0.0)
+            if terms.sampling_logprobs is not None:
+                difference = old - tl.load(terms.sampling_logprobs + at, mask=own, other=0.0)
                 total_difference += tl.where(own & (difference == difference), difference, 0.0)
-        recorded_tokens = tl.maximum(tl.sum(total_recorded, 0), 1.0)
-        mean_log_ratio = tl.sum(total_ratio, 0) / recorded_tokens
-        sequence_difference = tl.sum(total_difference, 0)
+        if rule.ratio_of_sequence:
+            recorded_tokens = tl.maximum(tl.sum(total_recorded, 0), 1.0)
+            sequence_log_ratio = tl.sum(total_ratio, 0) / recorded_tokens
+        if rule.sampler_of_sequence:
+            sequence_difference = tl.sum(total_difference, 0)
 
     total_loss = tl.zeros((BLOCK,), tl.float32)
     total_through = tl.zeros((BLOCK,), tl.float32)
@@ -207,44 +193,19 @@ def token_loss_kernel(
     for i in range(0, length, BLOCK):
         at = base + i + offsets
         here = (i + offsets < length) & (at < num_tokens)
-        own = here & tl.load(mask + at, mask=here, other=0).to(tl.int1)
+        own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
         lp = tl.load(logprobs + at, mask=own, other=0.0)
         h = tl.load(entropy + at, mask=own, other=0.0)
-        A = tl.load(advantages + at, mask=own, other=0.0)
-        w = tl.load(weight + at, mask=own, other=0.0)
-        old = lp
-        if HAS_OLD:
-            old = tl.load(old_logprobs + at, mask=own, other=0.0)
-            old = tl.where(old == old, old, lp)
-        log_ratio = tl.zeros_like(lp) + mean_log_ratio if SEQUENCE else lp - old
-        term, direct, through, ratio, is_low, is_high = policy(log_ratio, A, lp, low, high, delta, CISPO)
-        is_injected = own
-        if HAS_INJECTED:
-            is_injected = own & tl.load(injected + at, mask=own, other=0).to(tl.int1)
-        factor = tl.full((BLOCK,), 1.0, tl.float32)
-        if HAS_SAMPLING:
-            difference = tl.zeros_like(lp) + sequence_difference
-            if not SEQUENCE_SAMPLER:
-                difference = old - tl.load(sampling_logprobs + at, mask=own, other=0.0)
-            factor = sampler_factor(difference, sampler_floor, sampler_cap, SAMPLER_MASKS)
-        elif HAS_SAMPLER_RATIO:
-            factor = tl.load(sampler_ratio + at, mask=own, other=0.0)
-        acting = own
-        if HAS_THRESHOLD:
-            acting = own & ((h >= threshold) | (h != h))  # NaN acts, and so is seen
-        ref = lp
-        if HAS_REF:
-            ref = tl.load(ref_logprobs + at, mask=own, other=0.0)
-        term, direct, through, kl = corrected(
-            term, direct, through, A, lp, factor, acting, is_injected, ref, beta, sft_weight, gamma,
-            HAS_SAMPLING or HAS_SAMPLER_RATIO, HAS_INJECTED, SFT, SHAPED, HAS_REF, HAS_BETA,
-        )  # fmt: skip
+        w = tl.load(terms.weight + at, mask=own, other=0.0)
+        term, direct, through, acting, ratio, is_low, is_high, kl, factor = contribution(
+            terms, rule, low, high, at, own, lp, h, threshold, sequence_log_ratio, sequence_difference
+        )
         loss = w * term
-        if HAS_BONUS:
+        if terms.bonus_weight is not None:
             loss -= tl.where(acting, bonus * h, 0.0)
         through = tl.where(own, w * through, 0.0)
         derivative = tl.where(own, w * direct, 0.0)
-        if not SEQUENCE:
+        if not rule.ratio_of_sequence:
             derivative += through
         tl.store(d_logprobs + at, derivative, mask=here)
         tl.store(d_entropy + at, tl.where(acting, -bonus, 0.0), mask=here)
@@ -258,22 +219,19 @@ def token_loss_kernel(
         num_high += tl.where(own & is_high, 1.0, 0.0)
         num_clipped += tl.where(own & (is_low | is_high), 1.0, 0.0)
         kl_sum += tl.where(own, kl, 0.0)
-        if HAS_SAMPLING or HAS_SAMPLER_RATIO:
+        if HAS_FACTOR:
             factor_sum += tl.where(own, factor, 0.0)
             factor_max = nan_max(factor_max, tl.where(own, factor, 0.0))
 
-    if SEQUENCE:  # every token of the sequence moves the one ratio by 1 / length
+    if rule.ratio_of_sequence:  # every token of the sequence moves the one ratio by 1 / length
         each = tl.sum(total_through, 0) / recorded_tokens
         tl.debug_barrier()  # another thread may have written what this one adds to
         for i in range(0, length, BLOCK):
             at = base + i + offsets
             here = i + offsets < length
-            own = here & tl.load(mask + at, mask=here, other=0).to(tl.int1)
-            recorded = own
-            if HAS_OLD:
-                old = tl.load(old_logprobs + at, mask=own, other=0.0)
-                recorded = own & (old == old)
+            own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
             derivative = tl.load(d_logprobs + at, mask=here, other=0.0)
+            _, recorded = recorded_logprob(terms, at, own, derivative)
             tl.store(d_logprobs + at, derivative + tl.where(recorded, each, 0.0), mask=here)
 
     out = sums + program.to(tl.int64) * SUMS
@@ -317,48 +275,19 @@ def token_loss_sum_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def rule_arguments(rule: LossRule, terms: TokenTerms) -> dict[str, Any]:
-    """Return the arguments that say what a token's loss is; which tensors there are is part of it."""
-    infinity = float("inf")
-    return {
-        "low": 1 - rule.epsilon_low,
-        "high": rule.epsilon_high if rule.loss_type == "cispo" else 1 + rule.epsilon_high,
-        "delta": infinity if rule.delta is None else rule.delta,
-        "beta": rule.beta,
-        "sampler_floor": rule.sampler_floor,
-        "sampler_cap": infinity if rule.sampler_cap is None else rule.sampler_cap,
-        "sft_weight": rule.sft_weight,
-        "gamma": rule.shaped_gamma,
-        "HAS_OLD": terms.old_logprobs is not None,
-        "HAS_REF": terms.ref_logprobs is not None,
-        "HAS_BETA": rule.beta > 0,
-        "HAS_SAMPLER_RATIO": terms.sampler_ratio is not None,
-        "HAS_SAMPLING": terms.sampling_logprobs is not None,
-        "HAS_INJECTED": terms.injected is not None,
-        "HAS_THRESHOLD": terms.entropy_threshold is not None,
-        "HAS_BONUS": terms.bonus_weight is not None,
-        "CISPO": rule.loss_type == "cispo",
-        "SAMPLER_MASKS": rule.sampler_mode.endswith("mask"),
-        "SFT": rule.injected == "sft",
-        "SHAPED": rule.injected == "shaped",
-    }
-
-
-def term_tensors(terms: TokenTerms) -> dict[str, Tensor | None]:
-    """Return the tensors of a batch as the kernels take them: contiguous, float32 or bool."""
-
-    def prepared(value: Tensor | None) -> Tensor | None:
-        return value.contiguous() if value is not None and value.dtype == torch.bool else float32(value)
-
-    return {name: prepared(value) for name, value in terms._asdict().items()}
+def rule_arguments(rule: LossRule) -> dict[str, Any]:
+    """Return the rule as kernels take it: what is no float is constant, a beta of 0 is None; and the ratio's bounds."""
+    fields: dict[str, Any] = {n: x if isinstance(x, float) else tl.constexpr(x) for n, x in rule._asdict().items()}
+    fields["beta"] = rule.beta or None
+    high = rule.epsilon_high if rule.objective == Objective.CISPO else 1 + rule.epsilon_high
+    return {"rule": LossRule(**fields), "low": 1 - rule.epsilon_low, "high": high}
 
 
 @on_its_device
 def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
     shape, num_tokens = logprobs.shape, logprobs.numel()
-    of_sequences = rule.level == "sequence"
-    of_sequences_sampler = terms.sampling_logprobs is not None and rule.sampler_mode.startswith("sequence")
-    length = shape[-1] if of_sequences or of_sequences_sampler else BLOCK
+    of_sequences = rule.ratio_of_sequence or (terms.sampling_logprobs is not None and rule.sampler_of_sequence)
+    length = shape[-1] if of_sequences else BLOCK
     programs = -(-num_tokens // max(length, 1))
     block = min(BLOCK, max(16, triton.next_power_of_2(length)))
     d_logprobs, d_entropy = (torch.empty(shape, dtype=torch.float32, device=logprobs.device) for _ in range(2))
@@ -366,9 +295,8 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     loss, metrics = logprobs.new_empty((), dtype=torch.float32), sums.new_empty(len(METRICS))
     if programs > 0:
         token_loss_kernel[(programs,)](
-            float32(logprobs), float32(entropy), **term_tensors(terms), d_logprobs=d_logprobs, d_entropy=d_entropy,
-            sums=sums, num_tokens=num_tokens, length=length, SEQUENCE=of_sequences,
-            SEQUENCE_SAMPLER=of_sequences_sampler, BLOCK=block, **rule_arguments(rule, terms), **LAUNCH,
+            logprobs.float().contiguous(), entropy.float().contiguous(), packed(terms), d_logprobs, d_entropy, sums,
+            num_tokens, length, **rule_arguments(rule), BLOCK=block, **LAUNCH,
         )  # fmt: skip
     token_loss_sum_kernel[(1,)](
         sums, loss, metrics, programs, NUM_METRICS=len(METRICS), RATIO_MAX=1 + METRICS.index("ratio_max"),

@@ -8,9 +8,10 @@ memory. An unknown architecture gets the entry for sm_80, which every CUDA and R
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest access that every architecture has
@@ -37,6 +38,18 @@ class Stream(NamedTuple):
 
     num_warps: int
     unroll: int
+
+
+class Tile(NamedTuple):
+    """What a streaming kernel takes of a row in one iteration, as the kernel's argument; every field is constant."""
+
+    LANES: tl.constexpr
+    VEC: tl.constexpr  # elements of 16 bytes
+    UNROLL: tl.constexpr  # vectors of a lane
+
+    @property
+    def columns(self) -> int:
+        return int(self.LANES.value * self.VEC.value * self.UNROLL.value)
 
 
 class Matrix(NamedTuple):
@@ -90,23 +103,20 @@ def device_of(tensor: Tensor) -> Device:
     return _gpu(tensor.device.index if tensor.device.index is not None else torch.cuda.current_device())
 
 
-def stream(device: Device, element_size: int) -> dict[str, Any]:
-    """Return the launch options of a kernel with one or more programs per row."""
-    return _stream_options(device, _STREAM.get(device.architecture, _STREAM_DEFAULT), element_size)
+def stream(device: Device, element_size: int) -> tuple[Tile, int]:
+    """Return the tile and the number of warps of a kernel with one or more programs per row."""
+    return _tile(device, _STREAM.get(device.architecture, _STREAM_DEFAULT), element_size)
 
 
-def sweep(device: Device, element_size: int) -> dict[str, Any]:
-    """Return the launch options of the kernel that keeps its rows in L2."""
-    return _stream_options(device, _SWEEP.get(device.architecture, _SWEEP_DEFAULT), element_size)
+def sweep(device: Device, element_size: int) -> tuple[Tile, int]:
+    """Return the tile and the number of warps of the kernel that keeps its rows in L2."""
+    return _tile(device, _SWEEP.get(device.architecture, _SWEEP_DEFAULT), element_size)
 
 
-def _stream_options(device: Device, choice: Stream, element_size: int) -> dict[str, Any]:
-    return {
-        "LANES": choice.num_warps * device.warp_size,
-        "VEC": VECTOR_BYTES // element_size,
-        "UNROLL": choice.unroll * element_size // 2,  # as many elements of 4 bytes as of 2
-        "num_warps": choice.num_warps,
-    }
+def _tile(device: Device, choice: Stream, element_size: int) -> tuple[Tile, int]:
+    unroll = choice.unroll * element_size // 2  # as many elements of 4 bytes as of 2
+    numbers = choice.num_warps * device.warp_size, VECTOR_BYTES // element_size, unroll
+    return Tile(*map(tl.constexpr, numbers)), choice.num_warps
 
 
 def matrix(device: Device, element_size: int) -> Matrix:

@@ -1,9 +1,12 @@
 """Configuration of a run: the keys and their rules, reading and writing them, the help about them."""
 
+from edge_grpo.config.help import describe, keys_help
 from edge_grpo.config.keys import (
+    AdvantageConfig,
     CorrectionConfig,
     DataConfig,
     Engine,
+    EvalConfig,
     Method,
     ModelConfig,
     OnError,
@@ -11,19 +14,15 @@ from edge_grpo.config.keys import (
     RewardConfig,
     RolloutConfig,
     TrainConfig,
-    describe,
-    flatten,
-    from_dict,
-    load_config,
-    recipe_names,
-    recipe_path,
-    to_dict,
 )
+from edge_grpo.config.reading import flatten, from_dict, load_config, recipe_names, recipe_path, to_dict
 
 __all__ = [
+    "AdvantageConfig",
     "CorrectionConfig",
     "DataConfig",
     "Engine",
+    "EvalConfig",
     "Method",
     "ModelConfig",
     "OnError",
@@ -34,6 +33,7 @@ __all__ = [
     "describe",
     "flatten",
     "from_dict",
+    "keys_help",
     "load_config",
     "recipe_names",
     "recipe_path",

@@ -1,7 +1,7 @@
 """The built-in task: integer arithmetic in graded levels, with step-by-step reference solutions.
 
-``generate`` makes the examples. How a dataset is named, loaded and rendered is ``sources``' and ``prompts``' business;
-judging an answer is ``edge_grpo.grading``'s.
+``generate`` makes the examples. Naming and loading datasets is ``sources``, rendering them ``prompts``, judging an
+answer ``edge_grpo.grading``.
 
     1   one addition or subtraction up to 30         What is 13 + 8?
     2   one operation, two digits, times tables      Calculate 45 - 78.
@@ -64,7 +64,7 @@ def _apply(operator: Operator, left: int, right: int) -> int:
 
 
 def _reduce(expression: Operation) -> tuple[Operation, Expression]:
-    """The first operation that can be done (leftmost with two plain numbers), and what is left once it is done."""
+    """The first operation to do (the leftmost with two plain numbers), and the expression that remains."""
     left, right = expression.left, expression.right
     if isinstance(left, Operation):
         done, left = _reduce(left)
@@ -76,7 +76,7 @@ def _reduce(expression: Operation) -> tuple[Operation, Expression]:
 
 
 def solve(expression: Operation) -> tuple[int, str]:
-    """The value of an expression, and how to get there one operation at a time, ending in ``\\boxed{value}``."""
+    """The value of an expression, and its derivation one operation at a time, ending in ``\\boxed{value}``."""
     lines: list[str] = []
     rest: Expression = expression
     while isinstance(rest, Operation):
@@ -95,7 +95,7 @@ _Form = int | tuple["_Form", Operator, "_Form"]
 
 @dataclass(frozen=True)
 class _Kind:
-    """All problems of one form: the operators around numbered operands, and the range that each operand takes."""
+    """All problems of one form: operators around numbered operands, and the range of each operand."""
 
     form: _Form
     ranges: tuple[range, ...]
@@ -170,7 +170,7 @@ def _split_of(operators: Sequence[Operator], numbers: Sequence[int]) -> Split:
 
 
 def _shuffled(count: int, rng: random.Random) -> Iterator[int]:
-    """Every number below ``count`` once, in random order, in memory for those already drawn only (Fisher-Yates)."""
+    """Every number below ``count`` once, in random order (Fisher-Yates); memory grows with the numbers drawn."""
     moved: dict[int, int] = {}
     for position in range(count):
         chosen = rng.randrange(position, count)
@@ -179,7 +179,7 @@ def _shuffled(count: int, rng: random.Random) -> Iterator[int]:
 
 
 def _problems(kind: _Kind, split: Split, rng: random.Random) -> Iterator[Operation]:
-    """Problems of one kind without end; all come once before any comes again."""
+    """An endless stream of problems of one kind; all come once before any comes again."""
     operators = _operators(kind.form)
     while True:
         for index in _shuffled(len(kind), rng):
@@ -191,12 +191,13 @@ def _problems(kind: _Kind, split: Split, rng: random.Random) -> Iterator[Operati
 
 
 def generate(levels: Sequence[int], split: str, seed: int, size: int) -> list[Example]:
-    """``size`` examples that take turns over ``levels``, so that every prefix is balanced; a longer list begins alike.
+    """Return ``size`` examples that alternate over ``levels``, so that every prefix is balanced.
 
-    The same arguments give the same examples on any machine. "train" and "test" are disjoint for all seeds and sizes:
-    a hash of a problem's operators and numbers, their order aside, decides its split. Within a level its kinds of
-    problem take turns, and none comes twice before all of its kind have come; so a size beyond what there is repeats
-    problems evenly (level 1 is the smallest: 490 to train on and 110 held out).
+    The same arguments give the same examples on any machine, and a larger ``size`` begins with those of a smaller one.
+    "train" and "test" are disjoint for all seeds and sizes: a hash of a problem's operators and numbers, whatever their
+    order, decides its split. Within a level its kinds of problem alternate, and none comes twice before all of its kind
+    have come; a size beyond the number of problems repeats them evenly (level 1 is the smallest: 490 to train on and
+    110 held out).
 
     ``extra["level"]`` is the example's level. Raises ValueError for a level or split that does not exist, a level
     named twice, no level, or a negative size.

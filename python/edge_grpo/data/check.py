@@ -1,6 +1,6 @@
-"""Whether a dataset is fit to train on: what its rows lack, and what their own grader says of their solutions.
+"""Whether a dataset is fit to train on: what its rows lack, and which of its solutions the grader rejects.
 
-``rejected_solutions`` is what training leaves out by; ``examine`` adds all else, for ``edge-grpo check``.
+Training uses ``rejected_solutions``; ``examine`` looks for everything else too, for ``edge-grpo check``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.data.sources import render_prompts
+from edge_grpo.data.prompts import render_prompts
 from edge_grpo.grading.answers import Grader, accepted_answers, is_literal
-from edge_grpo.text import last_box
+from edge_grpo.text import last_box, percent
 from edge_grpo.types import Example, Outcome
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Kind = Literal[
     "long prompt",
     "long solution",
 ]
-# What training makes of each.
+# What training does with such a row.
 _CONSEQUENCES: dict[Kind, str] = {
     "empty problem": "refused",
     "repeated problem": "seen more often",
@@ -40,7 +40,7 @@ _CONSEQUENCES: dict[Kind, str] = {
     "long prompt": "left out",
     "long solution": "not injected whole",
 }
-# Equal to no answer of a dataset, and sure to be read.
+# A readable answer that no dataset has.
 _OTHER = r"\frac{1}{7919}"
 _BINS = 12
 _BAR = 40
@@ -57,9 +57,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found. Lengths are in tokens, one per example, None where there was no tokenizer to count them."""
+    """What was found. Lengths are in tokens, one per example, None without a tokenizer."""
 
-    columns: Mapping[str, int]  # how many rows have something there
+    columns: Mapping[str, int]  # rows with a value, by column
     num_rows: int
     findings: tuple[Finding, ...]
     prompt_lengths: tuple[int, ...] | None = None
@@ -95,7 +95,7 @@ class Preflight:
                 continue
             rows = [str(finding.row) for finding in self.findings if finding.kind == kind]
             first = ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
-            share = f"{100 * count / max(self.num_rows, 1):.1f}%"
+            share = percent(count / max(self.num_rows, 1))
             table.add_row(kind, f"{count:,}", share, first, _CONSEQUENCES[kind], style="" if count else "dim")
         parts: list[RenderableType] = [Text(f"{self.num_rows:,} rows; of these with {columns}"), "", table]
         for name, lengths in (("prompts", self.prompt_lengths), ("solutions", self.solution_lengths)):
@@ -105,9 +105,9 @@ class Preflight:
 
 
 def rejected_solutions(examples: Sequence[Example], grader: Grader) -> dict[int, Outcome]:
-    """Return what the grader makes of those reference solutions that it does not call correct, by position.
+    """Return the outcomes of the reference solutions that the grader does not call correct, by position.
 
-    A solution is judged as a response of the model is, by its last box. Where there is no answer nothing is rejected.
+    A solution is judged as a response of the model is, by its last box. Without an answer it is not rejected.
     """
     judged = [
         (position, accepted_answers(example), last_box(example.solution))
@@ -121,7 +121,7 @@ def rejected_solutions(examples: Sequence[Example], grader: Grader) -> dict[int,
 def examine(
     examples: Sequence[Example], grader: Grader, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Preflight:
-    """Return what is the matter with the examples; lengths are looked at only with a ``tokenizer``."""
+    """Return the defects of the examples; lengths are checked only with a ``tokenizer``."""
     columns: Counter[str] = Counter({"problem": 0})
     findings: list[Finding] = []
     first: dict[str, Example] = {}
@@ -171,7 +171,7 @@ def examine(
 
 
 def _unreadable_answers(examples: Sequence[Example], grader: Grader) -> list[Finding]:
-    """Accepted answers that are neither text to be taken literally nor read as mathematics."""
+    """Accepted answers that are neither compared as text nor readable as mathematics."""
     answers = [(e, answer) for e in examples for answer in accepted_answers(e) if not is_literal(answer)]
     outcomes = grader([((_OTHER,), answer) for _, answer in answers])
     return [
@@ -188,7 +188,7 @@ def _short(text: str | None, limit: int = 80) -> str:
 
 
 def _bins(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Equal ranges of lengths, each as first, last, and how many there are."""
+    """Equal ranges of lengths, each as its first, its last, and the number of lengths in it."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // _BINS))
     found = Counter((length - low) // width for length in lengths)

@@ -1,7 +1,6 @@
-"""From a dataset's name to examples, and from examples to prompts as token ids.
+"""Where examples come from: ``load_examples`` reads every kind of source, ``suite_sets`` finds the sets of a suite.
 
-``load_examples`` reads every kind of source into ``Example``s, ``suite_sets`` finds those of a suite;
-``render_prompts`` applies the template and the tokenizer. Order, epochs and groups are the trainer's.
+What a model reads of them is ``prompts``, the built-in task ``arithmetic``; order, epochs and groups are the trainer's.
 """
 
 from __future__ import annotations
@@ -16,32 +15,28 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edge_grpo.config import DataConfig
 from edge_grpo.data.arithmetic import LEVELS
 from edge_grpo.data.arithmetic import generate as generate_arithmetic
-from edge_grpo.text import fill
-from edge_grpo.types import Example, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from edge_grpo.types import Example
 
 _log = logging.getLogger(__name__)
 
 GENERATED_SIZE = 2000  # examples of a generated task when no limit is given
+_SUFFIXES = (".json", ".jsonl", ".parquet")
 _NOTATION = (
     "arithmetic[:LEVELS], reasoning_gym:TASK, a .json, .jsonl or .parquet file, a folder written by save_to_disk, or a "
     "hub id OWNER/NAME[:CONFIG], each with an optional @SPLIT"
 )
-# What others call these columns, to suggest a mapping; none is ever taken unasked.
+# Other usual names of these columns: they are suggested in a message and never used unasked.
 _USUAL_NAMES = {
     "problem": ("question", "prompt", "query", "input", "instruction"),
     "answer": ("final_answer", "ground_truth", "target", "expected_answer", "label"),
     "solution": ("reference_solution", "rationale", "explanation", "generated_solution"),
 }
-# reasoning_gym makes example i of a dataset with seed s from the random seed s + i, so the seeds of two datasets that
-# share none lie further apart than their sizes. Some tasks hand them to numpy, which takes 32 bits.
+# reasoning_gym makes example i of a dataset with seed s from the random seed s + i, so two datasets share no example
+# if their seeds are further apart than their sizes. Some tasks pass the seeds to numpy, which takes 32 bits.
 _SEED_STRIDE = 1_000_000
 _SEED_BLOCKS = 2**32 // _SEED_STRIDE // 2 * 2  # even, so that counting past the end keeps odd and even apart
 
@@ -58,13 +53,13 @@ def load_examples(
         OWNER/NAME[:CONFIG]      a dataset on the Hugging Face hub
 
     each with ``@SPLIT``, "train" by default. The generated tasks have "train" and "test", which share no random seed
-    (arithmetic: no problem), and are as long as ``limit`` (default 2000) says. Of other data ``limit`` takes a random
-    sample fixed by ``seed``, so that a sorted dataset is not cut to its easy end; ``index`` is always the original row.
+    (arithmetic: no problem), and have ``limit`` examples (default 2000). Of other data ``limit`` takes a random sample
+    fixed by ``seed``, so that a sorted dataset does not lose its hard end; ``index`` is always the original row.
 
-    ``columns`` maps "problem", "answer", "solution" to the names that data not generated here has for them; the default
-    is the same names, of which only "problem" must be there. All other columns go to ``extra``. Numbers become plain
-    text (142.0 is "142", 1e-5 is "0.00001"); blank and null answers and solutions are None; an answer that is a list
-    of texts means that each of them is right, and goes to ``extra["accepted_answers"]`` as well. Duplicates are kept.
+    ``columns`` maps "problem", "answer" and "solution" to the column names of data that is not generated here; without
+    it columns have these names. Only "problem" is required. All other columns go to ``extra``. Numbers become plain
+    text (142.0 is "142", 1e-5 is "0.00001"); blank and null answers and solutions are None; a list of texts as an
+    answer means that each of them is right, and also goes to ``extra["accepted_answers"]``. Duplicates are kept.
 
     Raises ValueError for an empty problem (naming the row; with ``allow_empty`` it is ""), a missing column, split,
     level or task, and a dataset without rows; FileNotFoundError for a missing file; TypeError for an answer that is not
@@ -98,7 +93,7 @@ def load_examples(
 
 
 def suite_sets(path: str) -> dict[str, str]:
-    """Return what ``load_examples`` calls the sets of an evaluation suite, by their names.
+    """Return the specifications, as ``load_examples`` takes them, of the sets of an evaluation suite by name.
 
     A suite is a folder: one that ``DatasetDict.save_to_disk`` wrote, where each split is a set, or one of .json, .jsonl
     and .parquet files, each a set. Raises FileNotFoundError without the folder, ValueError for one without sets.
@@ -108,50 +103,13 @@ def suite_sets(path: str) -> dict[str, str]:
         raise FileNotFoundError(f"no folder {path} with evaluation sets; relative paths start at {Path.cwd()}")
     if (listing := folder / "dataset_dict.json").is_file():
         return {split: f"{path}@{split}" for split in json.loads(listing.read_text(encoding="utf-8"))["splits"]}
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not files or (folder / "dataset_info.json").is_file():
         raise ValueError(
             f"{path} holds no evaluation sets: it must be a saved DatasetDict or a folder of .json, .jsonl or .parquet "
             "files; evaluate a single data set with --data"
         )
     return {file.stem: str(file) for file in files}
-
-
-def render_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, as_chat: bool = True
-) -> tuple[list[Prompt], int]:
-    """Return the examples as prompts, and how many were left out for having more than ``max_prompt_length`` tokens.
-
-    With a chat template the prompt is the system prompt, if any, and the user message (``prompt_template``) followed by
-    the template's opening of the assistant's turn. Without one, or with ``as_chat`` off, it is the user message as
-    plain text, after the system prompt and a blank line. ``token_ids`` is exactly what the model reads: the template
-    writes its own special tokens, and plain text gets those that the tokenizer begins a sequence with, once, and none
-    that end one.
-
-    Raises ValueError without examples, when every prompt is too long, and when the template takes no system prompt.
-    """
-    if not examples:
-        raise ValueError("examples must not be empty")
-    messages = [fill(config.prompt_template, "problem", example.problem) for example in examples]
-    if as_chat and tokenizer.chat_template:
-        texts = [_chat_text(message, tokenizer, config.system_prompt) for message in messages]
-        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    else:
-        system = f"{config.system_prompt}\n\n" if config.system_prompt else ""
-        texts = [system + message for message in messages]
-        token_ids = [_plain_ids(text, tokenizer) for text in texts]
-    prompts = [
-        Prompt(example, text, tuple(ids))
-        for example, text, ids in zip(examples, texts, token_ids, strict=True)
-        if len(ids) <= config.max_prompt_length
-    ]
-    if not prompts:
-        shortest = min(len(ids) for ids in token_ids)
-        raise ValueError(
-            f"all {len(examples)} prompts have more than data.max_prompt_length = {config.max_prompt_length} tokens; "
-            f"the shortest has {shortest}"
-        )
-    return prompts, len(examples) - len(prompts)
 
 
 # ---- Sources -------------------------------------------------------------------------------------------------------
@@ -208,7 +166,7 @@ def _load_reasoning_gym(task: str, split: str, seed: int, size: int) -> list[dic
 def _load_rows(name: str, split: str | None) -> Sequence[Mapping[str, Any]]:
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
-    if suffix in (".json", ".jsonl", ".parquet"):
+    if suffix in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"no data file {name}; relative paths start at {Path.cwd()}")
         if split is not None:
@@ -264,7 +222,7 @@ def _load_saved(path: Path, split: str | None) -> Sequence[Mapping[str, Any]]:
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError as error:
-        files = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+        files = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
         hint = f"; name one of its files: {', '.join(files)}" if files else ""
         raise ValueError(f"the folder {path} was not written by datasets' save_to_disk{hint}") from error
     if isinstance(saved, DatasetDict):
@@ -299,7 +257,7 @@ def _pick_split(name: str, splits: Mapping[str, Any], split: str) -> Sequence[Ma
 
 
 def _resolve_columns(spec: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> dict[str, str]:
-    """Which column is which, for those of problem, answer, solution that the dataset has."""
+    """The dataset's column for each of problem, answer and solution that it has."""
     known = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
     unknown = [role for role in columns if role not in _USUAL_NAMES]
     if unknown:
@@ -337,7 +295,7 @@ def _to_example(spec: str, index: int, row: Mapping[str, Any], names: Mapping[st
 
 
 def _to_text(spec: str, index: int, role: str, value: Any) -> str | None:
-    """A cell as text; None for what holds nothing: null, NaN, blanks."""
+    """A cell as text; None for null, NaN and blanks."""
     if value is None or isinstance(value, str):
         return value if value and value.strip() else None
     if isinstance(value, bool):
@@ -360,31 +318,3 @@ def _to_text(spec: str, index: int, role: str, value: Any) -> str | None:
 def _did_you_mean(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
-
-
-# ---- Text and tokens -----------------------------------------------------------------------------------------------
-
-
-def _chat_text(message: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
-    chat = [{"role": "user", "content": message}]
-    if system_prompt:
-        chat.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise through jinja2, or fail in their own ways
-        hint = "; if it takes no system message, set data.system_prompt to null" if system_prompt else ""
-        raise ValueError(f"the tokenizer's chat template failed: {type(error).__name__}: {error}{hint}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bare: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)):
-        return bare
-    ids: list[int] = tokenizer.encode(text)
-    # Some tokenizers also end every text with a token after which a model would not go on: keep what stands before.
-    for start in range(len(ids) - len(bare) + 1):
-        if ids[start : start + len(bare)] == bare:
-            return ids[: start + len(bare)]
-    return ids

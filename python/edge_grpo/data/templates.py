@@ -1,7 +1,7 @@
-r"""The prompts that evaluations are published with, and where each of them makes a model put its answer.
+r"""The prompts of published evaluations, and where a response to each of them has its answer.
 
 ``qwen_math`` and ``r1`` are whole texts, the same for every model; ``chat`` is a user message within the model's own
-chat template; ``config`` is what a run trains with. Grading the answer is ``edge_grpo.grading.answers``.
+chat template; ``config`` is the prompt of a run. Grading the answer is ``edge_grpo.grading.answers``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_grpo.config import DataConfig
-from edge_grpo.data.sources import render_prompts
+from edge_grpo.data.prompts import render_prompts
 from edge_grpo.text import boxes
 from edge_grpo.types import Example, Prompt
 
@@ -52,7 +52,7 @@ class Template:
 
     @property
     def ending(self) -> str | None:
-        """The text that ends a response: what follows does not count."""
+        """The text that ends a response, None for none; what follows it does not count."""
         return "</answer>" if self.is_tagged else None
 
     def render(

@@ -1,1 +1,1 @@
-"""Held-out accuracy: generating, estimating, keeping and comparing results."""
+"""Held-out accuracy: generating, grading, estimating, keeping and comparing."""

@@ -1,4 +1,4 @@
-"""Whether one evaluation is better than another, on the same problems: paired differences and an exact test.
+"""Whether one evaluation is better than another on the same problems: paired differences and an exact test.
 
 Only results that asked the same problems with the same prompts are compared; other differences become notes.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.evaluation.estimators import Estimate, averages, sign_flip_p_value
-from edge_grpo.evaluation.suite import Result
+from edge_grpo.evaluation.result import Result
+from edge_grpo.run.files import finite
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,16 @@ class Comparison:
                 return {key: plain(item) for key, item in value._asdict().items()}
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}
-            return None if isinstance(value, float) and not math.isfinite(value) else value
+            return finite(value) if isinstance(value, float) else value
 
         return {key: plain(value) for key, value in vars(self).items()}
 
 
 def compare(first: Result, second: Result) -> Comparison:
-    """Return what separates ``second`` from ``first``, problem by problem.
+    """Return the differences of ``second`` from ``first``, problem by problem.
 
-    Raises ValueError for an unfinished result, and where sets, problems, accepted answers or prompts differ: then there
-    are no pairs, or the prompts are what is compared.
+    Raises ValueError for an unfinished result, and where sets, problems, accepted answers or prompts differ: there
+    would be no pairs, or the prompts would be compared and not the models.
     """
     _check(first, second)
     before = {name: part.evaluation.quantities() for name, part in first.sets.items()}
@@ -143,7 +144,7 @@ def _notes(first: Result, second: Result) -> list[str]:
     notes = []
     if first.model["weights"] == second.model["weights"]:
         notes.append("both results are of the same weights")
-    for key in ("generations", "temperature", "top_p", "max_tokens", "window", "engine"):
+    for key in ("generations", "temperature", "max_tokens", "window", "engine"):
         pair = getattr(first.protocol, key), getattr(second.protocol, key)
         if pair[0] != pair[1]:
             notes.append(f"{key} differs: {pair[0]} and {pair[1]}")

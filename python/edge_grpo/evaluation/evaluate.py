@@ -1,7 +1,7 @@
-"""How good the policy is on held-out prompts: outcomes and lengths over k generations, and what follows from them.
+"""One set of held-out prompts: k responses to each generated and graded, and the quantities that follow from them.
 
-Loading the data is ``edge_grpo.data``; when to evaluate is the trainer's and the command line's business; several sets,
-and the file that keeps their results, are ``evaluation.suite``.
+Loading the data is ``edge_grpo.data``; the trainer and the command line decide when to evaluate. Several sets are
+``evaluation.suite``, the file that keeps their results is ``evaluation.result``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _ROOM_STEP = 64  # tokens
 class ExampleResult:
     """One example's generations in order: what each answered (None: no answer), its outcome and its length.
 
-    ``wrong_votes`` holds how many gave each wrong answer, equal answers counted together, most frequent first; it is
-    empty where the majority does not depend on it (all or none are correct), and None where nobody has counted.
+    ``wrong_votes`` holds the number of responses for each wrong answer, equal answers counted together, most frequent
+    first. It is empty where the majority does not depend on it (all or none are correct), None before it is counted.
     """
 
     index: int
@@ -50,7 +50,7 @@ class ExampleResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, one result per example; every number is derived from them.
+    """The results of an evaluation, one per example; every number is derived from them.
 
     Quantities of an evaluation without examples (a process's empty share) are NaN.
     """
@@ -77,7 +77,7 @@ class Evaluation:
 
     @property
     def pass_at_k(self) -> dict[int, float]:
-        """The chance that of k generations at least one is correct, for k = 1, 2, 4, ... and all, without bias."""
+        """The unbiased chance that at least one of k generations is correct, for k = 1, 2, 4, ... and all."""
         return {
             k: self._mean(pass_at_k(self.generations, result.num_correct, k) for result in self.results)
             for k in powers_of_two(self.generations)
@@ -108,7 +108,7 @@ class Evaluation:
         return self._mean(fmean(result.truncated) for result in self.results)
 
     def lengths(self) -> dict[str, float]:
-        """Tokens per generation: mean, median, longest, and the means of right and of other ones; the share cut off."""
+        """Tokens per generation: mean, median, maximum, the means of correct ones and of others; the share cut off."""
         pairs = [pair for result in self.results for pair in zip(result.outcomes, result.num_tokens, strict=True)]
         right = [tokens for outcome, tokens in pairs if outcome == "correct"]
         other = [tokens for outcome, tokens in pairs if outcome != "correct"]
@@ -128,7 +128,7 @@ class Evaluation:
 
     @classmethod
     def merge(cls, shares: Sequence[Evaluation]) -> Evaluation:
-        """The evaluation whose examples are those of all shares, in the order of their rows."""
+        """Return the evaluation of the examples of all shares, in the order of their rows."""
         if len({share.generations for share in shares}) != 1:
             raise ValueError(
                 "shares must be evaluations with the same number of generations; got "
@@ -153,13 +153,13 @@ def evaluate(
     template: Template | None = None,
     window: int | None = None,
 ) -> Evaluation:
-    """Return how the engine's present weights do on ``prompts``, each answered ``generations`` times.
+    """Return the evaluation of the engine's current weights on ``prompts``, each answered ``generations`` times.
 
-    Correct is what the grader of the accuracy reward calls so; other rewards play no part. Same weights, prompts and
-    seed: same result, in the order of the prompts. ``template`` says where the answer stands and what ends a response
-    (None: in the last box, and nothing but the end of sequence). With its prompt a response is at most ``window``
-    tokens long, which is what the model was made for. Raises ValueError for fewer than one generation, for several
-    greedy ones (they would all be the same), for a prompt without an answer, and for one that fills the window.
+    The grader of the accuracy reward decides what is correct; other rewards play no part. The same weights, prompts and
+    seed give the same result, in the order of the prompts. ``template`` says where the answer is and what ends a
+    response (None: the last box, and only the end of sequence). With its prompt a response has at most ``window``
+    tokens, the model's context length. Raises ValueError for fewer than one generation, for several greedy ones (they
+    would all be the same), for a prompt without an answer, and for one that fills the window.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -190,7 +190,7 @@ def evaluate(
 
 
 def check_answers(prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError for prompts that cannot be graded, before any time is spent on them."""
+    """Raise ValueError for prompts without an answer, before any time is spent on them."""
     unanswered = [prompt.example.index for prompt in prompts if prompt.example.answer is None]
     if unanswered:
         raise ValueError(
@@ -200,11 +200,11 @@ def check_answers(prompts: Sequence[Prompt]) -> None:
 
 
 def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
-    """Return the evaluation with ``wrong_votes`` counted, by the grader's own idea of which answers are equal.
+    """Return the evaluation with ``wrong_votes`` counted; the grader decides which answers are equal.
 
-    Only wrong answers are compared, and only where it matters: right ones are one answer, even where a problem accepts
-    several. Equal after ``normalize`` is equal; else an answer joins the first group to whose first member the grader
-    calls it equal. One that the grader gave up on votes too; one that nobody can read does not.
+    Only wrong answers are compared, and only where it matters: correct ones count as one answer, even where a problem
+    accepts several. Answers that are equal after ``normalize`` are equal; otherwise an answer joins the first group
+    whose first member the grader calls equal to it. An answer that timed out votes, an unreadable one does not.
     """
     spellings: dict[int, Counter[str]] = {}
     for number, result in enumerate(evaluation.results):
@@ -235,7 +235,7 @@ def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
 def _generate(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, seed: int, window: int | None
 ) -> list[Response]:
-    """One response per prompt; prompts with less room than ``sampling.max_tokens`` are asked apart, with less."""
+    """One response per prompt; prompts with room for fewer than ``sampling.max_tokens`` are asked separately."""
     rooms = [_room(prompt, sampling.max_tokens, window) for prompt in prompts]
     responses: dict[int, Response] = {}
     for room in sorted(set(rooms), reverse=True):
@@ -250,12 +250,12 @@ def _generate(
 
 
 def _room(prompt: Prompt, max_tokens: int, window: int | None) -> int:
-    """How many tokens a response may have; within a tight window a multiple of 64, so that few lengths come up."""
+    """The tokens that a response may have; where the window limits it a multiple of 64, so that few values occur."""
     left = max_tokens if window is None else window - len(prompt.token_ids)
     if left < 1:
         raise ValueError(
             f"row {prompt.example.index} has a prompt of {len(prompt.token_ids)} tokens, which leaves no room within "
-            f"the {window} that the model was made for; leave such rows out: data.max_prompt_length={(window or 0) - 1}"
+            f"the model's context of {window}; leave such rows out: data.max_prompt_length={(window or 0) - 1}"
         )
     if left >= max_tokens:
         return max_tokens
@@ -263,7 +263,7 @@ def _room(prompt: Prompt, max_tokens: int, window: int | None) -> int:
 
 
 def _read(response: Response, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> tuple[str, int, bool]:
-    """The response's text, its length in tokens, and whether the limit cut it off; up to the template's ending."""
+    """The response's text up to the template's ending, its length in tokens, and whether the limit cut it off."""
 
     def decode(num_tokens: int) -> str:
         return str(tokenizer.decode(list(response.token_ids[:num_tokens]), skip_special_tokens=True))
@@ -273,7 +273,7 @@ def _read(response: Response, tokenizer: PreTrainedTokenizerBase, template: Temp
     ending = template.ending if template is not None else None
     if ending is None or ending not in text:
         return text, length, response.finish_reason == "length"
-    short, long = 0, length  # the ending is not within the first, and is within the second
+    short, long = 0, length  # the ending is not within the first ``short`` tokens, and is within the first ``long``
     while long - short > 1:
         middle = (short + long) // 2
         short, long = (short, middle) if ending in decode(middle) else (middle, long)

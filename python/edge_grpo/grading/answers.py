@@ -6,6 +6,7 @@ processes that can be killed, because what a model may write can keep it busy fo
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -45,12 +46,14 @@ class Grader:
         timed_out    comparing took more than its share of time or memory, or crashed, so that nobody knows
 
     Equal after ``normalize``, integers, words and rows of numbers are decided at once; processes start when first
-    needed. Outcomes do not depend on the number of processes, on the order, or on what else is judged. From any thread.
+    needed, by default two of them, or one on a single core. Outcomes do not depend on the number of processes, on the
+    order, or on what else is judged. Any thread may call.
     """
 
-    def __init__(self, *, workers: int = 2, timeout: float = 5.0) -> None:
+    def __init__(self, *, workers: int | None = None, timeout: float = 5.0) -> None:
+        size = min(2, len(os.sched_getaffinity(0))) if workers is None else workers
         self._pool = WorkerPool(
-            "edge_grpo.grading.equivalence:load", timeout=timeout, size=workers, memory_limit=_MEMORY_BYTES
+            "edge_grpo.grading.equivalence:load", timeout=timeout, size=size, memory_limit=_MEMORY_BYTES
         )
         self._known: OrderedDict[_Comparison, Outcome] = OrderedDict()
         self._lock = threading.Lock()

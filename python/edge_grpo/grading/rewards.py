@@ -42,7 +42,7 @@ class Rewarder:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self.grader = Grader(workers=config.workers, timeout=config.timeout)
+        self.grader = Grader(timeout=config.timeout)
         self._functions: dict[str, WorkerPool] = {}
         self._warned: set[tuple[str, str]] = set()
         try:
@@ -57,15 +57,16 @@ class Rewarder:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError for a prompt that cannot be judged: one without an answer, when accuracy has a weight."""
-        if not self.config.accuracy:
+        weight = self.config.weights.get("accuracy")
+        if not weight:
             return
         missing = [prompt.example.index for prompt in prompts if prompt.example.answer is None]
         if missing:
             rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
-                f"reward.accuracy is {self.config.accuracy}, but {len(missing)} of {len(prompts)} examples have no "
+                f"reward.weights.accuracy is {weight}, but {len(missing)} of {len(prompts)} examples have no "
                 f"answer to compare with (row {rows}); name the column with data.columns.answer, remove the rows, or "
-                "set reward.accuracy to 0 and judge with reward.functions"
+                "set reward.weights.accuracy to 0 and judge with a function of your own"
             )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
@@ -89,7 +90,6 @@ class Rewarder:
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
         )
-        weights = {"accuracy": self.config.accuracy, "format": self.config.format} | self.config.functions
         by_function = {path: self._call(path, prompts, completions) for path in self._functions}
         rewards = []
         for index, (outcome, completion) in enumerate(zip(outcomes, completions, strict=True)):
@@ -97,7 +97,7 @@ class Rewarder:
             failures = {path: result.kind for path, result in results.items() if isinstance(result, Failure)}
             parts = {"accuracy": float(outcome == "correct"), "format": float(has_good_format(completion))}
             parts |= {path: 0.0 if isinstance(result, Failure) else result for path, result in results.items()}
-            total = math.fsum(weights[name] * value for name, value in parts.items())
+            total = math.fsum(self.config.weights.get(name, 0.0) * value for name, value in parts.items())
             skipped = bool(failures) and self.config.on_error == "skip"
             rewards.append(Reward(total, parts, outcome, failures, skipped))
         return rewards
@@ -144,7 +144,8 @@ class Rewarder:
     def _warn(self, path: str, kind: str, message: str) -> None:
         if (path, kind) not in self._warned:
             self._warned.add((path, kind))
-            _log.warning("%s\nreward.on_error is %s; more of the kind are only counted", message, self.config.on_error)
+            advice = f"reward.on_error is {self.config.on_error}; further failures of this kind are only counted"
+            _log.warning("%s\n%s", message, advice)
 
 
 def has_good_format(completion: str) -> bool:

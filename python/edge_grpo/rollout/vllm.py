@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.model import eos_token_ids, unwrap
+from edge_grpo.policy.loading import eos_token_ids
+from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.wire import (
     INSTALL,
     engine_arguments,
@@ -39,11 +40,11 @@ _GPU_SHARE = 0.4  # of the device's memory, vLLM's weights and cache; the traine
 class VLLMEngine:
     """Samples with a vLLM engine in this process, which holds its own copy of the weights.
 
-    ``update_weights`` loads the policy's parameters into it through vLLM's ``reload_weights`` and forgets cached
-    prefixes; the weights need no second place in memory and no file. ``sleep`` gives vLLM's weights and cache back to
-    the device where vLLM can (CUDA, ROCm); on a CPU it does nothing.
+    ``update_weights`` loads the policy's parameters into it through vLLM's ``reload_weights``, without another copy in
+    memory or a file, and clears the prefix cache. ``sleep`` frees the device memory of vLLM's weights and cache where
+    vLLM supports it (CUDA, ROCm); on a CPU it does nothing.
 
-    What a prompt gets depends on the seed and its place in ``prompts``, up to rounding, which in vLLM depends on what
+    A response depends on the seed and the prompt's place in ``prompts``, up to rounding, which in vLLM depends on what
     else is in a batch.
     """
 
@@ -76,7 +77,7 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. Entropy is not known."""
         if self._asleep:
-            raise RuntimeError("the engine sleeps and has no weights; call update_weights first")
+            raise RuntimeError("the engine is asleep and has no weights; call update_weights first")
         eos = self._eos_token_ids
         requests = requests_of(
             prompts, sampling, seed=seed, eos_token_ids=eos, max_length=self._max_length, max_n=self._max_n
@@ -114,13 +115,13 @@ class VLLMEngine:
         self._llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Give back the memory of weights and cache, where vLLM supports it."""
+        """Free the memory of weights and cache, where vLLM supports it."""
         if self._can_sleep and not self._asleep:
             self._llm.sleep(level=2)  # the weights are not kept: newer ones come
             self._asleep = True
 
     def close(self) -> None:
-        """Stop the engine and leave the process as it was before; a second call does nothing."""
+        """Stop the engine and clean up after it; a second call does nothing."""
         if self._llm is None:
             return
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -132,7 +133,7 @@ class VLLMEngine:
 
 @contextlib.contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """Undo what starting vLLM does to its process: seeds, the number of threads, and on a CPU setting that number."""
+    """Restore what starting vLLM changes in its process: seeds, the number of threads, and how that number is set."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -146,7 +147,7 @@ class NCCLChannel:
     """Sends weights from this process's GPU to a server's through vLLM's NCCL weight-transfer engine.
 
     The server must have been started with ``--weight-transfer-config '{"backend": "nccl"}'`` and in development mode.
-    Written against vLLM 0.32 and never run: it takes two GPUs.
+    Written against vLLM 0.32 and never run: it needs two GPUs.
     """
 
     def __init__(self, url: str, model: PreTrainedModel, *, world_size: int, timeout: float) -> None:

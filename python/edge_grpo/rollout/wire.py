@@ -50,8 +50,8 @@ def requests_of(
 ) -> list[Request]:
     """Return the prompts as requests: equal neighbours, as in a group, become one with up to ``max_n`` completions.
 
-    ``max_length`` is the engine's limit for a prompt with its completion; it would cut a longer one short and call that
-    the length that was asked for. Greedy completions are requests of their own, since vLLM makes only one of them.
+    ``max_length`` is the engine's limit for a prompt with its completion; beyond it vLLM would cut a completion and
+    report the length that was asked for. Greedy completions are requests of their own: vLLM makes only one for each.
     """
     check_request(prompts, sampling)
     requests: list[Request] = []
@@ -70,14 +70,14 @@ def requests_of(
                 "n": n,
                 "max_tokens": sampling.max_tokens,
                 "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
                 "seed": derive_seed(seed, "request", first) >> (63 - _SEED_BITS),
                 "logprobs": 0,  # of the sampled token, and of no other
-                # Exactly these end a response, whatever model and tokenizer name; no text is made of it.
+                # Exactly these end a response, whatever the model and the tokenizer name; nothing is decoded.
                 "stop_token_ids": list(eos_token_ids),
                 "ignore_eos": True,
                 "detokenize": False,
-                # A server would take what is left open here from the model's generation defaults.
+                # A server would take what is not set here from the model's generation defaults.
+                "top_p": 1.0,
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
@@ -97,10 +97,9 @@ def response_of(
     sampling: Sampling,
     eos_token_ids: Sequence[int],
 ) -> Response:
-    """Return what vLLM generated as a response without entropy; raise RolloutError unless it is whole.
+    """Return a completion of vLLM as a response without entropy; raise RolloutError unless it is complete.
 
-    vLLM reports logprobs before temperature or after ``top_p``, but a loss recomputes those in between. The two agree
-    where nothing is cut; under ``top_p`` < 1 there is no record.
+    Its logprobs are those at the sampling temperature, which a loss recomputes.
     """
     ends = [place for place, token in enumerate(token_ids) if token in eos_token_ids]
     is_whole = {
@@ -114,11 +113,10 @@ def response_of(
         )
     if any(map(math.isnan, logprobs)):
         raise FloatingPointError("the policy's logits are not finite; training diverged, or the weights are damaged")
-    is_cut = sampling.top_p < 1 and sampling.temperature > 0
     reason: FinishReason = "stop" if ends else "length"
     return Response(
         token_ids=tuple(token_ids),
-        logprobs=(math.nan,) * len(token_ids) if is_cut else tuple(logprobs),
+        logprobs=tuple(logprobs),
         entropy=(math.nan,) * len(token_ids),
         provenance=(Provenance.SAMPLED,) * len(token_ids),
         finish_reason=reason,
@@ -150,7 +148,7 @@ def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, A
         on_cpu = {
             "enforce_eager": True,
             "kv_cache_memory_bytes": _cache_bytes(model, arguments),
-            # A prompt read in chunks gives back a random number, by an offset that generators on a CPU do not have.
+            # With prompts read in chunks vLLM sets back its random generator, which generators on a CPU do not support.
             "enable_chunked_prefill": False,
         }
         arguments = on_cpu | arguments
@@ -206,8 +204,8 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
     """Raise RolloutError unless the engine's logprobs are those of ``model``: of its weights, at the temperature asked.
 
-    An engine with half of the weights, or with other ones, generates text all the same. Sixteen tokens after a prompt
-    that no model is sure about tell; rounding to bfloat16 moves their logprobs by some hundredths of a nat.
+    An engine with half of the weights, or with other ones, still generates text. The logprobs of sixteen tokens after
+    a prompt that no model is sure about show it; rounding to bfloat16 changes them by some hundredths of a nat.
     """
     vocabulary = model.config.get_text_config().vocab_size
     prompt = [7919 * place % vocabulary for place in range(1, 17)]
@@ -221,5 +219,5 @@ def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
         raise RolloutError(
             f"vLLM's logprobs differ from the trainer's by {error:.2g} nats on average, at most {_TOLERANCE} expected: "
             "it does not sample from the weights that it was sent, or reports another temperature; start a server with "
-            "`edge-grpo serve`, and look at what its log says of weights that were not loaded"
+            "`edge-grpo serve`, and look in its log for weights that were not loaded"
         )

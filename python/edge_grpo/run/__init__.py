@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: log, checkpoints, report."""
+"""A run's folder: writing its log, checkpoints and files, reading them again, drawing the report."""

@@ -1,6 +1,7 @@
-"""Checkpoints that are either whole or absent: written beside their place, then renamed into it.
+"""Checkpoints that are either whole or absent, and what a run that resumes from one may change.
 
-``accelerate`` writes model, optimizer, random states and registered objects; this file owns the folder's life cycle.
+``accelerate`` writes model, optimizer, random states and registered objects; this file owns the folder's life cycle:
+checkpoints are written beside their place, then renamed into it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
+
+from edge_grpo.config import TrainConfig, flatten, to_dict
+from edge_grpo.run.files import partial_of
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = "trainer_state.json"
+# What a resumed run may change: none of it touches the steps that were already made.
+_MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "output",
+    "save_every",
+    "eval.every",
+    "trackers",
+    "reward.function_timeout",
+    "reward.on_error",
+    "rollout.server",
+    "rollout.server_folder",
+    "rollout.timeout",
+}
 
 
 def steps(folder: Path) -> list[int]:
@@ -34,12 +52,12 @@ def path_of(folder: Path, step: int) -> Path:
 def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Path:
     """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it."""
     target = path_of(folder, step)
-    partial = folder / f".partial-{target.name}"
+    partial = partial_of(target)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # A head tied to the embedding is stored once and tied again by loading; accelerate would warn of it every time.
+    # accelerate would warn at every save that a head tied to the embedding is stored once; loading ties it again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -53,9 +71,9 @@ def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Pat
 
 
 def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer as a folder that ``from_pretrained`` loads, replacing an older one as a whole."""
+    """Write model and tokenizer as a folder that ``from_pretrained`` loads, in place of an older one."""
     if accelerator.is_main_process:
-        partial = target.with_name(f".partial-{target.name}")
+        partial = partial_of(target)
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -75,8 +93,23 @@ def load_latest(accelerator: Accelerator, folder: Path) -> int:
     return found[-1]
 
 
+def check_same_run(output: Path, config: TrainConfig) -> None:
+    """Raise ValueError, naming the keys, if ``config`` changes what a resumed run in ``output`` may not change."""
+    saved = output / "config.yaml"
+    if saved.is_file():
+        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        new = flatten(to_dict(config))
+        changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
+        if changed:
+            changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed)
+            raise ValueError(
+                f"cannot resume {output}: {changes}; "
+                "resume with the run's own config.yaml, or start a new run with another output"
+            )
+
+
 def _replace(partial: Path, target: Path) -> None:
-    """Put a finished folder in its place. Its files are durable first: no crash leaves a whole name on half a file."""
+    """Rename a finished folder to ``target`` once its files are on disk, so that no crash leaves half a file there."""
     for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,13 +1,12 @@
-"""What a run leaves behind while it runs: metrics.jsonl, completions.jsonl, trackers, and the lines on the terminal.
+"""What a run writes while it trains: metrics.jsonl, completions.jsonl, trackers, and the lines on the terminal.
 
 Only the main process writes. Each line is written and flushed whole, so that a killed run leaves a readable log.
+Reading a log again is ``history``'s.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edge_grpo.batching import Sample
+from edge_grpo.run.files import finite, write_text
 
 _SHOWN = {
     "eval/accuracy": "held-out",
@@ -32,7 +32,7 @@ _SHOWN = {
 
 
 class RunLog:
-    """Writes one run's records; ``resume_step`` drops what a killed run logged beyond its last checkpoint."""
+    """Writes one run's records. What a killed run logged after ``resume_step``, its last checkpoint, is dropped."""
 
     def __init__(
         self, accelerator: Accelerator, output: Path, *, steps: int, resume_step: int, console: Console | None = None
@@ -67,7 +67,7 @@ class RunLog:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step's metrics everywhere."""
         if self._accelerator.is_main_process:
-            _append(self._metrics, {"step": step} | {key: _finite(value) for key, value in metrics.items()})
+            _append(self._metrics, {"step": step} | {key: finite(value) for key, value in metrics.items()})
             figures = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in _SHOWN.items() if key in metrics)
             self._progress.update(self._task, completed=step, figures=figures)
             if not self._console.is_terminal:
@@ -84,7 +84,8 @@ class RunLog:
 def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """Return a completion as completions.jsonl holds it: its text cut where the provenance changes, both its rewards.
 
-    ``*_before`` is the first attempt, the rest what was trained on; they are the same where nothing was corrected.
+    ``*_before`` belongs to the first attempt, everything else to what was trained on; without a correction the two are
+    the same.
     """
     segments: list[list[str]] = []
     ids, provenance = sample.response.token_ids, sample.response.provenance
@@ -120,13 +121,8 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN or infinity; such a metric becomes null."""
-    return value if math.isfinite(value) else None
-
-
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrite a JSONL log so that it ends with ``step``; a half-written last line goes too."""
+    """Drop a JSONL log's lines after ``step``, and a last line that was not finished."""
     if not path.exists():
         return
     kept = []
@@ -137,6 +133,4 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))

@@ -1,84 +1,40 @@
-"""One self-contained HTML page about one or several runs: curves, completions, configuration.
+"""One self-contained HTML page about one or several runs: their curves, completions and configuration.
 
-This file reads what runs left behind, however incomplete, and thins it; ``report_page.html`` beside it holds the page,
-which draws in the reader's browser and fetches nothing.
+What the folders hold is read by ``history``. ``report_page.html`` beside this file is the page, which draws in the
+browser and fetches nothing; its placeholders are filled in here.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
+from edge_grpo.run.files import write_text
+from edge_grpo.run.history import Run, read_run
+from edge_grpo.text import clock, percent
+from edge_kernels.info import version_of
 
-MAX_POINTS = 1500  # steps drawn per run
-MAX_COMPLETIONS = 1000  # completions kept per run, fewer where they are long:
-MAX_CHARACTERS = 2_000_000  # of all of a run's completions together
-MAX_TEXT = 6000  # characters of one completion
-_OUTCOMES = ("correct", "wrong", "unparseable", "timed_out")
-_PHASES = ("rollout", "reward", "correction", "score", "update")
 _UNJUDGED = {
     "grading/answers_timed_out": "Answers timed out",
     "grading/functions_timed_out": "Reward calls timed out",
     "grading/functions_failed": "Reward calls failed",
     "grading/skipped": "Responses skipped",
 }
-_KINDS = ("sampled", "injected", "continued")
-
-
-class Point(NamedTuple):
-    """A held-out evaluation: after which step, after how long, and what it found."""
-
-    step: int
-    minutes: float
-    accuracy: float
-    stderr: float | None
-
-
-@dataclass
-class Run:
-    """What a run folder holds. ``steps``, ``minutes`` and every column have one entry per training step."""
-
-    path: Path
-    name: str
-    config: dict[str, Any] | None
-    steps: list[int] = field(default_factory=list)
-    minutes: list[float] = field(default_factory=list)
-    columns: dict[str, list[float | None]] = field(default_factory=dict)
-    evals: list[Point] = field(default_factory=list)
-    unjudged: dict[str, int] = field(default_factory=dict)  # what went wrong in grading, over all steps
-    completions: list[dict[str, Any]] = field(default_factory=list)
-    prompt: str | None = None
-    notes: list[str] = field(default_factory=list)  # what is missing or broken
-    thinned: list[str] = field(default_factory=list)  # what was left out to keep the page small
-    total_steps: int = 0
-
-    @property
-    def method(self) -> str:
-        """The method, and the switches that override it."""
-        config = self.config or {}
-        given = {name: config[name] for name in ("eda", "gec") if config.get(name) is not None}
-        switches = [f"{name.upper()} {'on' if value else 'off'}" for name, value in given.items()]
-        return ", ".join([str(config.get("method", "unknown method")), *switches])
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page about the run folders ``runs`` and return its path.
 
     ``output`` defaults to report.html in the run's folder, or, for several runs, in the folder that holds them all.
-    Raises FileNotFoundError for a folder that is not a run's; whatever else is missing or broken is said on the page.
+    Raises FileNotFoundError for a folder that is not a run's; the page names whatever else is missing or broken.
     """
     if not runs:
         raise ValueError("a report needs at least one run folder")
@@ -86,150 +42,12 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     if output is None:
         output = (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
     page = _page([read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".partial-{output.name}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(output)
+    write_text(output, page)
     return output
 
 
-# ---- Reading -------------------------------------------------------------------------------------------------------
-
-
-def read_run(path: Path, name: str | None = None) -> Run:
-    """What is left in a run folder, thinned to what a page can show; ``notes`` and ``thinned`` say what is absent."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no run folder {path}")
-    if not any((path / file).exists() for file in ("config.yaml", "metrics.jsonl", "completions.jsonl")):
-        raise FileNotFoundError(f"{path} is not a run folder: it holds neither config.yaml nor metrics.jsonl")
-    notes: list[str] = []
-    run = Run(path, name or path.resolve().name, _read_config(path / "config.yaml", notes), notes=notes)
-    _read_metrics(run)
-    _read_completions(run)
-    return run
-
-
-def _read_config(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        notes.append("config.yaml is missing")
-        return None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict):
-        notes.append("config.yaml is not readable")
-        return None
-    return tree
-
-
-def _read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects in a JSONL file that have a whole step number; anything else is counted in ``notes``."""
-    if not path.is_file():
-        notes.append(f"{path.name} is missing")
-        return []
-    records, broken = [], 0
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
-            else:
-                broken += 1
-    if broken:
-        notes.append(f"{path.name}: {broken} unreadable {'line was' if broken == 1 else 'lines were'} skipped")
-    return records
-
-
-def _number(value: Any) -> float | None:
-    """A finite number with five significant digits, or None: what a curve can be drawn from."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(f"{value:.5g}") if abs(value) < 1e15 else float(value)
-
-
-def _read_metrics(run: Run) -> None:
-    by_step: dict[int, dict[str, float | None]] = {}
-    for record in _read_jsonl(run.path / "metrics.jsonl", run.notes):
-        numbers = {key: _number(value) for key, value in record.items() if key != "step"}
-        by_step.setdefault(record["step"], {}).update(numbers)  # a step repeated after a resume: the last word counts
-    rows = [(step, _derive(by_step[step])) for step in sorted(by_step)]
-    elapsed: dict[int, float] = {}
-    seconds = 0.0
-    for step, row in rows:
-        seconds += row.get("time/total") or 0.0
-        elapsed[step] = seconds / 60
-        if (accuracy := row.get("eval/accuracy")) is not None:
-            stderr, minutes = row.get("eval/stderr"), float(f"{elapsed[step]:.5g}")
-            run.evals.append(Point(step, minutes, accuracy, stderr))
-    trained = [(step, row) for step, row in rows if any(not key.startswith("eval/") for key in row)]
-    run.total_steps = len(trained)
-    run.unjudged = {key: round(sum(row.get(key) or 0.0 for _, row in trained)) for key in _UNJUDGED}
-    if len(trained) > MAX_POINTS:
-        trained = [trained[i] for i in _spread(len(trained), MAX_POINTS)]
-        run.thinned.append(f"the curves show {MAX_POINTS} of {run.total_steps} steps, evenly spaced")
-    run.steps = [step for step, _ in trained]
-    run.minutes = [float(f"{elapsed[step]:.5g}") for step in run.steps]
-    keys = sorted({key for _, row in trained for key, value in row.items() if value is not None})
-    run.columns = {key: [row.get(key) for _, row in trained] for key in keys}
-
-
-def _derive(row: dict[str, float | None]) -> dict[str, float | None]:
-    """Add what the curves need and the trainer need not store: outcomes as shares, and the unaccounted time."""
-    outcomes = {name: row.get(f"outcome/{name}") for name in _OUTCOMES}
-    total = sum(value or 0.0 for value in outcomes.values())
-    shares = {f"outcome_share/{n}": _number((v or 0.0) / total) for n, v in outcomes.items()} if total else {}
-    other: dict[str, float | None] = {}
-    if (whole := row.get("time/total")) is not None:
-        other["time/other"] = _number(max(0.0, whole - sum(row.get(f"time/{phase}") or 0.0 for phase in _PHASES)))
-    return row | shares | other
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """``wanted`` of ``range(count)``, evenly spaced, first and last among them."""
-    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)}) if wanted > 1 else [count - 1]
-
-
-def _read_completions(run: Run) -> None:
-    records = _read_jsonl(run.path / "completions.jsonl", run.notes)
-    shown = [_completion(record) for record in records]
-    size = sum(len(text) for completion in shown for _, text in completion["segments"])
-    share = min(MAX_COMPLETIONS / max(1, len(records)), MAX_CHARACTERS / max(1, size))
-    if share < 1:
-        # Whole steps, evenly spaced over the run: a step's completions are worth comparing with each other.
-        steps = sorted({record["step"] for record in records})
-        chosen = {steps[i] for i in _spread(len(steps), max(1, int(share * len(steps))))}
-        shown = [completion for completion in shown if completion["step"] in chosen][:MAX_COMPLETIONS]
-        run.thinned.append(f"{len(shown)} of {len(records)} completions are shown, from {len(chosen)} steps")
-    run.prompt = next((r["prompt"][:MAX_TEXT] for r in reversed(records) if isinstance(r.get("prompt"), str)), None)
-    run.completions = shown
-
-
-def _completion(record: Mapping[str, Any]) -> dict[str, Any]:
-    segments: list[list[str]] = []
-    room = MAX_TEXT
-    cut = 0
-    for segment in record.get("segments") or []:
-        if not (isinstance(segment, list) and len(segment) == 2 and segment[0] in _KINDS):
-            continue
-        text = str(segment[1])
-        if room > 0:
-            segments.append([segment[0], text[:room]])
-        cut += max(0, len(text) - max(0, room))
-        room -= len(text)
-    shown: dict[str, Any] = {key: record.get(key) for key in ("step", "index", "problem", "answer", "correction")}
-    shown |= {key: record[key] for key in ("outcome_before", "outcome") if record.get(key) in _OUTCOMES}
-    shown |= {key: _number(record.get(key)) for key in ("reward_before", "reward", "advantage", "weight")}
-    return shown | {"segments": segments} | ({"cut": cut} if cut else {})
-
-
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest tails of the paths that tell them apart."""
+    """Names for the runs: of each path the shortest tail that tells it from the others."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -240,9 +58,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _common_parent(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.resolve().parent for path in paths]))
-
-
-# ---- The page ------------------------------------------------------------------------------------------------------
 
 
 def _page(runs: Sequence[Run]) -> str:
@@ -260,13 +75,14 @@ def _page(runs: Sequence[Run]) -> str:
         }
         for index, run in enumerate(runs)
     ]
+    version = version_of("edge-grpo") or "(not installed)"
     data = json.dumps({"runs": payload}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     fields = {
         "title": escape(title),
         "subtitle": escape(_subtitle(runs)),
         "cards": "".join(_card(run, index) for index, run in enumerate(runs)),
         "configuration": _configuration(runs),
-        "footer": f"Written by edge-grpo {escape(_version())} on {datetime.now():%Y-%m-%d %H:%M}. "
+        "footer": f"Written by edge-grpo {escape(version)} on {datetime.now():%Y-%m-%d %H:%M}. "
         "Everything is in this file; nothing is fetched.",
         "data": data.replace("<", "\\u003c"),  # so that no text can close the script element that holds it
     }
@@ -274,19 +90,12 @@ def _page(runs: Sequence[Run]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)  # one pass: data is not searched again
 
 
-def _version() -> str:
-    try:
-        return metadata.version("edge-grpo")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _subtitle(runs: Sequence[Run]) -> str:
     def same(key: str) -> str | None:
         values = {str(flatten(run.config).get(key)) if run.config else None for run in runs}
         return values.pop() if len(values) == 1 else None
 
-    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("data.eval"))]
+    facts = [("model", same("model.path")), ("trained on", same("data.train")), ("held-out", same("eval.data"))]
     return " · ".join(f"{name} {value}" for name, value in facts if value not in (None, "None"))
 
 
@@ -295,7 +104,7 @@ def _card(run: Run, index: int) -> str:
     done = run.steps[-1] if run.steps else 0
     facts = [
         ("Steps", str(done) if planned is None else f"{done} of {planned}"),
-        ("Time in steps", _clock(60 * run.minutes[-1] if run.minutes else 0.0)),
+        ("Time in steps", clock(60 * run.minutes[-1] if run.minutes else 0.0)),
         *_first_to_last(run, "Training accuracy", "accuracy/before", share=True),
         *_first_to_last(run, "Collapsed groups", "collapsed/after", share=True),
         *_first_to_last(run, "Entropy", "entropy/token_mean", share=False),
@@ -329,7 +138,7 @@ def _headline(run: Run) -> str:
     figures = []
     for evaluation in (run.evals[0], run.evals[-1]):
         error = f' <span class="error">± {100 * evaluation.stderr:.1f}</span>' if evaluation.stderr is not None else ""
-        figures.append(f"{100 * evaluation.accuracy:.1f}%{error}")
+        figures.append(percent(evaluation.accuracy) + error)
     first, last = run.evals[0].step, run.evals[-1].step
     if first == last:
         when = f"at step {last}" if last else "before training"
@@ -344,7 +153,7 @@ def _headline(run: Run) -> str:
 
 
 def _first_to_last(run: Run, label: str, key: str, *, share: bool) -> Iterable[tuple[str, str]]:
-    """A metric's mean over the first and the last tenth of the run."""
+    """A metric's means over the first and the last tenth of the run; nothing without values."""
     values = [value for value in run.columns.get(key, []) if value is not None]
     if values:
         tenth = max(1, len(values) // 10)
@@ -352,15 +161,8 @@ def _first_to_last(run: Run, label: str, key: str, *, share: bool) -> Iterable[t
         yield label, " → ".join(f"{100 * end:.0f}%" if share else f"{end:.2f}" for end in ends)
 
 
-def _clock(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _configuration(runs: Sequence[Run]) -> str:
-    """The table of settings, with the differences between the runs, or of the one run from the defaults, marked."""
+    """The table of settings; those in which the runs differ, or a single run from the defaults, are marked."""
     columns = [flatten(run.config) if run.config else {} for run in runs]
     if not any(columns):
         return ""

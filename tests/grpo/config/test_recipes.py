@@ -10,11 +10,13 @@ import pytest
 from paths import SHARED_DATA
 from transformers import PreTrainedTokenizerFast
 
+from edge_grpo.collect import carry_out
 from edge_grpo.config import load_config, recipe_names, recipe_path
 from edge_grpo.correction import Corrector
-from edge_grpo.data.sources import load_examples, render_prompts
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
-from edge_grpo.policy.model import eos_token_ids
+from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.rollout import build_engine
 from edge_grpo.types import Provenance, Sampling
 
@@ -65,7 +67,7 @@ def test_the_papers_setting():
     assert (config.rollout.num_prompts, config.rollout.num_generations, config.rollout.temperature) == (1, 8, 0.6)
     assert (config.data.max_prompt_length, config.rollout.max_completion_length) == (512, 1024)
     assert config.correction.max_length == 256
-    assert (config.correction.reflect, config.correction.answer, config.correction.solution) == (0.5, 0.25, 0.25)
+    assert config.correction.mix == {"reflect": 0.5, "answer": 0.25, "solution": 0.25}
     assert (config.loss.loss_type, config.loss.beta, config.loss.injected) == ("bnpo", 0.0, "credit")
     assert (config.loss.epsilon_low, config.loss.epsilon_high) == (0.2, 0.2)
     assert config.optim.learning_rate == 1e-6
@@ -83,12 +85,13 @@ def run_a_step(config, examples, model, tokenizer):
         rewards = rewarder(groups, [tokenizer.decode(response.token_ids) for response in responses])
         corrector = Corrector(
             config.correction,
-            engine=engine,
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             eos_token_ids=eos_token_ids(model, tokenizer),
-            sampling=replace(sampling, max_tokens=1024),  # room for a solution, as the recipe gives it
+            max_tokens=1024,  # room for a solution, as the recipe gives it
         )
-        corrected = corrector(groups, responses, rewards, seed=0)
+        ids = [place // GROUP for place in range(len(groups))]
+        plan = corrector.plan(groups, responses, rewards, ids, seed=0)
+        corrected = carry_out(plan, engine, sampling, seed=0)
         after = rewarder(groups, [tokenizer.decode(response.token_ids) for response in corrected])
     finally:
         rewarder.close()
@@ -169,9 +172,9 @@ def test_smollm2_recipes_differ_in_what_samples(engine):
 
 def test_smollm2_recipe_holds_out_every_eval_problem():
     config = load_config(recipe_path("smollm2-135m"))
-    assert config.data.eval
+    assert config.eval.data
     train = {example.problem for example in load_examples(config.data.train, {}, limit=490)}
-    held_out = [example.problem for example in load_examples(config.data.eval, {}, limit=config.data.eval_size)]
+    held_out = [example.problem for example in load_examples(config.eval.data, {}, limit=config.eval.size)]
     assert not train & set(held_out)
     assert config.data.system_prompt  # its examples are no held-out problems either
     assert not any(shown in problem for problem in held_out for shown in ("7 + 8", "8 + 7", "20 - 6"))

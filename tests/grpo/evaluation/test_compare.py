@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge_grpo.data.templates import TEMPLATES
 from edge_grpo.evaluation.compare import compare
 from edge_grpo.evaluation.evaluate import Evaluation, ExampleResult
-from edge_grpo.evaluation.suite import Protocol, Result, SetResult
+from edge_grpo.evaluation.result import Protocol, Result, SetResult
 
 
 def make(sets: Mapping[str, Sequence[int]], *, k: int = 1, weights: str = "w", **protocol: object) -> Result:

@@ -233,5 +233,7 @@ def test_the_models_window_ends_a_response(run):
     assert asked == [([30, 40], 150), ([60], 128), ([100], 64), ([164], 36)]
     assert len({seed for _, _, seed in engine.calls}) == 4
     assert [result.answers[0] for result in found.results] == ["1", "3", "1", "4", "2"]
-    with pytest.raises(ValueError, match="row 3 has a prompt of 164 tokens, which leaves no room within the 164"):
+    with pytest.raises(
+        ValueError, match="prompt of 164 tokens, which leaves no room within the model's context of 164"
+    ):
         run(engine, prompts, 1, window=164)

@@ -207,3 +207,10 @@ def test_integers_are_equal_exactly_when_they_are(gold, answer):
     grader = Grader()
     assert judge(grader, [str(gold)], str(answer)) == ("correct" if gold == answer else "wrong")
     assert judge(grader, [str(gold)], f"\\boxed{{{gold:+d}}}") == "correct"
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (64, 2)])
+def test_two_processes_compare_unless_there_is_one_core(monkeypatch, cores, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert Grader()._pool.size == workers
+    assert Grader(workers=5)._pool.size == 5

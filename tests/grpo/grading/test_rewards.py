@@ -67,7 +67,7 @@ def test_format_is_exactly_one_box(completion, is_good):
 
 
 def test_the_total_is_the_weighted_sum(make, functions):
-    config = RewardConfig(accuracy=2.0, format=0.5, functions={"user_rewards:length": -0.25})
+    config = RewardConfig(weights={"accuracy": 2.0, "format": 0.5, "user_rewards:length": -0.25})
     # Right and well-formed: 2 + 0.5 - 0.25 * 9; right after a change of mind: 2 - 0.25 * 18; nothing: -0.25 * 3.
     completions = [r"\boxed{5}", r"\boxed{6}\boxed{5}", "I x"]
     rewards = make(config)([prompt()] * 3, completions)
@@ -77,7 +77,7 @@ def test_the_total_is_the_weighted_sum(make, functions):
 
 
 def test_the_outcome_does_not_depend_on_the_weight_of_accuracy(make):
-    rewards = make(RewardConfig(accuracy=0, format=1))([prompt()] * 2, [r"\boxed{5}", r"\boxed{6}"])
+    rewards = make(RewardConfig(weights={"accuracy": 0, "format": 1}))([prompt()] * 2, [r"\boxed{5}", r"\boxed{6}"])
     assert [(reward.total, reward.outcome) for reward in rewards] == [(1, "correct"), (1, "wrong")]
 
 
@@ -87,7 +87,7 @@ def test_a_prompt_without_an_answer_is_an_error_only_where_accuracy_counts(make)
         make(RewardConfig())(unanswered, ["", ""])
     with pytest.raises(ValueError, match="row 7"):
         make(RewardConfig()).check(unanswered)
-    by_format = make(RewardConfig(accuracy=0, format=1))
+    by_format = make(RewardConfig(weights={"format": 1}))
     by_format.check(unanswered)
     assert [reward.outcome for reward in by_format(unanswered, [r"\boxed{5}"] * 2)] == ["correct", "unparseable"]
 
@@ -175,8 +175,8 @@ def call(make, functions) -> Callable[..., list[Reward]]:
     def call(
         name: str, completions: Sequence[str], *, on_error: OnError = "fail", timeout: float = 60.0, **extra: object
     ):
-        settings = {"on_error": on_error, "function_timeout": timeout, "functions": {f"user_rewards:{name}": 1.0}}
-        rewarder = make(RewardConfig(accuracy=0, **settings))
+        settings = {"on_error": on_error, "function_timeout": timeout, "weights": {f"user_rewards:{name}": 1.0}}
+        rewarder = make(RewardConfig(**settings))
         return rewarder([prompt(index=40 + i, **extra) for i in range(len(completions))], completions)
 
     return call
@@ -196,13 +196,13 @@ def test_none_counts_as_zero(call):
 
 
 def test_a_column_that_only_some_rows_have_is_none_for_the_others(make, functions):
-    rewarder = make(RewardConfig(accuracy=0, functions={"user_rewards:columns": 1.0}))
+    rewarder = make(RewardConfig(weights={"user_rewards:columns": 1.0}))
     rewards = rewarder([prompt(level=2), prompt()], ["", ""])
     assert [reward.total for reward in rewards] == [1.0, 0.0]
 
 
 def test_a_function_has_a_process_of_its_own_that_lasts(call, make):
-    config = RewardConfig(accuracy=0, functions={"user_rewards:count": 1.0, "user_rewards:pid": 1.0})
+    config = RewardConfig(weights={"user_rewards:count": 1.0, "user_rewards:pid": 1.0})
     rewarder = make(config)
     first, second = (rewarder([prompt()], ["x"])[0].parts for _ in range(2))
     assert (first["user_rewards:count"], second["user_rewards:count"]) == (1, 2)
@@ -272,7 +272,7 @@ def test_a_function_that_fails_on_batches_alone(call, caplog):
 
 
 def test_no_process_stays_behind(make, functions):
-    rewarder = make(RewardConfig(functions={"user_rewards:pid": 1.0}))
+    rewarder = make(RewardConfig(weights={"accuracy": 1.0, "user_rewards:pid": 1.0}))
     [reward] = rewarder([prompt()], [r"\boxed{10/2}"])
     pids = [int(reward.parts["user_rewards:pid"]), *(w.process.pid for w in rewarder.grader._pool._workers)]
     assert len(pids) == 2
@@ -290,25 +290,26 @@ def test_no_process_stays_behind(make, functions):
 )
 def test_a_path_that_leads_nowhere_says_so(make, functions, path, error, message):
     with pytest.raises(error, match=message):
-        make(RewardConfig(functions={path: 1.0}))
+        make(RewardConfig(weights={"accuracy": 1.0, path: 1.0}))
 
 
 def test_functions_in_the_working_directory_are_found(make, tmp_path, monkeypatch):
     (tmp_path / "rewards_beside_the_run.py").write_text("def one(completions): return [1.0 for _ in completions]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    rewarder = make(RewardConfig(accuracy=0, functions={"rewards_beside_the_run:one": 2.0}))
+    rewarder = make(RewardConfig(weights={"rewards_beside_the_run:one": 2.0}))
     assert rewarder([prompt()], ["x"])[0].total == 2.0
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"accuracy": 0}, "nothing to learn"),
-        ({"accuracy": float("nan")}, "accuracy must be a finite number"),
-        ({"functions": {"a.b": 1.0}}, "package.module:function; got 'a.b'"),
-        ({"functions": {"a:b": float("inf")}}, "functions"),
-        ({"workers": 0}, "workers must be a whole number of at least 1"),
+        ({"weights": {"accuracy": 0}}, "weights must not all be 0: there would be nothing to learn"),
+        ({"weights": {}}, "nothing to learn"),
+        ({"weights": {"accuracy": float("nan")}}, r"weights\['accuracy'\] must be a finite number"),
+        ({"weights": {"a.b": 1.0}}, "package.module:function; got 'a.b'"),
+        ({"weights": {"acuracy": 1.0}}, "package.module:function; got 'acuracy'; did you mean accuracy?"),
+        ({"weights": {"a:b": float("inf")}}, r"weights\['a:b'\] must be a finite number"),
         ({"timeout": 0}, "timeout must be a number in \\(0, 1e6\\]"),
         ({"function_timeout": -1.0}, "function_timeout must be a number in \\(0, 1e6\\]"),
     ],

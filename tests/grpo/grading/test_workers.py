@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,21 @@ def test_a_factory_that_fails_says_why(make):
         make(factory="worker_tasks:exits_at_once").start()
 
 
+def test_a_process_that_ends_before_it_is_spoken_to_says_why(make, monkeypatch):
+    """The order that is rare: its end comes first, so that sending it the factory fails."""
+
+    class Ended(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.wait()
+
+    monkeypatch.setattr("edge_grpo.grading.workers._PROGRAM", "raise SystemExit(3)")
+    monkeypatch.setattr("edge_grpo.grading.workers.subprocess.Popen", Ended)
+    for use in (WorkerPool.start, lambda pool: pool.map([("square", 1)])):
+        with pytest.raises(RuntimeError, match="could not start: its process ended with status 3"):
+            use(make())
+
+
 def test_starting_does_not_count_against_the_deadline(make, monkeypatch):
     monkeypatch.setattr("edge_grpo.grading.workers._PROGRAM", f"import time; time.sleep(1.0); {_PROGRAM}")
     assert make(0.9).map([("square", 5)]) == [25]
@@ -152,6 +168,23 @@ def test_an_interrupted_call_leaves_no_result_for_the_next(make, monkeypatch):
         patch.setattr("edge_grpo.grading.workers.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pool.map([("sleep", 0.2)])
+    assert pool.map([("square", 6)]) == [36]
+
+
+def test_an_interrupted_hand_out_leaves_no_result_for_the_next(make, monkeypatch):
+    """Ctrl-C right after a call is sent: its process has a result that nobody waits for."""
+    pool = make()
+    pool.map([("square", 1)])
+    send = Connection.send
+
+    def interrupted(self: Connection, message: object) -> None:
+        send(self, message)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.map([("square", 3)])
     assert pool.map([("square", 6)]) == [36]
 
 

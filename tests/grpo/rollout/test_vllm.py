@@ -26,10 +26,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo import trainer
+from edge_grpo.collect import carry_out
 from edge_grpo.config import CorrectionConfig, DataConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.correction import Corrector
-from edge_grpo.data.sources import load_examples, render_prompts
-from edge_grpo.policy.model import eos_token_ids, load_model
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
+from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.wire import verify
 from edge_grpo.run import checkpoint
@@ -224,19 +226,20 @@ def test_a_partial_completion_is_continued(sampler):
 
 
 def test_reflection_keeps_what_was_sampled(sampler):
-    config = CorrectionConfig(reflect=1.0, answer=0.0, solution=0.0, max_length=60)
+    config = CorrectionConfig(mix={"reflect": 1.0}, max_length=60)
     sampling = Sampling(max_tokens=10)
     corrector = Corrector(
         config,
-        engine=sampler.engine,
         encode=lambda text: sampler.tokenizer(text, add_special_tokens=False)["input_ids"],
         eos_token_ids=eos_token_ids(sampler.model, sampler.tokenizer),
-        sampling=sampling,
+        max_tokens=sampling.max_tokens,
     )
     asked = prompts(sampler, 4)
     first = sampler.engine.generate([prompt.token_ids for prompt in asked], sampling, seed=5)
     wrong = [Reward(0.0, {}, "wrong")] * len(asked)
-    for prompt, before, after in zip(asked, first, corrector(asked, first, wrong, seed=0), strict=True):
+    plan = corrector.plan(asked, first, wrong, range(len(asked)), seed=0)
+    corrected = carry_out(plan, sampler.engine, sampling, seed=0)
+    for prompt, before, after in zip(asked, first, corrected, strict=True):
         kept = after.provenance.count(Provenance.SAMPLED)
         assert after.token_ids[:kept] == before.token_ids[:kept]
         assert kept >= len(before.token_ids) - 1  # but for the end of sequence
@@ -279,11 +282,6 @@ def test_what_does_not_fit_is_refused(sampler):
     with pytest.raises(ValueError, match=f"the engine holds {longest}"):
         sampler.engine.generate([[5] * (longest - 11)], GREEDY, seed=0)
     assert sampler.engine.generate([], GREEDY, seed=0) == []
-
-
-def test_top_p_leaves_no_record(sampler):
-    (response,) = sampler.engine.generate([[5, 6, 7]], Sampling(max_tokens=4, top_p=0.8), seed=0)
-    assert all(map(math.isnan, response.logprobs))
 
 
 def test_the_process_is_left_as_it_was(sampler):
@@ -357,9 +355,7 @@ def test_a_killed_server_ends_the_run_and_resuming_goes_on(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         kill(server)
-        killed = time.monotonic()
         _, said = run.communicate(timeout=60)
-        assert time.monotonic() - killed < 60
     assert run.returncode == 3, said
     saved = checkpoint.steps(output / "checkpoints")
     assert f"step {saved[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}" in said

@@ -94,14 +94,6 @@ def test_nan_logprobs_are_a_diverged_policy():
         response([4, 7], [-1.0, math.nan], "stop")
 
 
-def test_under_top_p_there_is_no_record():
-    """vLLM reports those of the nucleus; greedy decoding cuts nothing."""
-    cut = response([4, 7], [-1.0, -2.0], "stop", Sampling(max_tokens=3, top_p=0.9))
-    assert all(map(math.isnan, cut.logprobs))
-    greedy = response([4, 7], [-1.0, -2.0], "stop", Sampling(max_tokens=3, top_p=0.9, temperature=0.0))
-    assert greedy.logprobs == (-1.0, -2.0)
-
-
 def config(**rollout) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(max_prompt_length=100),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 import shutil
 import subprocess
@@ -13,119 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_folder import append, make_run
 
-from edge_grpo.config import from_dict, to_dict
-from edge_grpo.run.report import MAX_CHARACTERS, MAX_POINTS, MAX_TEXT, read_run, write_report
+from edge_grpo.run.history import MAX_CHARACTERS, MAX_POINTS, MAX_TEXT
+from edge_grpo.run.report import write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} &amp; \u2028 \\boxed{7}"
-
-
-def make_run(
-    folder: Path, *, method: str = "edge", steps: int = 30, seed: int = 0, final_accuracy: float = 0.7
-) -> Path:
-    """A run folder as the trainer leaves it, with plausible curves."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True)
-    tree = {"method": method, "steps": steps, "output": str(folder), "data": {"eval": "arithmetic@test"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(tree)), sort_keys=False))
-    corrects, metrics, completions = method != "grpo", [], []
-    metrics.append({"step": 0, "eval/accuracy": 0.22, "eval/stderr": 0.029})
-    for step in range(1, steps + 1):
-        level = 0.22 + (final_accuracy - 0.22) * (1 - math.exp(-3 * step / steps))
-        before = min(1.0, max(0.0, rng.gauss(level, 0.07)))
-        after = before + (1 - before) * 0.6 * corrects
-        entropy = 0.9 * math.exp(-step / steps) + rng.gauss(0, 0.03)
-        wrong = round(64 * (1 - before))
-        row = {
-            "step": step,
-            "loss": rng.gauss(0, 0.02),
-            "reward/mean": after,
-            "reward/std": math.sqrt(after * (1 - after)),
-            "reward/accuracy": after,
-            "accuracy/before": before,
-            "accuracy/after": after,
-            "collapsed/before": abs(rng.gauss(0.4, 0.1)),
-            "collapsed/after": abs(rng.gauss(0.1 if corrects else 0.4, 0.05)),
-            "advantage/var": abs(rng.gauss(0.8 if corrects else 0.5, 0.08)),
-            "entropy/token_mean": entropy,
-            "entropy/response_mean": entropy * 1.05,
-            "eda/weight_min": 0.6 if method == "edge" else 1.0,
-            "eda/weight_mean": 1.08 if method == "edge" else 1.0,
-            "eda/weight_max": rng.uniform(1.6, 3.0) if method == "edge" else 1.0,
-            "tokens/injected_share": 0.2 * (1 - before) * corrects,
-            "length/mean": rng.gauss(48, 3),
-            "length/min": 12,
-            "length/max": 128,
-            "length/truncated": abs(rng.gauss(0.04, 0.02)),
-            "kl/mean": 0.0,
-            "clip/low": 0.001,
-            "clip/high": 0.002,
-            "clip/region": abs(rng.gauss(0.003, 0.001)),
-            "ratio/mean": 1 + rng.gauss(0, 1e-3),
-            "ratio/max": 1.3 + rng.random(),
-            "grad/norm": math.exp(rng.gauss(-0.5, 0.4)),
-            "optim/lr": 1e-3 * min(1, step / 5),
-            "drift/logprob_mean": 2e-7 * math.exp(rng.gauss(0, 0.3)),
-            "drift/logprob_max": 4e-6 * math.exp(rng.gauss(0, 0.6)),
-            "drift/entropy_max": 6e-6 * math.exp(rng.gauss(0, 0.6)),
-            "correction/reflect": round(wrong * 0.5) * corrects,
-            "correction/answer": round(wrong * 0.25) * corrects,
-            "correction/solution": round(wrong * 0.25) * corrects,
-            "outcome/correct": 64 - wrong,
-            "outcome/wrong": wrong - wrong // 4,
-            "outcome/unparseable": wrong // 4,
-            "outcome/timed_out": 0,
-            "throughput/tokens_per_s": rng.gauss(2100, 120),
-            "time/rollout": 0.8 + rng.random() * 0.2,
-            "time/reward": 0.05,
-            "time/correction": 0.3 * corrects,
-            "time/score": 0.1,
-            "time/update": 0.5,
-            "time/total": 2.1 if corrects else 1.7,
-            "memory/peak_bytes": 9.1e8,
-        }
-        if step == steps or step % 10 == 0:
-            accuracy = level * 0.97
-            row |= {"eval/accuracy": accuracy, "eval/stderr": math.sqrt(accuracy * (1 - accuracy) / 200)}
-        metrics.append(row)
-        for index, correction in enumerate([None, "reflect", "answer", "solution"][: 4 if corrects else 1]):
-            a, b, c = rng.randint(2, 30), rng.randint(2, 30), rng.randint(2, 9)
-            attempt = f"First I add {a} and {b}.\n{a} + {b} = {a + b}.\nThen I multiply by {c}: the answer is "
-            right, wrong_text = f"\\boxed{{{(a + b) * c}}}", f"\\boxed{{{(a + b) * c + 3}}}"
-            segments = {
-                None: [["sampled", attempt + right]],
-                "reflect": [
-                    ["sampled", attempt + wrong_text],
-                    ["injected", " Wait! Something is wrong here."],
-                    ["continued", f" Let me check.\n{a + b} * {c} = {(a + b) * c}, so the answer is {right}<eos>"],
-                ],
-                "answer": [
-                    ["sampled", attempt + wrong_text],
-                    ["injected", f" Wait! Something is wrong here. The correct answer is {right}."],
-                    ["injected", "<eos>"],
-                ],
-                "solution": [["injected", f"{a} + {b} = {a + b}; {a + b} * {c} = {(a + b) * c}. {right}<eos>"]],
-            }[correction]
-            completions.append(
-                {
-                    "step": step,
-                    "index": step * 10 + index,
-                    "problem": f"What is ({a} + {b}) * {c}?",
-                    "prompt": f"<user>What is ({a} + {b}) * {c}?<assistant>",
-                    "answer": str((a + b) * c),
-                    "segments": segments,
-                    "correction": correction,
-                    "reward_before": 0.0 if correction else 1.0,
-                    "reward": 1.0,
-                    "outcome_before": "wrong" if correction else "correct",
-                    "outcome": "correct",
-                    "advantage": rng.gauss(0, 1),
-                    "weight": rng.uniform(0.6, 2),
-                }
-            )
-    for name, records in (("metrics.jsonl", metrics), ("completions.jsonl", completions)):
-        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
 
 
 class Page(HTMLParser):
@@ -166,11 +57,6 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
 
-def append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-
-
 # ---- What is on the page
 
 
@@ -196,34 +82,13 @@ def test_a_run_is_on_its_page(tmp_path: Path) -> None:
     assert data["prompt"].startswith("<user>What is")
 
 
-def test_columns_are_derived_from_what_is_logged(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        json.dumps(
-            {
-                "step": 1,
-                "outcome/correct": 5,
-                "outcome/wrong": 2,
-                "outcome/unparseable": 1,
-                "outcome/timed_out": 0,
-                "time/total": 3.0,
-                "time/rollout": 1.25,
-                "time/update": 1.0,
-            }
-        )
-    )
-    columns = read_run(tmp_path).columns
-    assert columns["outcome_share/unparseable"] == [0.125]
-    assert columns["outcome_share/timed_out"] == [0.0]
-    assert columns["time/other"] == [0.75]
-
-
 def test_the_configuration_marks_what_differs(tmp_path: Path) -> None:
     def differing(page: Page) -> set[str]:
         return set(re.findall(r'<tr class="differs"><th scope="row">([^<]*)</th>', page.source))
 
     edge = make_run(tmp_path / "edge", steps=3)
     grpo = make_run(tmp_path / "grpo", steps=4, method="grpo")
-    assert differing(Page(write_report([edge]))) == {"steps", "data.eval"}  # from the defaults; output never counts
+    assert differing(Page(write_report([edge]))) == {"steps", "eval.data"}  # from the defaults; output never counts
     assert differing(Page(write_report([edge, grpo]))) == {"method", "steps"}  # from each other
 
 
@@ -302,19 +167,9 @@ def test_what_could_not_be_judged_is_counted_over_the_whole_run(tmp_path: Path) 
 # ---- What a run may lack
 
 
-def test_broken_and_repeated_lines(tmp_path: Path) -> None:
+def test_unreadable_lines_are_counted_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=4)
-    append(
-        run / "metrics.jsonl", '{"step": 4, "loss": 0.5}\n[1]\n{"loss": 1}\n{"step": 5, "loss": NaN, "grad/norm": Inf'
-    )
-    append(run / "completions.jsonl", '{"step": 4, "segments": [["samp')
-    found = read_run(run)
-    assert found.steps == [1, 2, 3, 4]
-    assert found.columns["loss"][-1] == 0.5  # a step logged again after a resume: the later line counts
-    assert found.notes == [
-        "metrics.jsonl: 3 unreadable lines were skipped",
-        "completions.jsonl: 1 unreadable line was skipped",
-    ]
+    append(run / "metrics.jsonl", "[1]\n[2]\n[3]\n")
     assert "metrics.jsonl: 3 unreadable lines were skipped" in Page(write_report([run])).words
 
 
@@ -354,7 +209,7 @@ def test_an_unreadable_configuration(tmp_path: Path) -> None:
     assert "config.yaml is not readable" in Page(write_report([run])).words
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_page_is_about_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run folder"):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match="is not a run folder: it holds neither config"):

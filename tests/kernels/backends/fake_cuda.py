@@ -23,11 +23,12 @@ from edge_kernels import (
     token_entropy,
     token_stats,
 )
+from edge_kernels.contract import LossRule, TokenTerms, Transform
 from edge_kernels.ops.grpo_loss import grpo_loss_op
 from edge_kernels.ops.linear_grpo_loss import linear_grpo_loss_backward_op, linear_grpo_loss_op
 from edge_kernels.ops.linear_token_stats import linear_token_stats_backward_op
-from edge_kernels.ops.token_loss import LossRule, TokenTerms, token_loss_op
-from edge_kernels.ops.token_stats import Transform, token_stats_backward_op
+from edge_kernels.ops.token_loss import token_loss_op
+from edge_kernels.ops.token_stats import token_stats_backward_op
 
 B, T, V, D = 2, 3, 10**6, 7  # logits of 12 MB that nothing allocates
 CONFIG = GRPOLossConfig()
@@ -64,30 +65,34 @@ def check_gradients(dtype: torch.dtype) -> None:
     logits, hidden, weight = cuda(N, V, dtype=dtype), cuda(N, D, dtype=dtype), cuda(V, D, dtype=dtype)
     bias, targets = cuda(V, dtype=dtype), cuda(N, dtype=torch.long)
     row = cuda(N)
-    assert describe([token_stats_backward_op(logits, targets, row, row, row, row, None, None, *TRANSFORM)]) == [
+    assert describe([token_stats_backward_op(logits, targets, [row] * 3, [row, None, None], TRANSFORM.pack())]) == [
         ((N, V), dtype)
     ]
     head = [((N, D), dtype), ((V, D), dtype), ((V,), dtype)]
-    wanted = (True, True, True)
+    wanted = [True] * 3
     assert (
         describe(
             linear_token_stats_backward_op(
-                hidden, weight, bias, targets, row, row, row, row, row, None, *wanted, dtype, *TRANSFORM
+                hidden, weight, bias, targets, [row] * 3, [row, row, None], wanted, dtype, TRANSFORM.pack()
             )
         )
         == head
     )
-    terms = TokenTerms(cuda(N, dtype=torch.bool), row, row, *[None] * 7)
-    rule = LossRule.of(CONFIG)
+    terms = TokenTerms(
+        cuda(N, dtype=torch.bool),
+        row,
+        row,
+    )
+    records = (terms.pack(), LossRule.of(CONFIG).pack())
     loss = [((), torch.float32), ((10,), torch.float32)]
     stats = [((N,), torch.float32)] * 2
-    assert describe(token_loss_op(row, row, *terms, *rule)) == [*loss, *stats]
-    assert describe(grpo_loss_op(logits, targets, *TRANSFORM, *terms, *rule)) == [*loss, *stats, ((N, V), dtype)]
-    made = linear_grpo_loss_op(hidden, weight, bias, targets, *wanted, False, dtype, *TRANSFORM, *terms, *rule)
+    assert describe(token_loss_op(row, row, *records)) == [*loss, *stats]
+    assert describe(grpo_loss_op(logits, targets, TRANSFORM.pack(), *records)) == [*loss, *stats, ((N, V), dtype)]
+    made = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, False, dtype, TRANSFORM.pack(), *records)
     assert describe(made[:7]) == [*loss, *stats, *head]
-    kept = linear_grpo_loss_op(hidden, weight, bias, targets, *wanted, True, dtype, *TRANSFORM, *terms, *rule)
+    kept = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, True, dtype, TRANSFORM.pack(), *records)
     assert describe(kept[7:]) == [((N, V), dtype), ((N,), torch.bool)]
-    assert describe(linear_grpo_loss_backward_op(kept[0], hidden, weight, bias, *kept[7:], *wanted, dtype)) == head
+    assert describe(linear_grpo_loss_backward_op(kept[0], hidden, weight, bias, *kept[7:], wanted, dtype)) == head
 
 
 def check_tracing() -> None:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 import edge_kernels
 from edge_kernels import _extension, backend, reference, use_backend
-from edge_kernels.backends import cuda, plain
+from edge_kernels.backends import compiled, plain
 from edge_kernels.config import GRPOLossConfig
-from edge_kernels.ops.token_loss import LossRule, TokenTerms
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
 EXTENSION = _extension.load()
 HAS_CUDA = EXTENSION.built_with()["cuda"] is not None
@@ -65,19 +64,20 @@ def test_the_extension_contains_every_kernel_for_every_architecture() -> None:
 def test_without_a_driver_a_call_raises_and_names_the_kernel() -> None:
     if EXTENSION.cuda_versions()["driver"] is not None:
         pytest.skip("there is a driver")
-    rows = {"dtype": 1, "logits": 16, "row_stride": 8, "rows": 1, "vocab": 8, "targets": 0, "ignore_index": -100}
-    transform = {"inv_temperature": 1.0, "softcap": 0.0, "logit_scale": 1.0}
-    where = {"device": 0, "stream": 0}
+    rows = EXTENSION.TokenRows(
+        dtype=1, logits=16, row_stride=8, rows=1, vocab=8, targets=0, ignore_index=-100,
+        inv_temperature=1.0, softcap=0.0, logit_scale=1.0,
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"token_stats_bwd_kernel: CUDA error \d+ \(cudaError\w+\): .*driver"):
-        EXTENSION.cuda_token_stats_backward(
-            **rows, **transform, **where, entropy=16, logsumexp=16, logsumexp_low=0, grad_logprobs=0, grad_entropy=0,
-            grad_logsumexp=0, grad_logits=16, grad_row_stride=8,
+        EXTENSION.token_stats_backward(
+            EXTENSION.CudaLaunch(device=0, stream=0), rows, entropy=16, logsumexp=16, logsumexp_low=0, grad_logprobs=0,
+            grad_entropy=0, grad_logsumexp=0, grad_logits=16, grad_row_stride=8,
         )  # fmt: skip
-    assert "no CUDA driver" in str(cuda.unavailable(EXTENSION))
+    assert "no CUDA driver" in str(_extension.cuda_unavailable(EXTENSION))
 
 
 def extension_with(**answers: Any) -> Any:
-    """Return what ``cuda.unavailable`` asks of an extension."""
+    """Return what ``cuda_unavailable`` asks of an extension."""
     built = {"cuda": "13.0", "cuda_architectures": ["sm_80", "sm_90", "sm_120", "compute_120"]}
     given = {"built_with": built, "cuda_versions": {"driver": "13.0"}, "cuda_devices": [], **answers}
     return SimpleNamespace(**{name: lambda value=value: value for name, value in given.items()})
@@ -89,25 +89,25 @@ def device(major: int, minor: int) -> dict[str, object]:
 
 def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = extension_with(built_with={"cuda": None, "cuda_architectures": []})
-    assert "was built without CUDA" in str(cuda.unavailable(absent))
-    assert "no CUDA driver" in str(cuda.unavailable(extension_with(cuda_versions={"driver": None})))
-    assert cuda.unavailable(extension_with()) is None  # a driver and no device: there are no tensors to take
-    old = cuda.unavailable(extension_with(cuda_devices=[device(7, 5), device(10, 0)]))
+    assert "was built without CUDA" in str(_extension.cuda_unavailable(absent))
+    assert "no CUDA driver" in str(_extension.cuda_unavailable(extension_with(cuda_versions={"driver": None})))
+    assert _extension.cuda_unavailable(extension_with()) is None  # a driver and no device: there are no tensors to take
+    old = _extension.cuda_unavailable(extension_with(cuda_devices=[device(7, 5), device(10, 0)]))
     assert old is not None
     assert "GPU 7.5 (sm_75), GPU 10.0 (sm_100) cannot run" in old
     assert "-DCMAKE_CUDA_ARCHITECTURES=100;75" in old
     with monkeypatch.context() as patch:  # torch's own CUDA finds what the extension's newer one does not
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        behind = cuda.unavailable(extension_with(cuda_versions={"driver": "12.4", "runtime": "13.0"}))
+        behind = _extension.cuda_unavailable(extension_with(cuda_versions={"driver": "12.4", "runtime": "13.0"}))
         assert "built with CUDA 13.0" in str(behind)
         assert "the driver supports CUDA 12.4; update it" in str(behind)
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "ROCm" in str(cuda.unavailable(extension_with()))
+    assert "ROCm" in str(_extension.cuda_unavailable(extension_with()))
 
 
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 9), (9, 0), (12, 0), (12, 1), (13, 0)])
 def test_devices_that_run_what_was_compiled(major: int, minor: int) -> None:
-    assert cuda.unavailable(extension_with(cuda_devices=[device(7, 0), device(major, minor)])) is None
+    assert _extension.cuda_unavailable(extension_with(cuda_devices=[device(7, 0), device(major, minor)])) is None
 
 
 # --- the Python side of the calls -------------------------------------------------------------------------------------
@@ -120,11 +120,15 @@ def emulated_module(
     return harness.load_module(cuda_program(harness.PLAIN), tmp_path_factory.mktemp("edge_cuda_emulated"))
 
 
+def launch_on(number: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_launch", lambda tensor: module.CudaLaunch(device=number, stream=0))
+
+
 @pytest.fixture
 def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the backend "cuda" take CPU tensors, by the emulator."""
-    monkeypatch.setattr(cuda, "extension", lambda: emulated_module)
-    monkeypatch.setattr(cuda, "_where", lambda tensor: {"device": 0, "stream": 0})
+    monkeypatch.setattr(_extension, "load", lambda: emulated_module)
+    launch_on(0, emulated_module, monkeypatch)
     monkeypatch.setattr(backend, "_cuda_unavailable", lambda module: None)
     monkeypatch.setattr(backend, "_unsuited", lambda *arguments: None)
     with use_backend("cuda"):
@@ -144,7 +148,7 @@ TRANSFORM = Transform(0.8, None, 1.0, -100)
 def test_statistics_and_gradient_of_rows_in_several_blocks(dtype: torch.dtype, emulated: None) -> None:
     logits = random(3, 5, 67, dtype=dtype)[:, 1:]  # one block of rows for each sequence
     targets = torch.randint(67, (3, 8), generator=torch.Generator().manual_seed(1))[:, ::2]  # not contiguous
-    stats = cuda.token_stats_forward(logits, targets, TRANSFORM)
+    stats = compiled.token_stats_forward(logits, targets, TRANSFORM)
     expected = plain.token_stats_forward(logits.double(), targets, TRANSFORM)
     for name in ("logprobs", "entropy", "logsumexp"):
         torch.testing.assert_close(getattr(stats, name).double(), getattr(expected, name), rtol=1e-6, atol=1e-5)
@@ -152,10 +156,10 @@ def test_statistics_and_gradient_of_rows_in_several_blocks(dtype: torch.dtype, e
     exact = torch.empty(logits.shape, dtype=torch.float64)
     plain.token_stats_backward(logits.double(), targets, expected, gradients, TRANSFORM, out=exact)
     out = torch.full(logits.shape, float("nan"), dtype=dtype)
-    cuda.token_stats_backward(logits, targets, stats, gradients, TRANSFORM, out=out)
+    compiled.token_stats_backward(logits, targets, stats, gradients, TRANSFORM, out=out)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
     torch.testing.assert_close(out.double(), exact, **tolerance)
-    cuda.token_stats_backward(logits, targets, stats, gradients, TRANSFORM, out=logits)
+    compiled.token_stats_backward(logits, targets, stats, gradients, TRANSFORM, out=logits)
     torch.testing.assert_close(logits.double(), exact, **tolerance)
 
 
@@ -163,7 +167,7 @@ def test_statistics_and_gradient_of_rows_in_several_blocks(dtype: torch.dtype, e
 @needs_harness
 def test_entropy_alone_and_logits_whose_rows_are_not_adjacent(emulated: None) -> None:
     logits = random(5, 7).T
-    stats = cuda.token_stats_forward(logits, None, TRANSFORM)
+    stats = compiled.token_stats_forward(logits, None, TRANSFORM)
     torch.testing.assert_close(stats.entropy, plain.token_stats_forward(logits, None, TRANSFORM).entropy)
     assert (stats.logprobs == 0).all()
 
@@ -192,7 +196,7 @@ def test_token_loss_of_terms_with_any_strides(level: str, emulated: None) -> Non
     )
     rule = LossRule.of(config)
     for given in (terms, terms._replace(injected=None, bonus_weight=None, entropy_threshold=None)):
-        actual = cuda.token_loss(logprobs, entropy, given, rule)
+        actual = compiled.token_loss(logprobs, entropy, given, rule)
         expected = plain.token_loss(logprobs.double(), entropy.double(), given, rule)
         for name in expected._fields:
             found = getattr(actual, name)
@@ -236,16 +240,16 @@ def test_the_loss_through_the_public_function(name: str, emulated: None) -> None
 def test_a_call_runs_on_the_tensors_device_and_leaves_the_current_one(
     emulated: None, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_where", lambda tensor: {"device": 1, "stream": 0})
-    cuda.token_stats_forward(random(2, 5), None, TRANSFORM)
+    launch_on(1, emulated_module, monkeypatch)
+    compiled.token_stats_forward(random(2, 5), None, TRANSFORM)
     assert emulated_module.devices() == (0, 1)
-    monkeypatch.setattr(cuda, "_where", lambda tensor: {"device": 7, "stream": 0})
+    launch_on(7, emulated_module, monkeypatch)
     with pytest.raises(RuntimeError, match=r"CUDA device 7: CUDA error 101 \(cudaErrorInvalidDevice\)"):
-        cuda.token_stats_forward(random(2, 5), None, TRANSFORM)
+        compiled.token_stats_forward(random(2, 5), None, TRANSFORM)
     stats = plain.token_stats_forward(random(2, 5), None, TRANSFORM)
     gradients = StatsGradients(None, random(2), None)
     with pytest.raises(RuntimeError, match=r"token_stats_bwd_kernel \(device 7\): CUDA error 101"):
-        cuda.token_stats_backward(random(2, 5), None, stats, gradients, TRANSFORM, out=random(2, 5))
+        compiled.token_stats_backward(random(2, 5), None, stats, gradients, TRANSFORM, out=random(2, 5))
 
 
 @pytest.mark.slow
@@ -255,8 +259,10 @@ def test_a_workspace_that_is_too_small_and_a_dtype_that_is_not_taken_raise(
 ) -> None:
     mask = torch.ones(3, dtype=torch.bool)
     terms = TokenTerms(mask, random(3), random(3), None, None, None, None, None, None, None)
-    monkeypatch.setattr(cuda, "_workspace", lambda like, num_bytes: torch.empty(num_bytes - 1, dtype=torch.uint8))
+    monkeypatch.setattr(compiled, "_workspace", lambda like, num_bytes: torch.empty(num_bytes - 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"workspace_bytes must be .*; 1 bytes are missing"):
-        cuda.token_loss(random(3), random(3), terms, LossRule.of(GRPOLossConfig()))
+        compiled.token_loss(random(3), random(3), terms, LossRule.of(GRPOLossConfig()))
     with pytest.raises(ValueError, match=r"dtype 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got 3"):
-        cuda.token_stats_forward(random(2, 5).double(), None, TRANSFORM)
+        compiled.token_stats_forward(random(2, 5).double(), None, TRANSFORM)
+    with pytest.raises(ValueError, match=r"dtype must be 0 \(float32\) for the cuda kernel of token_loss; got 3"):
+        compiled.token_loss(random(3).double(), random(3).double(), terms, LossRule.of(GRPOLossConfig()))

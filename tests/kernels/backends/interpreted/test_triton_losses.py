@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from edge_kernels import GRPOLossConfig, edge_grpo_loss, use_backend
+from edge_kernels.backends.plain import token_loss as specification
 from edge_kernels.backends.triton import token_loss
-from edge_kernels.ops.token_loss import METRICS, LossRule, TokenTerms
-from edge_kernels.ops.token_loss import token_loss as specification
+from edge_kernels.contract import METRICS, LossRule, TokenTerms
 
 B, T, V = 3, 7, 37
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edge_kernels import GRPOLossConfig, edge_grpo_loss, reference, token_stats, use_backend
 from edge_kernels.backends.triton import token_stats_backward, token_stats_forward, tuning
-from edge_kernels.ops.token_stats import StatsGradients, Transform
+from edge_kernels.contract import StatsGradients, Transform
 
 # Statistics are sums in float32. A gradient is rounded to the logits' type; the interpreter truncates where a GPU
 # rounds to nearest, so that two units in the last place of the largest element are allowed.

@@ -1,0 +1,172 @@
+"""From prompts to samples: generate groups of responses, grade them, correct the wrong ones, grade those again.
+
+What is corrected and how is ``correction``; nothing here learns. Every process collects whole groups of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from edge_grpo.batching import Sample
+from edge_grpo.config import DataConfig, TrainConfig
+from edge_grpo.config.seeds import derive_seed
+from edge_grpo.correction import CorrectionPlan, Corrector
+from edge_grpo.data.check import rejected_solutions
+from edge_grpo.data.prompts import render_prompts
+from edge_grpo.data.sources import load_examples
+from edge_grpo.grading.rewards import Rewarder
+from edge_grpo.types import Prompt, Response, RolloutEngine, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Timed = Callable[[str], AbstractContextManager[None]]  # adds what the block takes to a phase's seconds
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One process's samples of a step."""
+
+    samples: list[Sample]
+    fallbacks: int = 0  # corrections that did not fit and became a shorter kind or none
+    num_truncated: int = 0  # solutions that were cut to fit
+
+
+class Collector:
+    """Collects the samples of each step for process ``rank`` of ``processes``."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prompts: Sequence[Prompt],
+        *,
+        engine: RolloutEngine,
+        rewarder: Rewarder,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int],
+        rejected: frozenset[int] = frozenset(),
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """``rejected`` are the rows whose solution is not to be injected (``find_rejected_solutions``)."""
+        self.seed, self.rank, self.processes = config.seed, rank, processes
+        self.num_prompts, self.num_generations = config.rollout.num_prompts, config.rollout.num_generations
+        self.prompts, self.engine, self.rewarder, self.tokenizer = prompts, engine, rewarder, tokenizer
+        self.sampling = sampling_of(config)
+        self.corrector: Corrector | None = None
+        if config.use_gec:
+            self.corrector = Corrector(
+                config.correction_config,
+                encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+                decode=lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=False)),
+                eos_token_ids=eos_token_ids,
+                max_tokens=self.sampling.max_tokens,
+                rejected_solutions=rejected,
+            )
+
+    def collect(self, step: int, timed: Timed) -> Collected:
+        """Return the samples of a step (1-based): the same ones for the same seed, weights and number of processes."""
+        size = self.num_generations
+        prompts = [prompt for prompt in self.prompts_of(step) for _ in range(size)]
+        start = self.rank * len(prompts)
+        places = range(start, start + len(prompts))  # unique over all processes, like the groups made of them
+        groups = [place // size for place in places]
+        with timed("rollout"):
+            first = self.engine.generate(
+                [prompt.token_ids for prompt in prompts],
+                self.sampling,
+                seed=derive_seed(self.seed, "rollout", step, self.rank),
+            )
+        with timed("reward"):
+            first_rewards = self.rewarder(prompts, self._texts(first))
+        responses, rewards = list(first), list(first_rewards)
+        plan: CorrectionPlan | None = None
+        if self.corrector is not None:
+            with timed("correction"):
+                seed = derive_seed(self.seed, "correction", step)
+                plan = self.corrector.plan(prompts, first, first_rewards, groups, seed=seed, keys=places)
+                responses = carry_out(plan, self.engine, self.sampling, seed=derive_seed(seed, "continuation", start))
+            with timed("reward"):
+                changed = [index for index, response in enumerate(responses) if response is not first[index]]
+                again = self.rewarder(
+                    [prompts[index] for index in changed], self._texts([responses[index] for index in changed])
+                )
+                for index, reward in zip(changed, again, strict=True):
+                    rewards[index] = reward
+        samples = [Sample(*row) for row in zip(prompts, groups, first, first_rewards, responses, rewards, strict=True)]
+        return Collected(samples) if plan is None else Collected(samples, plan.fallbacks.total(), plan.num_truncated)
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Return this process's prompts of a step; each epoch has its own order of the data."""
+        per_process = self.num_prompts // self.processes
+        start = (step - 1) * self.num_prompts + self.rank * per_process
+        places = [divmod(position, len(self.prompts)) for position in range(start, start + per_process)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [self.prompts[int(orders[epoch][offset])] for epoch, offset in places]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.prompts), generator=generator)
+
+    def _texts(self, responses: Sequence[Response]) -> list[str]:
+        return [str(self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)) for one in responses]
+
+
+def sampling_of(config: TrainConfig) -> Sampling:
+    """Return how a run samples its first attempts."""
+    rollout = config.rollout
+    return Sampling(max_tokens=rollout.max_completion_length, temperature=rollout.temperature)
+
+
+def carry_out(plan: CorrectionPlan, engine: RolloutEngine, sampling: Sampling, *, seed: int) -> list[Response]:
+    """Return the corrected responses of a plan; the engine generates all continuations, if any, in one call."""
+    wanted = [continuation.token_ids for continuation in plan.continuations]
+    sampling = replace(sampling, max_tokens=plan.max_tokens)
+    return Corrector.apply(plan, engine.generate(wanted, sampling, seed=seed) if wanted else [])
+
+
+def load_prompts(
+    spec: str,
+    columns: Mapping[str, str],
+    *,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rewarder: Rewarder,
+    seed: int,
+    limit: int | None = None,
+    quiet: bool = False,
+) -> list[Prompt]:
+    """Return the prompts of a data set without those that are too long, whose number is printed unless ``quiet``.
+
+    Raises ValueError for rows that ``rewarder`` cannot grade, before any step is made.
+    """
+    examples = load_examples(spec, columns, seed=seed, limit=limit)
+    prompts, too_long = render_prompts(examples, tokenizer, data)
+    if too_long and not quiet:
+        print(f"{spec}: left out {too_long} prompts of more than {data.max_prompt_length} tokens", file=sys.stderr)
+    rewarder.check(prompts)
+    return prompts
+
+
+def find_rejected_solutions(
+    config: TrainConfig, prompts: Sequence[Prompt], rewarder: Rewarder, *, quiet: bool = False
+) -> frozenset[int]:
+    """Return the rows whose reference solution their own grader rejects, where one might be injected."""
+    if not (config.use_gec and config.correction_config.solution):
+        return frozenset()
+    examples = [prompt.example for prompt in prompts]
+    rows = frozenset(examples[position].index for position in rejected_solutions(examples, rewarder.grader))
+    if rows and not quiet:
+        print(
+            f"{config.data.train}: {len(rows)} of {len(examples)} reference solutions are not injected: "
+            "their own grader rejects them; edge-grpo check lists them",
+            file=sys.stderr,
+        )
+    return rows

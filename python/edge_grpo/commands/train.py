@@ -1,0 +1,163 @@
+"""``edge-grpo train``: a run from its configuration to its report, and what a user is told about it.
+
+Training is ``edge_grpo.trainer``; what is written into the run's folder is ``edge_grpo.run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
+from edge_grpo.config import Method, TrainConfig, keys_help, load_config
+from edge_grpo.run.history import Point, read_run
+from edge_grpo.run.report import write_report
+from edge_grpo.text import clock, percent
+
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
+
+
+class _KeysHelp(argparse.Action):
+    """Prints the command's help with the most used configuration keys, or with all of them, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, values: Any, option_string: str | None = None) -> None:
+        width = max(60, min(120, shutil.get_terminal_size().columns))
+        print(f"{parser.format_help()}\n{keys_help(width, every=values == 'all')}", end="")
+        parser.exit()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_KeysHelp,
+        nargs="?",
+        metavar="all",
+        help="show this help and the most used configuration keys; --help all shows every key",
+    )
+    add_source(parser)
+    parser.add_argument("--method", choices=get_args(Method), help="short for method=...; see the key below")
+    parser.add_argument("--output", metavar="DIR", help="short for output=..., the run's folder")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in the output folder, with its own configuration unless --recipe or --config is given",
+    )
+    again.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = _configuration(options, overrides)
+    output = Path(config.output)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main and not options.resume:
+        _claim(output, overwrite=options.overwrite)
+
+    quieten_loading()
+    from edge_grpo.trainer import train
+
+    if is_main:
+        rollout = config.rollout
+        print(
+            f"{config.method} on {config.model.path}: {config.steps} steps of {rollout.num_prompts} prompts x "
+            f"{rollout.num_generations} responses, into {output}",
+            file=sys.stderr,
+        )
+    try:
+        summary = train(config, resume=options.resume)
+    except KeyboardInterrupt:
+        if is_main:
+            _say_how_to_resume(output)
+        return 130
+    except (RuntimeError, FloatingPointError):
+        if is_main and (output / "config.yaml").is_file():  # else the run has not begun
+            _say_how_to_resume(output)
+        raise
+    if is_main:
+        page = write_report([output])
+        print()
+        if evals := read_run(output).evals:  # from the log: a resumed run was evaluated before it was interrupted
+            print(f"Held-out accuracy, {config.eval.data}")
+            print(f"  before  {_accuracy(evals[0])}")
+            gain = 100 * (evals[-1].accuracy - evals[0].accuracy)
+            print(f"  after   {_accuracy(evals[-1])}   {gain:+.1f} points")
+        print(f"Steps     {summary.steps} in {clock(summary.seconds)}")
+        print(f"Model     {output / 'final'}")
+        print(f"Report    {page}")
+    return 0
+
+
+def _configuration(options: argparse.Namespace, overrides: list[str]) -> TrainConfig:
+    source = source_of(options)
+    overrides = list(overrides)
+    if options.method:
+        overrides.append(f"method={options.method}")
+    if options.output:
+        overrides.append(f"output={options.output}")
+    has_output = any(override.partition("=")[0].strip() == "output" for override in overrides)
+    if options.resume and source is None:
+        if not has_output:
+            raise ValueError("--resume needs to know which run: give --output DIR, or the --recipe or --config it used")
+        output = Path(load_config(None, [o for o in overrides if o.partition("=")[0].strip() == "output"]).output)
+        source = output / "config.yaml"
+        if not source.is_file():
+            raise FileNotFoundError(f"nothing to resume: {output} holds no config.yaml of a run")
+    config = load_config(source, overrides)
+    if options.method and not has_output and load_config(source).method != options.method:
+        # The recipe's folder is for the recipe's method: runs to be compared must not share one.
+        config = load_config(source, [*overrides, f"output={config.output}-{options.method.replace('+', '-')}"])
+    return config
+
+
+def _accuracy(evaluation: Point) -> str:
+    error = "" if evaluation.stderr is None else f" ± {100 * evaluation.stderr:.1f}"
+    return percent(evaluation.accuracy) + error
+
+
+def _claim(output: Path, *, overwrite: bool) -> None:
+    """Make sure that ``output`` holds no run; with ``overwrite`` delete the files of one, and nothing else."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder; {output} is a file")
+    present = [output / name for name in _RUN_FILES if (output / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(
+            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose another "
+            "folder with --output"
+        )
+    for path in present:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _say_how_to_resume(output: Path) -> None:
+    from edge_grpo.run import checkpoint
+
+    found = checkpoint.steps(output / "checkpoints")
+    if found:
+        remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}"
+    else:
+        remedy = "no checkpoint had been saved yet; save_every sets the number of steps between them"
+    print(f"\nInterrupted: {remedy}", file=sys.stderr)
+
+
+COMMAND = Command(
+    name="train",
+    summary="train a model, evaluate it before and after, and write a report",
+    usage="[--recipe NAME | --config FILE] [--method METHOD] [--output DIR] [--resume | --overwrite] [KEY=VALUE ...]",
+    examples="""
+        edge-grpo train --recipe tiny                    the small model shipped with the package, minutes on a CPU
+        edge-grpo train --recipe tiny --method grpo      the same with plain GRPO, into its own folder, to compare
+        edge-grpo train --config my.yaml optim.learning_rate=1e-5 rollout.num_generations=16
+        edge-grpo train --resume --output runs/tiny      continue an interrupted run from its last checkpoint
+        edge-grpo train --resume --output runs/tiny steps=400        continue a finished run for more steps
+        accelerate launch -m edge_grpo train --config my.yaml        on several GPUs
+        """,
+    add_arguments=add_arguments,
+    run=run,
+    takes_keys=True,
+    add_help=False,
+)

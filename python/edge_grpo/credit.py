@@ -1,0 +1,82 @@
+"""Entropy-driven advantages over the groups of a step (arXiv:2507.21848, section 3.2): pure, one number per response.
+
+A process computes the mean entropies of its own responses; weights and advantages follow from those of whole groups,
+gathered from all processes that share them. The arithmetic is in ``edge_kernels.advantages``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edge_grpo.batching import Sample, counted_tokens
+from edge_kernels import EDAConfig, GRPOLossConfig, group_advantages, response_entropy, response_entropy_weights
+from edge_kernels.advantages import apply_weights
+
+
+class Credit(NamedTuple):
+    """The advantage of each response, and the entropy weight contained in it (1 without EDA)."""
+
+    advantages: Tensor  # (B,)
+    weights: Tensor  # (B,)
+
+
+def mean_entropies(entropy: Sequence[Tensor], counts: Sequence[Sequence[bool]]) -> Tensor:
+    """Return the mean entropy of each response over the tokens that count, (B,); -inf where none does.
+
+    entropy  one (T,) per response, nats; lengths may differ.
+    counts   one flag per token: whether it is the response's own.
+    """
+    masks = [torch.tensor(flags, dtype=torch.bool) for flags in counts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return response_entropy(pad(list(entropy), batch_first=True), pad(masks, batch_first=True))
+
+
+def credit(
+    rewards: Tensor,
+    mean_entropy: Tensor,
+    group_ids: Tensor,
+    config: EDAConfig | None = None,
+    *,
+    entropy_driven: bool = True,
+) -> Credit:
+    """Return the advantages and weights of responses whose groups are whole (eqs. 1, 6, 7).
+
+    rewards       (B,), floating point.
+    mean_entropy  (B,), what ``mean_entropies`` returns, gathered from all processes that share these groups.
+    group_ids     (B,), int64, any numbers in any order.
+
+    Without ``entropy_driven`` these are the group advantages, and weights 1.
+    """
+    config = config or EDAConfig()
+    advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
+    if not entropy_driven:
+        return Credit(advantages, torch.ones_like(advantages))
+    weights = response_entropy_weights(mean_entropy, group_ids, config, advantages=advantages)
+    return Credit(apply_weights(advantages, weights), weights)
+
+
+def assign_advantages(samples: Sequence[Sample], loss: GRPOLossConfig, *, entropy_driven: bool) -> None:
+    """Fill the advantages and weights of samples whose groups are whole and whose entropy is known.
+
+    Skipped responses are in no group: their advantage stays 0, and the others' is as if they were not there.
+    """
+    samples = [sample for sample in samples if not sample.reward.skipped]
+    if not samples:
+        return
+    means = mean_entropies(
+        [sample.entropy for sample in samples if sample.entropy is not None],
+        [counted_tokens(sample.response, loss.injected) for sample in samples],
+    )
+    result = credit(
+        torch.tensor([sample.reward.total for sample in samples]),
+        means,
+        torch.tensor([sample.group for sample in samples]),
+        loss.eda,
+        entropy_driven=entropy_driven,
+    )
+    for sample, advantage, weight in zip(samples, result.advantages.tolist(), result.weights.tolist(), strict=True):
+        sample.advantage, sample.weight = advantage, weight

@@ -1,0 +1,272 @@
+"""The policy that learns, with its reference, optimizer and schedule: scoring a rollout, its loss, its update.
+
+Samples come from ``collect`` and have their advantages from ``credit``; the losses are ``edge_kernels``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
+from edge_grpo.config import OptimConfig, TrainConfig
+from edge_grpo.config.seeds import derive_seed
+from edge_grpo.metrics import drift_metrics
+from edge_grpo.policy.head import LMHead
+from edge_grpo.policy.model import PolicyModel, lm_head
+from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss, linear_token_stats
+
+_IGNORE_INDEX = -100
+
+
+class Learner:
+    """One process's part of learning. All processes call the same methods in the same order."""
+
+    def __init__(
+        self, config: TrainConfig, model: PreTrainedModel, accelerator: Accelerator, *, pad_token_id: int
+    ) -> None:
+        self.optim, self.seed = config.optim, config.seed
+        self.accelerator = accelerator
+        self.model = model
+        self.pad_token_id = pad_token_id
+        head = lm_head(model)
+        self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
+        self.reference: PolicyModel | None = None
+        if config.loss.beta:
+            frozen = copy.deepcopy(model).requires_grad_(False).eval()
+            self.reference = PolicyModel(frozen).to(accelerator.device)
+        policy = PolicyModel(model)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay
+        )
+        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        updates = config.steps * config.optim.epochs * config.optim.minibatches
+        # The scheduler counts this run's optimizer steps; accelerate's wrapper would advance it once per process.
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda update: learning_rate_factor(update, config.optim, updates)
+        )
+        accelerator.register_for_checkpointing(self.scheduler)
+
+    @property
+    def unwrapped(self) -> PolicyModel:
+        """The policy without distributed hooks: scoring runs a different number of batches on each process."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Fill logprobs and entropy: from the sampler's record, or from a forward pass over what has no record.
+
+        Correcting for a mismatch between sampler and trainer needs the trainer's own logprobs, so then everything is
+        scored. Reference logprobs, when the loss has a KL term, are always scored.
+        """
+        score_all = self.loss.sampler_ratio_cap is not None
+        unscored = []
+        for sample in samples:
+            if score_all or not sample.response.is_recorded:
+                unscored.append(sample)
+            else:
+                sample.logprobs = torch.tensor(sample.response.logprobs)
+                sample.entropy = torch.tensor(sample.response.entropy)
+        self.model.eval()
+        for chunk in micro_batches(unscored, self.optim.micro_batch_size):
+            for sample, logprobs, entropy in zip(chunk, *self.token_stats(self.unwrapped, chunk), strict=True):
+                sample.logprobs, sample.entropy = logprobs, entropy
+        if self.reference is not None:
+            for chunk in micro_batches(samples, self.optim.micro_batch_size):
+                for sample, logprobs in zip(chunk, self.token_stats(self.reference, chunk)[0], strict=True):
+                    sample.ref_logprobs = logprobs
+
+    def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
+        """Learn from the rollout, ``epochs`` passes of ``minibatches`` optimizer steps each, and return its metrics."""
+        optim = self.optim
+        totals = LossTotals()
+        norms: list[float] = []
+        drift: list[tuple[Sample, list[float], list[float]]] = []
+        self.model.train()
+        for epoch in range(optim.epochs):
+            seed = derive_seed(self.seed, "minibatches", step, epoch)
+            for number, part in enumerate(minibatches(samples, optim.minibatches, seed=seed)):
+                pairs = self.accumulate_gradient(part, totals)
+                if epoch == number == 0:  # the weights are still those that sampled
+                    drift = pairs
+                norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm)))
+                learning_rate = float(self.scheduler.get_last_lr()[0])
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+        drifts = drift_metrics(gather_object(drift))
+        return (
+            totals.metrics(optim.epochs * optim.minibatches)
+            | drifts
+            | {"grad/norm": sum(norms) / len(norms), "optim/lr": learning_rate}
+        )
+
+    def accumulate_gradient(
+        self, part: Sequence[Sample], totals: LossTotals
+    ) -> list[tuple[Sample, list[float], list[float]]]:
+        """Add the gradient of one optimizer step's loss, the same however ``part`` is cut into micro-batches.
+
+        Returns the samples that took part with their recomputed logprobs and entropies.
+        """
+        normalizers = self._normalizers(part)
+        # DistributedDataParallel averages gradients over processes, while the normalizers are already global.
+        scale = self.accelerator.num_processes
+        chunks = list(micro_batches(self._contributing(part), self.optim.micro_batch_size))
+        pairs: list[tuple[Sample, list[float], list[float]]] = []
+        for position, chunk in enumerate(chunks):
+            batch = self._pad(chunk)
+            synchronize = position == len(chunks) - 1
+            with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
+                out = self._loss_of(batch, normalizers)
+                stands_in = chunk[0].reward.skipped  # alone in its chunk, so that this process reduces too
+                self.accelerator.backward(out.loss * (0 if stands_in else scale))
+            if stands_in:
+                break
+            totals.add(out)
+            for sample, logprobs, entropy in zip(
+                chunk, unpad(out.logprobs, batch), unpad(out.entropy, batch), strict=True
+            ):
+                pairs.append((sample, logprobs.tolist(), entropy.tolist()))
+        return pairs
+
+    def token_stats(self, model: PolicyModel, chunk: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the logprobs and the entropies of each sample's response tokens, by a forward pass."""
+        batch = self._pad(chunk)
+        rule = self.loss
+
+        def stats(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+            out = linear_token_stats(
+                hidden[:, :-1],
+                head.weight,
+                batch.targets.masked_fill(~batch.completion_mask, _IGNORE_INDEX),
+                head.bias,
+                temperature=rule.temperature,
+                softcap=rule.softcap,
+                logit_scale=rule.logit_scale,
+                ignore_index=_IGNORE_INDEX,
+            )
+            return out.logprobs, out.entropy
+
+        with self.accelerator.autocast():
+            logprobs, entropy = model(batch.input_ids, batch.attention_mask, stats)
+        return unpad(logprobs, batch), unpad(entropy, batch)
+
+    def _loss_of(self, batch: Batch, normalizers: Normalizers) -> GRPOLossOutput:
+        corrects_sampler = self.loss.sampler_ratio_cap is not None
+        off_policy = self.optim.epochs * self.optim.minibatches > 1 or corrects_sampler
+
+        def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
+            return linear_edge_grpo_loss(
+                hidden[:, :-1],
+                head.weight,
+                batch.targets,
+                batch.completion_mask,
+                head.bias,
+                advantages=batch.advantages,
+                # With one optimizer step per rollout the ratio's denominator is the current logprob, detached.
+                old_logprobs=batch.logprobs if off_policy else None,
+                ref_logprobs=batch.ref_logprobs,
+                sampling_logprobs=batch.sampling_logprobs if corrects_sampler else None,
+                injected_mask=batch.injected_mask,
+                **normalizers._asdict(),
+                config=self.loss,
+            )
+
+        return self.policy(batch.input_ids, batch.attention_mask, loss)
+
+    def _normalizers(self, part: Sequence[Sample]) -> Normalizers:
+        """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
+        part = [sample for sample in part if not sample.reward.skipped]
+        tokens = sum(sum(counted_tokens(sample.response, self.loss.injected)) for sample in part)
+        counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
+        tokens, sequences = self.accelerator.reduce(counts, reduction="sum").tolist()
+        threshold = None
+        if self.loss.top_entropy_quantile < 1:
+            entropies = gather_object(
+                [value for sample in part if sample.entropy is not None for value in sample.entropy]
+            )
+            if entropies:
+                threshold = float(torch.quantile(torch.stack(entropies), 1 - self.loss.top_entropy_quantile))
+        return Normalizers(max(tokens, 1), max(sequences, 1), threshold)
+
+    def _contributing(self, part: Sequence[Sample]) -> Sequence[Sample]:
+        """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
+
+        The others still count in the normalizers, unless they are skipped. At least one sample is kept, because every
+        process has to take part in the gradient's reduction.
+        """
+        all_contribute = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
+        active = [sample for sample in part if not sample.reward.skipped]
+        return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1] or part[:1]
+
+    def _pad(self, samples: Sequence[Sample]) -> Batch:
+        return pad(samples, self.pad_token_id, self.accelerator.device)
+
+
+class Normalizers(NamedTuple):
+    """Totals of one optimizer step over all processes, under the names that the loss gives them."""
+
+    num_items: int
+    num_sequences: int
+    entropy_threshold: float | None
+
+
+class LossTotals:
+    """Adds up the loss and the metrics of micro-batches; means over all processes are formed once, at the end."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._maxima: dict[str, float] = {}
+
+    def add(self, out: GRPOLossOutput) -> None:
+        self._sums["loss"] += float(out.loss.detach())
+        for name, value in out.metrics.items():
+            if name.endswith("_max"):
+                self._maxima[name] = max(self._maxima.get(name, 0.0), float(value))
+            else:
+                self._sums[name] += float(value)
+
+    def metrics(self, optimizer_steps: int) -> dict[str, float]:
+        """Return the named means and maxima. All processes call it."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        maxima: dict[str, float] = {}
+        for process_sums, process_maxima in gather_object([(self._sums, self._maxima)]):
+            for name, value in process_sums.items():
+                sums[name] += value
+            for name, value in process_maxima.items():
+                maxima[name] = max(maxima.get(name, 0.0), value)
+        tokens = max(sums["tokens"], 1)
+        metrics = {
+            "loss": sums["loss"] / optimizer_steps,
+            "clip/low": sums["clip_low"] / tokens,
+            "clip/high": sums["clip_high"] / tokens,
+            "clip/region": sums["clip_region"] / tokens,
+            "ratio/mean": sums["ratio_sum"] / tokens,
+            "ratio/max": maxima.get("ratio_max", math.nan),  # where every response was skipped
+        }
+        if "kl_sum" in sums:
+            metrics["kl/mean"] = sums["kl_sum"] / tokens
+        return metrics
+
+
+def learning_rate_factor(update: int, optim: OptimConfig, updates: int) -> float:
+    """Return what the peak rate is multiplied by at an optimizer step (0-based) of a run of ``updates`` steps."""
+    if update < optim.warmup_steps:
+        return (update + 1) / optim.warmup_steps
+    progress = min(1.0, (update - optim.warmup_steps) / max(updates - optim.warmup_steps, 1))
+    if optim.schedule == "linear":
+        return 1.0 - progress
+    if optim.schedule == "cosine":
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
+    return 1.0

@@ -1,0 +1,41 @@
+"""Files of a run or a result that appear whole or not at all, and JSON as they hold it.
+
+Folders that appear whole are ``checkpoint``'s; logs, which grow line by line, are ``log``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def partial_of(target: Path) -> Path:
+    """Return the path beside ``target`` at which it is written before it is renamed."""
+    return target.with_name(f".partial-{target.name}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, replacing an older one as a whole; folders are made as needed.
+
+    Links, pipes and devices, such as /dev/stdout, are written to and not replaced.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write an indented JSON file, as ``write_text`` does. Raises ValueError for NaN and infinity (``finite``)."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None where it is NaN or infinite, which JSON does not have."""
+    return value if math.isfinite(value) else None

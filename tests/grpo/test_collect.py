@@ -1,0 +1,136 @@
+"""Collecting samples: the order of the data, the seeds, who corrects what, and solutions that are not injected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from corrections import ScriptedEngine, decode, encode
+from training import collect
+
+from edge_grpo.collect import Collector
+from edge_grpo.config import CorrectionConfig, DataConfig, RolloutConfig, TrainConfig
+from edge_grpo.metrics import PhaseTimes
+from edge_grpo.trainer import Trainer
+from edge_grpo.types import Example, Prompt, Reward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return encode(text)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return decode(token_ids)
+
+
+class Grades:
+    """Calls every text right that ends in "5", and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Reward]:
+        self.calls.append(list(texts))
+        return [Reward(1.0, {}, "correct") if text.endswith("5") else Reward(0.0, {}, "wrong") for text in texts]
+
+
+def collector(
+    engine: ScriptedEngine, *, method: str = "gec", rank: int = 0, processes: int = 1, seed: int = 0
+) -> Collector:
+    """Steps of four groups of two, from a data set of six rows."""
+    config = TrainConfig(
+        seed=seed,
+        method=method,
+        rollout=RolloutConfig(num_prompts=4, num_generations=2, max_completion_length=30),
+        correction=CorrectionConfig(mix={"reflect": 1.0}, reflection_text=" No!", max_length=20),
+    )
+    texts = [f"{number}?" for number in range(6)]
+    return Collector(
+        config,
+        [Prompt(Example(n, text, "5"), text, tuple(encode(text))) for n, text in enumerate(texts)],
+        engine=engine,
+        rewarder=Grades(),
+        tokenizer=Letters(),
+        eos_token_ids=[0, 1],
+        rank=rank,
+        processes=processes,
+    )
+
+
+def step(own: Collector, number: int = 1):
+    return own.collect(number, PhaseTimes(torch.device("cpu"))).samples
+
+
+def test_wrong_responses_are_corrected_and_graded_again():
+    engine = ScriptedEngine("5", "6")
+    own = collector(engine)
+    samples = step(own)
+    first, second = engine.calls
+    assert len(first[0]) == 8
+    assert len(second[0]) == 4
+    assert second[1].max_tokens == 20 - 4
+    assert own.rewarder.calls[1] == [decode(samples[1].response.token_ids), decode(samples[3].response.token_ids)] * 2
+    for place, sample in enumerate(samples):
+        assert sample.group == place // 2
+        if place % 2:  # "6" each time; the continuations are "5" and "6" by turns
+            assert decode(sample.response.token_ids) == ("6 No!5" if place % 4 == 1 else "6 No!6")
+            assert (sample.first_reward.correct, sample.reward.correct) == (False, place % 4 == 1)
+        else:
+            assert sample.response is sample.first
+            assert sample.reward is sample.first_reward
+
+
+def test_without_correction_what_was_sampled_is_graded_once():
+    engine = ScriptedEngine("6")
+    own = collector(engine, method="grpo")
+    assert all(sample.response is sample.first for sample in step(own))
+    assert len(engine.calls) == len(own.rewarder.calls) == 1
+
+
+def test_processes_share_a_steps_prompts_and_number_groups_alike():
+    whole = [step(collector(ScriptedEngine("6")), number) for number in (1, 2, 3)]
+    halves = [
+        [sample for rank in (0, 1) for sample in step(collector(ScriptedEngine("6"), rank=rank, processes=2), number)]
+        for number in (1, 2, 3)
+    ]
+    for together, apart in zip(whole, halves, strict=True):
+        assert [sample.prompt for sample in together] == [sample.prompt for sample in apart]
+        assert [sample.group for sample in together] == [sample.group for sample in apart]
+    rows = [samples[place].prompt.example.index for samples in whole for place in range(0, 8, 2)]
+    assert sorted(rows[:6]) == sorted(rows[6:]) == list(range(6))  # each epoch has every row once
+    assert rows[:6] != rows[6:]
+
+
+def test_the_continuation_is_seeded_by_seed_and_process():
+    engine = ScriptedEngine("6")
+    for seed, rank in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        step(collector(engine, seed=seed, rank=rank, processes=2))
+    first, again, other_seed, other_process = (seed for _, _, seed in engine.calls[1::2])
+    assert first == again
+    assert len({first, other_seed, other_process}) == 3
+
+
+def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_path):
+    rows = [
+        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "solution": f"It is \\boxed{{{n + 1 + n % 2}}}."}
+        for n in range(8)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    only = CorrectionConfig(mix={"answer": 1e-9, "solution": 1 - 1e-9})
+    trainer = Trainer(replace(config, data=DataConfig(train=str(tmp_path / "rows.json")), correction=only))
+    samples = [sample for step in (1, 2, 3, 4) for sample in collect(trainer, step)]
+    trainer.close()
+    assert trainer.collector.corrector.rejected_solutions == {1, 3, 5, 7}
+    assert all(sample.prompt.example.solution for sample in samples)  # reward functions still see them
+    kinds = [
+        {sample.response.correction for sample in samples if sample.prompt.example.index % 2 == odd} for odd in (0, 1)
+    ]
+    assert kinds[0] - {None} == {"solution"}
+    assert kinds[1] - {None} == {"answer"}

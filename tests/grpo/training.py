@@ -1,0 +1,60 @@
+"""A very small run taken apart: one rollout, its gradient, and what a run has recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from edge_grpo.batching import Sample
+from edge_grpo.credit import assign_advantages
+from edge_grpo.learner import Learner, LossTotals
+from edge_grpo.metrics import PhaseTimes
+from edge_grpo.trainer import Trainer
+from edge_kernels import GRPOLossConfig
+
+LOSSES = {
+    "dapo": GRPOLossConfig(),
+    "grpo": GRPOLossConfig(loss_type="grpo"),
+    "bnpo": GRPOLossConfig(loss_type="bnpo", injected="mask"),
+    "dr_grpo": GRPOLossConfig(loss_type="dr_grpo", max_completion_length=24),
+    "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=5.0, injected="shaped"),
+    "gspo": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", injected="sft"),
+    "entropy bonus": GRPOLossConfig(entropy_coef=0.1),
+    "entropy quantile": GRPOLossConfig(top_entropy_quantile=0.5),
+    "kl": GRPOLossConfig(beta=0.1),
+}
+
+
+def collect(trainer: Trainer, step: int = 1) -> list[Sample]:
+    return trainer.collector.collect(step, PhaseTimes(torch.device("cpu"))).samples
+
+
+def assign(trainer: Trainer, samples: Sequence[Sample]) -> None:
+    assign_advantages(samples, trainer.learner.loss, entropy_driven=trainer.config.use_eda)
+
+
+def rollout(trainer: Trainer) -> list[Sample]:
+    """The samples of the first step as the update receives them."""
+    samples = collect(trainer)
+    trainer.learner.score(samples)
+    assign(trainer, samples)
+    return samples
+
+
+def gradient(learner: Learner, samples: Sequence[Sample]) -> torch.Tensor:
+    """The gradient of one optimizer step's loss over ``samples``, all parameters in one vector."""
+    learner.policy.zero_grad()
+    learner.model.train()
+    learner.accumulate_gradient(samples, LossTotals())
+    return flat_gradient(learner)
+
+
+def flat_gradient(learner: Learner) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None])
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
