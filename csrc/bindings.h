@@ -1,6 +1,6 @@
-// Binds the records of calls.h and the kernels to Python: addresses are integers, 0 where absent; arguments are checked,
-// and the kernels run without the interpreter's lock. For edge_kernels._C, and for the module with which the tests run
-// the CUDA kernels on the CPU; both may be loaded at once, so every class is local to its module.
+// Binds the records of calls.h and the kernels to Python: addresses are integers, 0 where absent; arguments are
+// checked, and the kernels run without the interpreter's lock. For edge_kernels._C, and for the module with which the
+// tests run the CUDA kernels on the CPU; both may be loaded at once, so every class is local to its module.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -60,9 +60,9 @@ inline TokenRows token_rows(int dtype, Address logits, std::int64_t row_stride, 
 }
 
 inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_low, double epsilon_high, double delta,
-                          double beta, double sampler_cap, double sampler_floor, bool sampler_of_sequence,
-                          bool sampler_masks, int injected, double sft_weight, double shaped_gamma,
-                          double max_log_ratio) {
+                          double beta, bool bias_corrects_kl, double sampler_cap, double sampler_floor,
+                          bool sampler_of_sequence, bool sampler_masks, int injected, double sft_weight,
+                          double shaped_gamma, double max_log_ratio, double max_kl_log_ratio) {
     if (objective < 0 || objective > 1) reject("objective", "0 (clipped) or 1 (cispo)", std::to_string(objective));
     if (injected < 0 || injected > 2) {
         reject("injected", "0 (none), 1 (sft) or 2 (shaped)", std::to_string(injected));
@@ -73,6 +73,7 @@ inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_
             epsilon_high,
             delta,
             beta,
+            bias_corrects_kl,
             sampler_cap,
             sampler_floor,
             sampler_of_sequence,
@@ -80,7 +81,8 @@ inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_
             static_cast<Injected>(injected),
             sft_weight,
             shaped_gamma,
-            max_log_ratio};
+            max_log_ratio,
+            max_kl_log_ratio};
 }
 
 inline TokenTensors token_tensors(Address mask, Address weight, Address advantages, Address old_logprobs,
@@ -104,8 +106,9 @@ inline void bind_records(py::module_& module) {
              "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a);
     py::class_<LossRule>(module, "LossRule", py::module_local())
         .def(py::init(&loss_rule), py::kw_only(), "objective"_a, "ratio_of_sequence"_a, "epsilon_low"_a,
-             "epsilon_high"_a, "delta"_a, "beta"_a, "sampler_cap"_a, "sampler_floor"_a, "sampler_of_sequence"_a,
-             "sampler_masks"_a, "injected"_a, "sft_weight"_a, "shaped_gamma"_a, "max_log_ratio"_a);
+             "epsilon_high"_a, "delta"_a, "beta"_a, "bias_corrects_kl"_a, "sampler_cap"_a, "sampler_floor"_a,
+             "sampler_of_sequence"_a, "sampler_masks"_a, "injected"_a, "sft_weight"_a, "shaped_gamma"_a,
+             "max_log_ratio"_a, "max_kl_log_ratio"_a);
     py::class_<TokenTensors>(module, "TokenTensors", py::module_local())
         .def(py::init(&token_tensors), py::kw_only(), "mask"_a, "weight"_a, "advantages"_a, "old_logprobs"_a,
              "ref_logprobs"_a, "sampler_ratio"_a, "sampling_logprobs"_a, "injected"_a, "entropy_threshold"_a,

@@ -40,6 +40,7 @@ struct LossRule {
     double epsilon_high = 0.2;
     double delta = HUGE_VAL;
     double beta = 0.0;
+    bool bias_corrects_kl = false;
     double sampler_cap = HUGE_VAL;
     double sampler_floor = 0.0;
     bool sampler_of_sequence = false;
@@ -47,7 +48,8 @@ struct LossRule {
     Injected injected = Injected::kNone;
     double sft_weight = 1.0;
     double shaped_gamma = 0.1;
-    double max_log_ratio = HUGE_VAL;  // MAX_LOG_RATIO of edge_kernels/reference.py
+    double max_log_ratio = HUGE_VAL;     // MAX_LOG_RATIO of edge_kernels/reference.py
+    double max_kl_log_ratio = HUGE_VAL;  // MAX_KL_LOG_RATIO of the same
 };
 
 // What the losses of tokens depend on besides their statistics: TokenTerms of edge_kernels/contract.py. Contiguous, one

@@ -24,9 +24,10 @@ struct TokenTerms {
     double weight = 0.0;
     double advantage = 0.0;
     double old_logprob = NAN;
-    double ref_logprob = NAN;  // read where beta > 0
+    double ref_logprob = NAN;  // read where has_ref
     double sampler_ratio = 1.0;
     double sampling_logprob = NAN;  // read where has_sampling, instead of sampler_ratio
+    bool has_ref = false;
     bool has_sampling = false;
     bool injected = false;
 };
@@ -51,6 +52,7 @@ EDGE_HOST_DEVICE inline TokenTerms token_terms(const TokenTensors& tensors, DTyp
     out.ref_logprob = number_at(tensors.ref_logprobs, dtype, token, NAN);
     out.sampler_ratio = number_at(tensors.sampler_ratio, dtype, token, 1.0);
     out.sampling_logprob = number_at(tensors.sampling_logprobs, dtype, token, NAN);
+    out.has_ref = tensors.ref_logprobs != nullptr;
     out.has_sampling = tensors.sampling_logprobs != nullptr;
     out.injected = tensors.injected != nullptr && tensors.injected[token] != 0;
     return out;
@@ -64,8 +66,10 @@ struct TokenOutcome {
     double acting;         // 0 where the entropy is below the threshold, else 1
     double ratio;
     double factor;  // the correction for the sampler
+    double kl;      // the estimate of the KL divergence, 0 without a reference
     bool clipped_low;
     bool clipped_high;
+    bool kl_bounded;
 };
 
 struct TokenDerivatives {
@@ -76,6 +80,11 @@ struct TokenDerivatives {
 // The log-probability that the ratio refers to.
 EDGE_HOST_DEVICE inline double old_logprob(const TokenTerms& token, double logprob) {
     return std::isnan(token.old_logprob) ? logprob : token.old_logprob;
+}
+
+// The log of the ratio, of one token; 0 without a record, even where the present value is -inf.
+EDGE_HOST_DEVICE inline double token_log_ratio(const TokenTerms& token, double logprob) {
+    return std::isnan(token.old_logprob) ? 0.0 : logprob - token.old_logprob;
 }
 
 // The difference of trainer's and sampler's log-probability, of one token; 0 without a record.
@@ -102,7 +111,7 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
     out.ratio = ratio;
     if (rule.objective == Objective::kCispo) {
         out.direct = -(ratio > rule.epsilon_high ? rule.epsilon_high : ratio) * advantage;
-        out.loss = out.direct * logprob;
+        out.loss = advantage == 0.0 ? 0.0 : out.direct * logprob;  // not 0 * inf where the token is forbidden
         out.clipped_high = ratio > rule.epsilon_high && advantage > 0;
     } else {
         const double floor = 1.0 - rule.epsilon_low;
@@ -127,20 +136,27 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
         out.direct = -advantage * rule.shaped_gamma * p / (sum * sum);
         out.through_ratio = 0.0;
     }
-    const double share = out.acting * factor;
-    out.loss *= share;
-    out.direct *= share;
-    out.through_ratio *= share;
+    const double scale = out.acting * factor;
+    out.loss *= scale;
+    out.direct *= scale;
+    out.through_ratio *= scale;
     if (rule.injected == Injected::kSft && token.injected) {
         out.loss = -rule.sft_weight * logprob;
         out.direct = -rule.sft_weight;
         out.through_ratio = 0.0;
     }
-    if (rule.beta > 0) {
+    if (token.has_ref) {  // from the bound on the exponential continues as its tangent
         const double difference = token.ref_logprob - logprob;
-        const double ratio_to_ref = std::exp(difference);
-        out.loss += rule.beta * (ratio_to_ref - difference - 1.0);
-        out.direct += rule.beta * (1.0 - ratio_to_ref);
+        out.kl_bounded = difference > rule.max_kl_log_ratio;
+        const double excess = out.kl_bounded ? difference - rule.max_kl_log_ratio : 0.0;
+        const double ratio_to_ref = std::exp(out.kl_bounded ? rule.max_kl_log_ratio : difference);
+        const double share = rule.bias_corrects_kl ? ratio : 1.0;
+        out.kl = share * (ratio_to_ref * (1.0 + excess) - difference - 1.0);
+        if (rule.beta > 0) {
+            out.loss += rule.beta * out.kl;
+            out.direct += rule.beta * share * (1.0 - ratio_to_ref);
+            if (rule.bias_corrects_kl && !(log_ratio > rule.max_log_ratio)) out.through_ratio += rule.beta * out.kl;
+        }
     }
     return out;
 }
@@ -148,7 +164,7 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
 // For rules under which a token's derivatives depend on that token alone.
 EDGE_HOST_DEVICE inline TokenDerivatives token_derivatives(const TokenRule& rule, const TokenTerms& token,
                                                            double logprob, double entropy) {
-    const double log_ratio = logprob - old_logprob(token, logprob);
+    const double log_ratio = token_log_ratio(token, logprob);
     const double factor =
         token.has_sampling ? sampler_factor(rule, sampler_difference(token, logprob)) : token.sampler_ratio;
     const TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
@@ -167,6 +183,7 @@ enum TokenSum : int {
     kClippedHigh,
     kClipped,
     kKl,
+    kKlBounded,
     kFactor,
     kFactorMax,
     kTokenSums

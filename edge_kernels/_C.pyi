@@ -38,6 +38,7 @@ class LossRule:
         epsilon_high: float,
         delta: float,
         beta: float,
+        bias_corrects_kl: bool,
         sampler_cap: float,
         sampler_floor: float,
         sampler_of_sequence: bool,
@@ -46,6 +47,7 @@ class LossRule:
         sft_weight: float,
         shaped_gamma: float,
         max_log_ratio: float,
+        max_kl_log_ratio: float,
     ) -> None: ...
 
 class TokenTensors:

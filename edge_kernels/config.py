@@ -62,7 +62,9 @@ class GRPOLossConfig:
     ``loss_type``                  per-token objective and normalizer: "grpo", "bnpo", "dr_grpo", "dapo", "cispo".
     ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself.
     ``delta``                      upper bound of the unclipped ratio (two-sided clipping), None for none.
-    ``beta``                       weight of the KL penalty to the reference policy (the k3 estimator).
+    ``beta, use_bias_correction_kl``  weight of the KL penalty to the reference policy (the k3 estimator), and whether
+                                   the estimate is multiplied by the importance ratio, so that its gradient is
+                                   that of the KL divergence.
     ``importance_sampling_level``  "token", or "sequence" (GSPO: one length-normalized ratio per response).
     ``temperature, softcap, logit_scale``  the transformation of the logits; see ``token_stats``.
     ``max_completion_length``      the constant that "dr_grpo" divides by; required there.
@@ -81,6 +83,7 @@ class GRPOLossConfig:
     epsilon_high: float = 0.2
     delta: float | None = None
     beta: float = 0.0
+    use_bias_correction_kl: bool = True
     importance_sampling_level: ImportanceLevel = "token"
     temperature: float = 1.0
     softcap: float | None = None

@@ -84,6 +84,7 @@ METRICS = (
     "clip_high",
     "clip_region",
     "kl_sum",
+    "kl_bounded",
     "sampler_ratio_sum",
     "sampler_ratio_max",
 )
@@ -113,6 +114,7 @@ class LossRule(NamedTuple):
     epsilon_high: float
     delta: float  # inf for none
     beta: float
+    bias_corrects_kl: bool  # the KL estimate is multiplied by the ratio
     sampler_cap: float  # inf for none
     sampler_floor: float
     sampler_of_sequence: bool
@@ -132,6 +134,7 @@ class LossRule(NamedTuple):
             epsilon_high=float(config.epsilon_high),
             delta=infinity if config.delta is None else float(config.delta),
             beta=float(config.beta),
+            bias_corrects_kl=config.use_bias_correction_kl,
             sampler_cap=infinity if config.sampler_ratio_cap is None else float(config.sampler_ratio_cap),
             sampler_floor=float(config.sampler_ratio_floor),
             sampler_of_sequence=config.sampler_ratio_mode.startswith("sequence"),
@@ -148,7 +151,7 @@ class LossRule(NamedTuple):
     @classmethod
     def unpack(cls, packed: Tensor) -> LossRule:
         kinds: dict[str, Any] = {"objective": int, "injected": int}
-        kinds |= dict.fromkeys(("ratio_of_sequence", "sampler_of_sequence", "sampler_masks"), bool)
+        kinds |= dict.fromkeys(("ratio_of_sequence", "bias_corrects_kl", "sampler_of_sequence", "sampler_masks"), bool)
         values: list[Any] = [kinds.get(name, float)(x) for name, x in zip(cls._fields, packed.tolist(), strict=True)]
         return cls(*values)
 

@@ -19,6 +19,7 @@ from edge_kernels.types import GRPOLossOutput, TokenStats
 
 SCALE_EPSILON = 1e-4  # what GRPO adds to a group's standard deviation
 MAX_LOG_RATIO = 80.0  # exp of it is finite in float32, so that a clipped or zero-advantage token stays finite
+MAX_KL_LOG_RATIO = 10.0  # beyond it the KL estimate is continued linearly: one drifted token cannot fill a gradient
 
 
 def transform_logits(logits: Tensor, temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
@@ -259,7 +260,8 @@ def edge_grpo_loss(
         per_token = torch.where(injected, -config.sft_weight * logprobs, per_token)
     if config.beta > 0:
         assert ref_logprobs is not None
-        per_token = per_token + config.beta * k3(ref_logprobs.to(entropy.dtype), logprobs)
+        kl = k3(ref_logprobs.to(entropy.dtype), logprobs)
+        per_token = per_token + config.beta * (kl * ratio if config.use_bias_correction_kl else kl)
     per_token = per_token.masked_fill(~mask, 0)
 
     items = mask.sum() if num_items is None else num_items
@@ -302,9 +304,13 @@ def linear_edge_grpo_loss(
 
 
 def k3(ref_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-    """Return the k3 estimate of the KL divergence to the reference policy: exp(d) - d - 1 with d = ref - current."""
+    """Return the k3 estimate of the KL divergence to the reference policy: exp(d) - d - 1 with d = ref - current.
+
+    From d = ``MAX_KL_LOG_RATIO`` on exp(d) is replaced by its tangent there.
+    """
     difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
+    excess = (difference - MAX_KL_LOG_RATIO).clamp(min=0)
+    return difference.clamp(max=MAX_KL_LOG_RATIO).exp() * (1 + excess) - difference - 1
 
 
 def tokens_above_quantile(num_items: Tensor | float, share: float) -> Tensor | float:

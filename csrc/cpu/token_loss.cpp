@@ -38,7 +38,7 @@ class Batch {
                 const double logprob = value_of(call_.logprobs, i);
                 if (has_record(i)) {
                     recorded += 1.0;
-                    log_ratios += logprob - old_logprob(token, logprob);
+                    log_ratios += token_log_ratio(token, logprob);
                 }
                 if (token.has_sampling) differences += sampler_difference(token, logprob);
             }
@@ -57,14 +57,14 @@ class Batch {
             const TokenTerms token = token_terms(call_.tensors, call_.dtype, i);
             const double logprob = value_of(call_.logprobs, i);
             const double entropy = value_of(call_.entropy, i);
-            const double log_ratio = rule_.ratio_of_sequence ? log_ratio_of_all : logprob - old_logprob(token, logprob);
+            const double log_ratio = rule_.ratio_of_sequence ? log_ratio_of_all : token_log_ratio(token, logprob);
             double factor = token.sampler_ratio;
             if (token.has_sampling) {
                 factor = rule_.sampler_of_sequence ? factor_of_all
                                                    : sampler_factor(rule_, sampler_difference(token, logprob));
             }
             const TokenOutcome out = token_outcome(rule_, token, logprob, entropy, log_ratio, factor);
-            add(token, out, logprob, entropy);
+            add(token, out, entropy);
             double d_logprob = token.weight * out.direct;
             if (rule_.ratio_of_sequence) {
                 through_ratio += token.weight * out.through_ratio;
@@ -81,7 +81,7 @@ class Batch {
         }
     }
 
-    void add(const TokenTerms& token, const TokenOutcome& out, double logprob, double entropy) {
+    void add(const TokenTerms& token, const TokenOutcome& out, double entropy) {
         const double bonus = rule_.bonus_weight;
         sums_[kLoss] += token.weight * out.loss;
         if (bonus != 0.0 && out.acting != 0.0) sums_[kLoss] -= bonus * entropy;
@@ -92,10 +92,8 @@ class Batch {
         sums_[kClippedLow] += out.clipped_low;
         sums_[kClippedHigh] += out.clipped_high;
         sums_[kClipped] += out.clipped_low || out.clipped_high;
-        if (call_.tensors.ref_logprobs != nullptr) {
-            const double difference = token.ref_logprob - logprob;
-            sums_[kKl] += std::exp(difference) - difference - 1.0;
-        }
+        sums_[kKl] += out.kl;
+        sums_[kKlBounded] += out.kl_bounded;
         if (call_.tensors.sampler_ratio != nullptr || call_.tensors.sampling_logprobs != nullptr) {
             sums_[kFactor] += out.factor;
             raise(sums_[kFactorMax], out.factor);

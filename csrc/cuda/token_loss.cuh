@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
                 const double logprob = static_cast<double>(logprobs[i]);
                 if (tensors.old_logprobs == nullptr || !std::isnan(token.old_logprob)) {
                     recorded += 1.0;
-                    log_ratios += logprob - old_logprob(token, logprob);
+                    log_ratios += token_log_ratio(token, logprob);
                 }
                 if (token.has_sampling) differences += sampler_difference(token, logprob);
             }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             const double logprob = static_cast<double>(logprobs[i]);
             const double entropy = static_cast<double>(entropies[i]);
             double log_ratio = sequence_log_ratio;
-            if (!rule.ratio_of_sequence) log_ratio = logprob - old_logprob(token, logprob);
+            if (!rule.ratio_of_sequence) log_ratio = token_log_ratio(token, logprob);
             double factor = token.sampler_ratio;
             if (token.has_sampling) {
                 factor = rule.sampler_of_sequence ? sequence_factor
@@ -134,10 +134,8 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             sums[kClippedLow] += out.clipped_low ? 1.0 : 0.0;
             sums[kClippedHigh] += out.clipped_high ? 1.0 : 0.0;
             sums[kClipped] += out.clipped_low || out.clipped_high ? 1.0 : 0.0;
-            if (tensors.ref_logprobs != nullptr) {
-                const double difference = token.ref_logprob - logprob;
-                sums[kKl] += std::exp(difference) - difference - 1.0;
-            }
+            sums[kKl] += out.kl;
+            sums[kKlBounded] += out.kl_bounded ? 1.0 : 0.0;
             sums[kRatioMax] = combine(kRatioMax, sums[kRatioMax], out.ratio);
             if (reports_factor) {
                 sums[kFactor] += factor;

@@ -29,7 +29,7 @@ from edge_kernels.contract import (
     Transform,
     new_stats,
 )
-from edge_kernels.reference import MAX_LOG_RATIO
+from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -159,7 +159,7 @@ def _row_calls(
 @lru_cache(maxsize=16)  # a training run has one or two rules, and each has 14 fields to convert
 def _pack_rule(rule: LossRule, extension: ModuleType) -> Any:
     """Return the rule as a ``LossRule`` of the extension."""
-    return extension.LossRule(**rule._asdict(), max_log_ratio=MAX_LOG_RATIO)
+    return extension.LossRule(**rule._asdict(), max_log_ratio=MAX_LOG_RATIO, max_kl_log_ratio=MAX_KL_LOG_RATIO)
 
 
 def _contiguous(terms: TokenTerms, dtype: torch.dtype) -> dict[str, Tensor | None]:

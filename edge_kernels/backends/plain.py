@@ -22,7 +22,7 @@ from edge_kernels.contract import (
     TokenTerms,
     Transform,
 )
-from edge_kernels.reference import MAX_LOG_RATIO, k3
+from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO, k3
 
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
@@ -58,10 +58,11 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
 
     # The importance ratio; a token without a record has ratio 1 to its own present value.
-    unknown = torch.zeros_like(mask) if terms.old_logprobs is None else terms.old_logprobs.isnan()
-    old = logprobs if terms.old_logprobs is None else torch.where(unknown, logprobs, terms.old_logprobs)
-    recorded = mask & ~unknown
-    log_ratio = (logprobs - old).masked_fill(~mask, 0)
+    # So has one of log-probability -inf, whose difference to itself would be NaN.
+    has_record = torch.zeros_like(mask) if terms.old_logprobs is None else ~terms.old_logprobs.isnan()
+    old = logprobs if terms.old_logprobs is None else torch.where(has_record, terms.old_logprobs, logprobs)
+    recorded = mask if terms.old_logprobs is None else mask & has_record
+    log_ratio = (logprobs - old).masked_fill(~(mask & has_record), 0)
     lengths = recorded.sum(-1, keepdim=True).clamp(min=1) if rule.ratio_of_sequence else None
     if lengths is not None:
         log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True) / lengths  # (B, 1)
@@ -72,7 +73,8 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     low = high = torch.zeros_like(mask)
     if rule.objective == Objective.CISPO:
         capped = ratio.clamp(max=rule.epsilon_high)
-        policy, direct, through_ratio = -capped * A * logprobs, -capped * A, torch.zeros_like(logprobs)
+        direct, through_ratio = -capped * A, torch.zeros_like(logprobs)
+        policy = torch.where(A == 0, 0, direct * logprobs)  # not 0 * inf where the token is forbidden
         high = (ratio > rule.epsilon_high) & (A > 0)
     else:
         policy, through_ratio, low, high = _clipped(ratio, A, rule)
@@ -97,9 +99,14 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         direct = direct.masked_fill(terms.injected, -rule.sft_weight)
         through_ratio = through_ratio.masked_fill(terms.injected, 0)
     kl = None if terms.ref_logprobs is None else k3(terms.ref_logprobs, logprobs).masked_fill(~mask, 0)
+    if kl is not None and rule.bias_corrects_kl:
+        kl = kl * ratio
     if rule.beta > 0 and kl is not None and terms.ref_logprobs is not None:
         policy = policy + rule.beta * kl
-        direct = direct + rule.beta * (1 - (terms.ref_logprobs - logprobs).exp())
+        share = rule.beta * ratio if rule.bias_corrects_kl else rule.beta
+        direct = direct + share * (1 - (terms.ref_logprobs - logprobs).clamp(max=MAX_KL_LOG_RATIO).exp())
+        if rule.bias_corrects_kl:
+            through_ratio = through_ratio + (rule.beta * kl).masked_fill(log_ratio > MAX_LOG_RATIO, 0)
 
     loss = (terms.weight * policy).masked_fill(~mask, 0).sum()
     d_logprobs = (terms.weight * direct).masked_fill(~mask, 0)
@@ -113,7 +120,10 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         loss = loss - terms.bonus_weight * entropy.masked_fill(~acting, 0).sum()
         d_entropy = -terms.bonus_weight * acting
 
-    metrics = _metrics(mask, entropy, ratio, low, high, kl, factor)
+    bounded = torch.zeros_like(mask)
+    if terms.ref_logprobs is not None:
+        bounded = mask & (terms.ref_logprobs - logprobs > MAX_KL_LOG_RATIO)
+    metrics = _metrics(mask, entropy, ratio, low, high, kl, bounded, factor)
     return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs.contiguous(), d_entropy.contiguous())
 
 
@@ -147,7 +157,14 @@ def sampler_correction(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor
 
 
 def _metrics(
-    mask: Tensor, entropy: Tensor, ratio: Tensor, low: Tensor, high: Tensor, kl: Tensor | None, factor: Tensor | None
+    mask: Tensor,
+    entropy: Tensor,
+    ratio: Tensor,
+    low: Tensor,
+    high: Tensor,
+    kl: Tensor | None,
+    bounded: Tensor,
+    factor: Tensor | None,
 ) -> Tensor:
     ratio = ratio.masked_fill(~mask, 0)
     zeros = torch.zeros_like(ratio)
@@ -160,6 +177,7 @@ def _metrics(
         "clip_high": high & mask,
         "clip_region": (low | high) & mask,
         "kl_sum": zeros if kl is None else kl,
+        "kl_bounded": bounded,
         "sampler_ratio_sum": factor,
     }
     greatest = {"ratio_max": ratio, "sampler_ratio_max": factor}

@@ -252,7 +252,7 @@ def output_of(
 ) -> GRPOLossOutput:
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     if batch.ref_logprobs is None:
-        del named["kl_sum"]
+        del named["kl_sum"], named["kl_bounded"]
     if batch.config.sampler_ratio_cap is None:
         del named["sampler_ratio_sum"], named["sampler_ratio_max"]
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)

@@ -30,14 +30,21 @@ from cuda_on_cpu.stats_cases import check_gradient, exact_gradient, exact_stats
 from edge_kernels.backends.plain import token_loss
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, TokenTerms
-from edge_kernels.reference import MAX_LOG_RATIO
+from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO
 
 
 def rule_numbers(rule: LossRule) -> tuple[list[int], list[float]]:
     """Return the rule's integers, and its numbers in the order of their fields."""
     values = rule._asdict()
-    integers = ("objective", "ratio_of_sequence", "sampler_of_sequence", "sampler_masks", "injected")
-    return [int(values.pop(name)) for name in integers], [*values.values(), MAX_LOG_RATIO]
+    integers = (
+        "objective",
+        "ratio_of_sequence",
+        "bias_corrects_kl",
+        "sampler_of_sequence",
+        "sampler_masks",
+        "injected",
+    )
+    return [int(values.pop(name)) for name in integers], [*values.values(), MAX_LOG_RATIO, MAX_KL_LOG_RATIO]
 
 
 def make_terms(

@@ -157,6 +157,7 @@ edge::LossRule take_rule(Call& call) {
     edge::LossRule rule;
     rule.objective = static_cast<edge::Objective>(call.integer());
     rule.ratio_of_sequence = call.integer() != 0;
+    rule.bias_corrects_kl = call.integer() != 0;
     rule.sampler_of_sequence = call.integer() != 0;
     rule.sampler_masks = call.integer() != 0;
     rule.injected = static_cast<edge::Injected>(call.integer());
@@ -169,6 +170,7 @@ edge::LossRule take_rule(Call& call) {
     rule.sft_weight = call.number();
     rule.shaped_gamma = call.number();
     rule.max_log_ratio = call.number();
+    rule.max_kl_log_ratio = call.number();
     return rule;
 }
 

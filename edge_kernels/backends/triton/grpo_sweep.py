@@ -65,7 +65,7 @@ def grpo_sweep_kernel(
             lp, h, lse, lse_low = statistics(m, s, t, target_shifted(x, m, transform))
             tl.store(logprobs + row, lp)
             tl.store(entropy + row, h)
-            _, direct, through, acting, _, _, _, _, _ = contribution(
+            _, direct, through, acting, _, _, _, _, _, _ = contribution(
                 terms, rule, low, high, row, counts, lp, h, threshold, None, None
             )
             d_logprob = tl.load(terms.weight + row) * (direct + through)

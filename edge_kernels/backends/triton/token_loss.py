@@ -16,11 +16,12 @@ from torch import Tensor
 from edge_kernels.backends.triton.arithmetic import LOG2E, nan_max
 from edge_kernels.backends.triton.launch import LAUNCH, on_its_device, packed
 from edge_kernels.contract import METRICS, Injected, LossRule, Objective, TokenLoss, TokenTerms
-from edge_kernels.reference import MAX_LOG_RATIO
+from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO
 
 BLOCK = 1024
 SUMS = tl.constexpr(16)  # room for the loss and the metrics, a power of two
 MAX_RATIO_LOG = tl.constexpr(MAX_LOG_RATIO)
+MAX_KL_LOG = tl.constexpr(MAX_KL_LOG_RATIO)
 CISPO = tl.constexpr(Objective.CISPO)
 SFT = tl.constexpr(Injected.SFT)
 SHAPED = tl.constexpr(Injected.SHAPED)
@@ -42,7 +43,8 @@ def policy(log_ratio, A, logprob, low, high, rule):
         direct = -tl.where(ratio > high, high, ratio) * A
         is_high = (ratio > high) & (A > 0)
         never = is_high & (A < 0)
-        return direct * logprob, direct, tl.zeros_like(direct), ratio, never, is_high
+        term = tl.where(A == 0, 0.0, direct * logprob)  # not 0 * inf where the token is forbidden
+        return term, direct, tl.zeros_like(direct), ratio, never, is_high
     else:
         unclipped = tl.where(ratio > rule.delta, rule.delta, ratio)
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
@@ -84,14 +86,18 @@ def recorded_logprob(terms, at, own, lp):
 
 @triton.jit
 def contribution(terms, rule, low, high, at, own, lp, h, threshold, sequence_log_ratio, sequence_difference):
-    """(term, direct, through, acting, ratio, clipped low, clipped high, KL estimate, sampler's factor) of tokens.
+    """(term, direct, through, acting, ratio, clipped low, clipped high, KL, its bound hit, sampler's factor) of tokens.
 
     Of those ``at`` some place, where they are a sequence's ``own``; a term's derivatives are by the logprob and by the
     log ratio. ``sequence_log_ratio`` and ``sequence_difference`` are None where each token has its own.
     """
     A = tl.load(terms.advantages + at, mask=own, other=0.0)
     old, _ = recorded_logprob(terms, at, own, lp)
-    log_ratio = lp - old if sequence_log_ratio is None else tl.zeros_like(lp) + sequence_log_ratio
+    log_ratio = tl.zeros_like(lp)
+    if sequence_log_ratio is not None:
+        log_ratio += sequence_log_ratio
+    elif terms.old_logprobs is not None:
+        log_ratio = tl.where(old == lp, 0.0, lp - old)  # without a record too, where lp may be -inf
     term, direct, through, ratio, is_low, is_high = policy(log_ratio, A, lp, low, high, rule)
     if terms.injected is not None:
         injected = own & tl.load(terms.injected + at, mask=own, other=0).to(tl.int1)
@@ -123,14 +129,19 @@ def contribution(terms, rule, low, high, at, own, lp, h, threshold, sequence_log
         direct = tl.where(injected, -rule.sft_weight, direct)
         through = tl.where(injected, 0.0, through)
     kl = tl.zeros_like(lp)
+    is_bounded = own & (lp != lp) & (lp == lp)
     if terms.ref_logprobs is not None:
         d = tl.load(terms.ref_logprobs + at, mask=own, other=0.0) - lp
-        power = exp(d)
-        kl = power - d - 1
+        is_bounded = own & (d > MAX_KL_LOG)
+        power = exp(tl.where(d > MAX_KL_LOG, MAX_KL_LOG, d))  # continued by its tangent
+        share = ratio if rule.bias_corrects_kl else tl.zeros_like(lp) + 1.0
+        kl = share * (power * (1 + tl.where(d > MAX_KL_LOG, d - MAX_KL_LOG, 0.0)) - d - 1)
         if rule.beta is not None:
             term = term + rule.beta * kl
-            direct = direct + rule.beta * (1 - power)
-    return term, direct, through, acting, ratio, is_low, is_high, kl, factor
+            direct = direct + rule.beta * share * (1 - power)
+            if rule.bias_corrects_kl:
+                through = through + tl.where(log_ratio > MAX_RATIO_LOG, 0.0, rule.beta * kl)
+    return term, direct, through, acting, ratio, is_low, is_high, kl, is_bounded, factor
 
 
 @triton.jit
@@ -167,7 +178,7 @@ def token_loss_kernel(
             own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
             lp = tl.load(logprobs + at, mask=own, other=0.0)
             old, recorded = recorded_logprob(terms, at, own, lp)
-            total_ratio += tl.where(recorded, lp - old, 0.0)
+            total_ratio += tl.where(recorded & (old != lp), lp - old, 0.0)
             total_recorded += tl.where(recorded, 1.0, 0.0)
             if terms.sampling_logprobs is not None:
                 difference = old - tl.load(terms.sampling_logprobs + at, mask=own, other=0.0)
@@ -188,6 +199,7 @@ def token_loss_kernel(
     num_high = tl.zeros((BLOCK,), tl.float32)
     num_clipped = tl.zeros((BLOCK,), tl.float32)
     kl_sum = tl.zeros((BLOCK,), tl.float32)
+    num_bounded = tl.zeros((BLOCK,), tl.float32)
     factor_sum = tl.zeros((BLOCK,), tl.float32)
     factor_max = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, length, BLOCK):
@@ -197,7 +209,7 @@ def token_loss_kernel(
         lp = tl.load(logprobs + at, mask=own, other=0.0)
         h = tl.load(entropy + at, mask=own, other=0.0)
         w = tl.load(terms.weight + at, mask=own, other=0.0)
-        term, direct, through, acting, ratio, is_low, is_high, kl, factor = contribution(
+        term, direct, through, acting, ratio, is_low, is_high, kl, is_bounded, factor = contribution(
             terms, rule, low, high, at, own, lp, h, threshold, sequence_log_ratio, sequence_difference
         )
         loss = w * term
@@ -219,6 +231,7 @@ def token_loss_kernel(
         num_high += tl.where(own & is_high, 1.0, 0.0)
         num_clipped += tl.where(own & (is_low | is_high), 1.0, 0.0)
         kl_sum += tl.where(own, kl, 0.0)
+        num_bounded += tl.where(own & is_bounded, 1.0, 0.0)
         if HAS_FACTOR:
             factor_sum += tl.where(own, factor, 0.0)
             factor_max = nan_max(factor_max, tl.where(own, factor, 0.0))
@@ -244,8 +257,9 @@ def token_loss_kernel(
     tl.store(out + 6, tl.sum(num_high, 0))
     tl.store(out + 7, tl.sum(num_clipped, 0))
     tl.store(out + 8, tl.sum(kl_sum, 0))
-    tl.store(out + 9, tl.sum(factor_sum, 0))
-    tl.store(out + 10, tl.reduce(factor_max, 0, nan_max))
+    tl.store(out + 9, tl.sum(num_bounded, 0))
+    tl.store(out + 10, tl.sum(factor_sum, 0))
+    tl.store(out + 11, tl.reduce(factor_max, 0, nan_max))
 
 
 @triton.jit

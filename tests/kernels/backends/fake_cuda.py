@@ -23,7 +23,7 @@ from edge_kernels import (
     token_entropy,
     token_stats,
 )
-from edge_kernels.contract import LossRule, TokenTerms, Transform
+from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform
 from edge_kernels.ops.grpo_loss import grpo_loss_op
 from edge_kernels.ops.linear_grpo_loss import linear_grpo_loss_backward_op, linear_grpo_loss_op
 from edge_kernels.ops.linear_token_stats import linear_token_stats_backward_op
@@ -84,7 +84,7 @@ def check_gradients(dtype: torch.dtype) -> None:
         row,
     )
     records = (terms.pack(), LossRule.of(CONFIG).pack())
-    loss = [((), torch.float32), ((10,), torch.float32)]
+    loss = [((), torch.float32), ((len(METRICS),), torch.float32)]
     stats = [((N,), torch.float32)] * 2
     assert describe(token_loss_op(row, row, *records)) == [*loss, *stats]
     assert describe(grpo_loss_op(logits, targets, TRANSFORM.pack(), *records)) == [*loss, *stats, ((N, V), dtype)]

@@ -177,7 +177,8 @@ class TestTotals:
             "clip_low": low,
             "clip_high": high,
             "clip_region": low + high,
-            "kl_sum": kl[mask].sum(),
+            "kl_sum": (kl[mask] * ratio).sum(),  # corrected for bias, as TRL does by default
+            "kl_bounded": torch.tensor(0),
             "sampler_ratio_sum": correction[correction <= 1.2].sum(),
             "sampler_ratio_max": correction[correction <= 1.2].max(),
         }

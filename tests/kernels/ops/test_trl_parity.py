@@ -18,6 +18,7 @@ import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +125,9 @@ def trl_loss(logits: Tensor, batch: SimpleNamespace, config: GRPOLossConfig, **i
         _metrics={"train": defaultdict(list)},
         _entropy_bonus_enabled=config.entropy_coef != 0,
         accelerator=OneProcess(),
-        args=SimpleNamespace(delta=config.delta, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(
+            delta=config.delta, use_bias_correction_kl=config.use_bias_correction_kl, steps_per_generation=1
+        ),
         aux_loss_enabled=False,
         beta=config.beta,
         current_gradient_accumulation_steps=1,
@@ -242,7 +245,9 @@ def test_every_variant_with_every_option_in_float64(loss_type: str, level: str) 
         config = config_of(
             loss_type, level, delta=delta, beta=beta, entropy_coef=entropy_coef, top_entropy_quantile=quantile
         )
-        assert_parity(batch, config, getattr(batch, advantages), with_old)
+        for corrects in (True, False) if beta else (True,):  # TRL's default first
+            config = replace(config, use_bias_correction_kl=corrects)
+            assert_parity(batch, config, getattr(batch, advantages), with_old)
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
