@@ -11,8 +11,9 @@ TORCH_INDEX ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# A process of one thread for each core: the tensors are small. Tests of one group share a process, and what it made.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup --durations 15
+# A process of one thread for each core, since the tensors are small. A file's tests share a process: what they compile or
+# build is made once. (pytest-xdist's groups have no effect from pytest 9.2 on.) The order: tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
 PYTEST_ARGS ?=
 DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=

@@ -42,7 +42,7 @@ settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes the slow tests start first, so that no process waits long for another at the end."""
+    """With several processes, files with slow tests start first, so that none waits long for another at the end."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -17,7 +17,7 @@ from benchmarks.gpu_static import OURS_CUDA, OURS_HEAD, OURS_TRITON, Row
 from benchmarks.machine_code import aot, cubin, ours
 from benchmarks.machine_code.aot import Compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gpu_static")]  # one process, which compiles each kernel once
+pytestmark = pytest.mark.slow
 
 OF_LOGITS = re.compile(r"(token_stats_(fwd|bwd)|grpo_sweep)_kernel\b(?!.*Curved)")  # a soft cap costs a tanh on top
 

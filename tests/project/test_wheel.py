@@ -17,7 +17,7 @@ from paths import ROOT
 
 VERSION = (ROOT / "VERSION").read_text().strip()
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one process, which builds it once
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("build", reason="needs what `pip install .[dev]` brings: build, cmake, ninja, pybind11")
 

@@ -108,8 +108,9 @@ def test_an_unknown_form_of_head_is_refused(saved, monkeypatch):
         load_model(ModelConfig(path=str(saved)))
 
 
-@pytest.mark.skipif(not SMOLLM2.is_file(), reason="SmolLM2 is not there; `make smollm2` fetches it")
 @pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.skipif(not SMOLLM2.is_file(), reason="SmolLM2 is not there; `make smollm2` fetches it")
 def test_gguf_becomes_an_ordinary_model(tmp_path):
     pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")
     model, tokenizer = load_model(ModelConfig(path=os.path.relpath(SMOLLM2)))

@@ -41,7 +41,6 @@ from edge_kernels import GRPOLossConfig, reference
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.xdist_group("vllm"),  # one process, which starts each engine once
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
     ),

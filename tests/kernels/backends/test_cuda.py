@@ -23,8 +23,6 @@ from edge_kernels.backends import compiled, plain
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 
-pytestmark = pytest.mark.xdist_group("test_cuda")  # one process, which compiles the emulated module
-
 EXTENSION = _extension.load()
 HAS_CUDA = EXTENSION.built_with()["cuda"] is not None
 needs_cuda_build = pytest.mark.skipif(not HAS_CUDA, reason="needs an extension built with CUDA")

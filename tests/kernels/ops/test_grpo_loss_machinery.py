@@ -47,7 +47,11 @@ class TestMachinery:
     # Inductor takes seconds; whether it likes what surrounds the ops shows on one path.
     @pytest.mark.parametrize(
         ("path", "compiler"),
-        [(from_logits_inplace, "aot_eager"), (from_hidden, "aot_eager"), (from_hidden, "inductor")],
+        [
+            (from_logits_inplace, "aot_eager"),
+            (from_hidden, "aot_eager"),
+            pytest.param(from_hidden, "inductor", marks=pytest.mark.slow),
+        ],
     )
     def test_compiles_into_one_graph(self, path: Path, compiler: str) -> None:
         batch = make_batch(dtype=torch.float32)

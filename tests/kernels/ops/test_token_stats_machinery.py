@@ -129,7 +129,7 @@ class TestMachinery:
         torch.library.opcheck(token_stats_op, (logits, None, plain))
         torch.library.opcheck(token_stats_op, (logits.detach()[:, ::2], targets % 4, plain))
 
-    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiles_into_one_graph(self, compiler: str, backend: str) -> None:
         if compiler == "inductor" and backend != "cpu":
             pytest.skip("what surrounds the op is the same for every backend, and a compilation takes seconds")
