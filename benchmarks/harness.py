@@ -1,6 +1,6 @@
 """How a benchmark runs: a fresh process per configuration, contenders in turns, medians with spread, peak memory.
 
-Tables and JSON are printed here. What is timed stands in peers.py and limits.py, the configurations in each script.
+Tables and JSON are printed here. What is timed is in peers.py and limits.py, the configurations in each script.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=64, help="in groups of eight (default: 64)")
     parser.add_argument("--tokens", type=int, default=64, help="length limit of a response (default: 64)")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe smollm2-135m-vllm")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe smollm2-135m-vllm")
     options = parser.parse_args(arguments)
     config = load_config(
         recipe_path("smollm2-135m-vllm"),

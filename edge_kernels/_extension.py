@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-# GNU's runtime, or LLVM's and Intel's, which answer to the same entry points.
+# GNU's runtime, or LLVM's and Intel's, which export the same functions.
 _RUNTIME = re.compile(r"/lib(gomp|omp|iomp5)[-.][^/]*so[^/]*$")
 
 
@@ -32,7 +32,7 @@ def openmp_runtimes() -> list[str]:
 
 
 def _candidates() -> Iterator[str]:
-    """Yield OpenMP runtimes, best first: those mapped, torch's before others; torch's files; the system's."""
+    """Yield OpenMP runtimes, best first: loaded ones (torch's before others), torch's own files, the system's."""
     home = Path(torch.__file__).parent
     yield from sorted(openmp_runtimes(), key=lambda path: not path.startswith(str(home.parent)))
     for folder in (home / "lib", home.parent / "torch.libs"):
@@ -52,7 +52,7 @@ def _share_openmp() -> None:
 
 @cache
 def load() -> ModuleType:
-    """Return ``edge_kernels._C``; raises ImportError with what to do about it where it is missing or does not load."""
+    """Return ``edge_kernels._C``; raises ImportError, with a remedy, if it is missing or does not load."""
     _share_openmp()
     try:
         return importlib.import_module("edge_kernels._C")

@@ -1,7 +1,7 @@
 """Advantages of whole responses: GRPO's group advantage and EDGE-GRPO's Entropy-Driven Advantage. O(B) and O(N) work.
 
 Groups are named by an id per response: any integers, in any order. Nothing here depends on how responses are sharded or
-shuffled, as long as every group is whole in the tensors passed. Vectorized, without a read of the device.
+shuffled, as long as every group is whole in the tensors passed. Vectorized; never waits for the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Groups(NamedTuple):
         return torch.zeros_like(values).index_add(0, self.number, values)[self.number]
 
     def least(self, values: Tensor) -> Tensor:
-        """Return, for each response, the least of ``values`` in its group (NaN if any is), (B,)."""
+        """Return, for each response, the minimum of ``values`` over its group (NaN if any is), (B,)."""
         return torch.zeros_like(values).scatter_reduce(0, self.number, values, "amin", include_self=False)[self.number]
 
 
@@ -52,7 +52,7 @@ def _check_config(config: EDAConfig | None) -> EDAConfig:
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool = True) -> Tensor:
     """Return the group advantage of each response: ``(r - mean(r)) / (std(r) + 1e-4)`` over its group, (B,).
 
-    Equivalent, for groups that stand in order: ``r = rewards.view(-1, G);
+    Equivalent, for responses ordered by group: ``r = rewards.view(-1, G);
     (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-4)`` (std with Bessel's correction).
 
     rewards        (B,), floating point. A NaN makes its whole group NaN.
@@ -67,7 +67,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool 
     _check_groups(group_ids, rewards)
     rewards = rewards.detach().to(stats_dtype(rewards.dtype))
     groups = _groups(group_ids)
-    # Measured from the group's least, so that equal rewards are exactly 0 however their mean would round.
+    # Relative to the group's minimum, so that equal rewards give exactly 0 however their mean rounds.
     rewards = rewards - groups.least(rewards)
     size = groups.sum(torch.ones_like(rewards))
     centred = rewards - groups.sum(rewards) / size
@@ -82,7 +82,7 @@ def response_entropy(entropy: Tensor, completion_mask: Tensor) -> Tensor:
 
     Equivalent: ``(entropy * completion_mask).sum(1) / completion_mask.sum(1)``.
 
-    entropy          (B, T), floating point, nats. What stands outside the mask is not looked at (NaN is fine there).
+    entropy          (B, T), floating point, nats. Values outside the mask are not read (NaN is fine there).
     completion_mask  (B, T), bool: the response's own tokens.
 
     -inf, and not NaN, so that a NaN entropy inside the mask is not taken for a missing one. float64 for float64
@@ -154,10 +154,10 @@ def entropy_weights(
 ) -> Tensor:
     """Return the weight 1 / P_hat of each response, (B,): below 1 where it was uncertain, above 1 where it was sure.
 
-    Equivalent, for groups that stand in order: ``P = (entropy * mask).sum(1) / mask.sum(1);
+    Equivalent, for responses ordered by group: ``P = (entropy * mask).sum(1) / mask.sum(1);
     P_hat = P.view(-1, G) / P.view(-1, G).mean(1, True); 1 / P_hat.clamp(config.min_ratio, config.max_ratio)``.
 
-    entropy          (B, T), floating point, nats. What stands outside the mask is not looked at (NaN is fine there).
+    entropy          (B, T), floating point, nats. Values outside the mask are not read (NaN is fine there).
     completion_mask  (B, T), bool: the response's own tokens.
     group_ids        (B,), int64, any numbers in any order; groups must be whole.
     config           EDAConfig: bounds, ``mean_over``, ``preserve_scale``.

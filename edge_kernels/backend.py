@@ -112,7 +112,7 @@ def _triton_unavailable() -> str | None:
         return f"the package triton is not installed; {remedy}"
     try:
         version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build of another name, as ROCm's
+    except metadata.PackageNotFoundError:  # a build under another name, such as ROCm's
         return None
     is_old = tuple(int(part) for part in version.split(".")[:2]) < (3, 5)
     return f"triton {version} is older than 3.5; {remedy}" if is_old else None
@@ -130,7 +130,7 @@ def is_interpreting() -> bool:
 
 def _remedy(backend: str, reason: str) -> str:
     return (
-        f"backend {backend!r} is not available: {reason}; to do without it: "
+        f"backend {backend!r} is not available: {reason}; to run without it: "
         f"edge_kernels.set_backend('reference') or {ENVIRONMENT_VARIABLE}=reference"
     )
 
@@ -218,7 +218,7 @@ def fused_head(hidden: Tensor) -> HeadKernels | None:
 
 
 def set_backend(name: str | None) -> None:
-    """Force a backend for every op of this process, on every thread (autograd runs on its own); None lifts the force.
+    """Force a backend for every op of this process, on every thread (autograd has its own); None restores the default.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that is not available here.
     """

@@ -57,7 +57,7 @@ class EDAConfig:
 
 @dataclass(frozen=True)
 class GRPOLossConfig:
-    """Everything that decides the loss of a token besides the tensors; see DESIGN and ``edge_kernels.reference``.
+    """Everything that decides the loss of a token besides the tensors; the formulas are in ``edge_kernels.reference``.
 
     ``loss_type``                  per-token objective and normalizer: "grpo", "bnpo", "dr_grpo", "dapo", "cispo".
     ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself.

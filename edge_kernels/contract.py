@@ -1,7 +1,7 @@
 """What a backend offers, and the records that pass between ops and backends. Which backend serves a tensor: backend.py.
 
 reference: backends/plain.py; cpu and cuda: backends/compiled.py; triton: backends/triton. Arguments have been checked,
-tensors are real (not fake) and on one device; nothing here is differentiable, autograd stands around it. No function
+tensors are real (not fake) and on one device; nothing here is differentiable, the ops add autograd. No function
 waits for the device. The mathematics: reference.py.
 """
 
@@ -20,7 +20,7 @@ from edge_kernels.config import GRPOLossConfig
 def pack_numbers(values: Sequence[float]) -> Tensor:
     """Return a record's numbers as one float64 tensor on the CPU, whatever device the op runs on.
 
-    As a tensor a number can change without torch.compile tracing anew: a float argument of an op is a constant of the
+    As a tensor a number can change without a new trace by torch.compile: a float argument of an op is a constant of the
     graph.
     """
     if not torch.compiler.is_compiling():
@@ -51,7 +51,7 @@ class Transform(NamedTuple):
 
 
 class KernelStats(NamedTuple):
-    """``TokenStats``, and what rounding took from logsumexp: at logits of 3e4 it is 1e-3, and p would be off by it."""
+    """``TokenStats``, and the rounding error of logsumexp: at logits of 3e4 it is 1e-3, which p would inherit."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -224,8 +224,8 @@ class Kernels(Protocol):
         ``targets`` (...), int64; None: every row counts, and logprobs are 0. All four results are contiguous tensors of
         shape (...) in ``stats_dtype(logits.dtype)``. Special values as csrc/token_stats.h says: -inf contributes
         nothing, a row with NaN or +inf or of -inf only is NaN, an ignored row is not read and gives 0, a target outside
-        [0, V) has logprob NaN. Entropy is never negative. ``logsumexp_low`` is what rounding took from ``logsumexp``
-        (0 is allowed, where p in the backward pass is exact without).
+        [0, V) has logprob NaN. Entropy is never negative. ``logsumexp_low`` is the rounding error of ``logsumexp``
+        (0 is allowed where p in the backward pass is exact without it).
         """
 
     def token_stats_backward(
@@ -288,5 +288,5 @@ class HeadKernels(Kernels, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of hidden states, weight and bias in their dtypes; an empty tensor for an unwanted one.
 
-        Where ``into`` is given, the weight's is added to it, and an empty tensor stands for it.
+        Where ``into`` is given, the weight's gradient is added to it, and an empty tensor is returned instead.
         """

@@ -34,7 +34,7 @@ def _cpu_name() -> str:
 
 
 def _or_error(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return what ``read`` returns and None, or None and what went wrong: a report must survive what it reports on."""
+    """Return the result of ``read`` and None, or None and the error: a broken part must not end the report."""
     try:
         return read(), None
     except (ImportError, RuntimeError, ValueError) as error:

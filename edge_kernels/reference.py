@@ -49,7 +49,7 @@ def token_stats(
     shifted = z - maximum
     exponentials = shifted.exp()
     s = exponentials.sum(-1)
-    # p log p is 0 where p is 0; the mask stands before the product, so that the gradient there is 0 too, not NaN.
+    # p log p is 0 where p is 0; the mask is applied before the product, so that the gradient there is 0 too, not NaN.
     t = (exponentials * shifted.masked_fill(exponentials == 0, 0)).sum(-1)
     log_s = s.log()
     logprobs = torch.zeros_like(log_s)

@@ -1,6 +1,6 @@
 """Make python/edge_grpo/tiny: the small model that ships in the package, so that a demo needs no download.
 
-A three-layer Llama and its tokenizer are trained from nothing on the built-in arithmetic task (train split only; the
+A three-layer Llama and its tokenizer are trained from scratch on the built-in arithmetic task (train split only; the
 same seed on the same machine gives the same files). The model is meant to be *sometimes* right, in the way that a
 pre-trained language model is before reinforcement learning, so it sees three kinds of text:
 
@@ -56,11 +56,11 @@ tags: [arithmetic, reinforcement-learning]
 # edge_grpo:tiny
 
 A Llama of {parameters:,} parameters that does integer arithmetic, sometimes right. It exists so that EDGE-GRPO's demo
-and tests need no download; it is good for nothing else. It was trained from nothing by `scripts/make_tiny_model.py` on
+and tests need no download; it is good for nothing else. It was trained from scratch by `scripts/make_tiny_model.py` on
 the train split of the built-in arithmetic task, in minutes on two CPU cores, and is stored in bfloat16.
 
 First it learned to work problems out step by step; then the habit of answering at once, right on easy problems and a
-guess on others; and to begin anew after a reflection prompt. So it can do more than it usually does, which is what
+guess on others; and to start over after a reflection prompt. So it can do more than it usually does, which is what
 reinforcement learning finds out. The script's docstring says more.
 
 Accuracy on {per_level} held-out problems per level (levels as in `edge_grpo.data.arithmetic`), as stored: *greedy* and

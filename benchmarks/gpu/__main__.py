@@ -71,7 +71,7 @@ def main() -> int:
                 break
         print("\n".join(["", *table(results)]))
         if skipped:
-            print(f"after {sizes.seconds:.0f} s nothing more was started")
+            print(f"no new measurement was started after {sizes.seconds:.0f} s")
         message |= {"rates": rate, "results": results}
     message["seconds"] = time.perf_counter() - start
     print(json.dumps(clean(message)))

@@ -74,11 +74,11 @@ class Kernel:
 
     @property
     def main_loops(self) -> list[Loop]:
-        """The loops that the time goes into, innermost ones.
+        """The innermost loops, where the time is spent.
 
-        Of loops that multiply matrices all; else the widest that only read, and the widest that write too. A loop of
-        the same kind with narrower accesses treats what is left over. A kernel whose blocks do one tile each has no
-        loop: then it is all of it.
+        All that multiply matrices; where there are none, the widest that only reads and the widest that also writes. A
+        loop of the same kind with narrower accesses handles the remainder. A kernel whose blocks do one tile each has
+        no loop: then it is the whole kernel.
         """
         loops = [loop for loop in self.loops if loop.depth]
         products = _innermost([loop for loop in loops if loop.matrices])

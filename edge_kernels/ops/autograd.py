@@ -12,7 +12,7 @@ from edge_kernels.backend import unavailable
 
 
 def refuse_second_derivative(*_: Any) -> Any:
-    """Stand where a backward pass's own derivative would: the kernels have none, and 0 would be wrong."""
+    """Raise RuntimeError in place of a second derivative: the kernels have none, and 0 would be wrong."""
     raise RuntimeError(
         "edge_kernels ops have no second derivative; use edge_kernels.reference, which is plain PyTorch, "
         "for the part of the loss that is differentiated twice"
@@ -53,7 +53,7 @@ def hand_out(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any
         refuse_second_derivative()
     if ctx.is_spent:
         raise RuntimeError(
-            "this loss makes its gradient in the forward pass and hands it out once; "
+            "this loss computes its gradient in the forward pass and returns it once; "
             "call it again for a second backward pass, or combine the losses before calling backward"
         )
     ctx.is_spent = True
@@ -67,7 +67,7 @@ def is_one(factor: Tensor) -> bool:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return ``gradient * factor``, scaled where it lies: another V x D, or N x V, would otherwise be allocated."""
+    """Return ``gradient * factor``, scaled in place: another V x D, or N x V, would otherwise be allocated."""
     if type(gradient) is not Tensor:  # a tracer's tensors cannot be written
         return gradient * factor.to(gradient.dtype)
     if is_one(factor):
@@ -85,10 +85,10 @@ def none_if_unwanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Ite
 
 
 def grad_to_add_to(parameter: Tensor) -> Tensor | None:
-    """Return ``parameter.grad`` if a backward pass may add to it where it lies, else None.
+    """Return ``parameter.grad`` if a backward pass may add to it in place, else None.
 
-    For a backward formula in the midst of a backward pass: what autograd would do with a gradient returned to it, add
-    it to the existing one, then needs no second tensor of the parameter's size. Not where somebody else is to see that
+    For a formula that runs during a backward pass: what autograd would do with a gradient returned to it, add
+    it to the existing one, then needs no second tensor of the parameter's size. Not where others must see that
     gradient: ``torch.autograd.grad``, a hook, the reducers of distributed training, a tracer.
     """
     if type(parameter) not in (Tensor, torch.nn.Parameter) or not parameter.is_leaf or torch.is_grad_enabled():

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
     @property
     def needs_statistics_first(self) -> bool:
-        """Whether some token's coefficient depends on other tokens' statistics, so that one sweep cannot do."""
+        """Whether some token's coefficient depends on other tokens' statistics, so that one sweep is not enough."""
         config = self.config
         counts_high_entropy = config.top_entropy_quantile < 1 and config.entropy_coef != 0 and self.num_items is None
         return (
@@ -109,7 +109,7 @@ def _loss_weight(
     weight = mask.to(dtype)
     if config.loss_type == "grpo":
         return weight / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
-    if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # the configuration sees to it
+    if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # the configuration ensures it
         return weight / config.max_completion_length / sequences
     return weight / items
 
@@ -142,7 +142,7 @@ def _check_credit(advantages: Tensor | None, rewards: Tensor | None, group_ids: 
 
 
 def _check_total(name: str, total: Total) -> None:
-    """Require a positive number, or a scalar tensor, whose value is not looked at: that might wait for its device."""
+    """Require a positive number, or a scalar tensor, whose value is not read: that might wait for its device."""
     if isinstance(total, Tensor):
         if total.dim():
             raise ValueError(f"{name} must be a number or a scalar tensor; got {describe(total)}; pass its sum")

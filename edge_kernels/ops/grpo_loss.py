@@ -72,8 +72,8 @@ grpo_loss_op.register_autograd(hand_out, setup_context=_setup_context)
 class _InplaceLoss(torch.autograd.Function):
     """``grpo_loss_op`` with the gradient written over the logits, in the forward pass.
 
-    The version counter is raised by hand, as autograd does not see that write: whoever saved these logits for a
-    backward pass gets autograd's "modified by an inplace operation" instead of a wrong gradient.
+    The version counter is raised by hand, as autograd does not see that write: a function that saved these logits for
+    its backward pass gets autograd's "modified by an inplace operation" instead of a wrong gradient.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ def edge_grpo_loss(
     injected_mask      (B, T), bool: tokens that the policy did not sample, treated as ``config.injected`` says. Under
                        "mask" they leave everything, denominators and entropy-driven weights included. Under "sft" their
                        policy term, sampler correction and quantile mask included, is -sft_weight * logprob; under
-                       "shaped" p / (p + shaped_gamma) stands for the clipped ratio. KL penalty and entropy bonus stay.
+                       "shaped" p / (p + shaped_gamma) replaces the clipped ratio. KL penalty and entropy bonus stay.
     num_items, num_sequences  totals, numbers or scalar tensors, over everything whose losses are summed, ranks and
                        micro-batches; this batch's own by default. With them the losses add up to the big batch's.
                        ``num_items`` counts the tokens that have a loss.
@@ -161,7 +161,7 @@ def edge_grpo_loss(
                        be adjacent. Under ``torch.compile``, which plans buffers itself, it has no effect.
 
     One sweep where a token's coefficient is known once its own statistics are: each row is read once, and its gradient
-    written while it is in cache, in the forward pass; the backward pass scales it and hands it out once. Two sweeps,
+    written while it is in cache, in the forward pass; the backward pass scales and returns it once. Two sweeps,
     statistics and then the gradient, where ``linear_edge_grpo_loss`` takes two.
 
     Returns a scalar loss, float32 (float64 for float64 logits), and detached logprobs and entropy in nats, (B, T), 0

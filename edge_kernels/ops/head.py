@@ -90,7 +90,7 @@ class Head:
 class Tile(NamedTuple):
     """Some rows of the batch. ``logits`` is a buffer that the next tile uses again; the gradient may overwrite it."""
 
-    rows: Tensor  # (n,), int64: where the tile's rows stand in the batch
+    rows: Tensor  # (n,), int64: positions of the tile's rows in the batch
     hidden: Tensor  # (n, D)
     logits: Tensor  # (n, V)
 
@@ -124,8 +124,8 @@ def tiles(hidden: Tensor, head: Head, active: Tensor, buffer: Tensor) -> Iterato
 class HeadGradient:
     """Gradients of hidden states, weight and bias, summed over tiles, in float32 at least.
 
-    What is not wanted costs nothing and comes out as an empty tensor, which is how an op returns "none". The weight's
-    may be added to a tensor that exists, ``into``, and then comes out as an empty one too.
+    What is not wanted costs nothing and is returned as an empty tensor, which is how an op returns "none". The weight's
+    may be added to a tensor that exists, ``into``, and an empty one is returned then too.
     """
 
     def __init__(
@@ -203,8 +203,8 @@ class HeadGradient:
 def needs_column_pass(weight: Tensor, products: torch.dtype, num_rows: int) -> bool:
     """Whether the weight's gradient takes a pass of its own, by columns instead of tiles of rows.
 
-    A 16-bit gradient cannot be summed over tiles where it lies without losing digits to each rounding, and a float32
-    tensor of its size is more than all other memory together.
+    A 16-bit gradient cannot be summed over tiles in place without losing digits to each rounding, and a float32 tensor
+    of its size is more than all other memory together.
     """
     is_short = weight.dtype in (torch.bfloat16, torch.float16)
     return is_short and num_rows > rows_per_tile(weight, products) and get_backend(weight) == "cpu"
@@ -230,7 +230,7 @@ def weight_gradient_by_columns(
     rows = active.nonzero()[:, 0]
     out = fresh(weight.shape, weight)
     width = max(1, BLOCK_BYTES // (D * 4))
-    width = min(width, weight.shape[0], max(1, workspace.numel() // 64))  # rather 64 rows than a long block
+    width = min(width, weight.shape[0], max(1, workspace.numel() // 64))  # a shorter block before fewer than 64 rows
     height = max(1, workspace.numel() // width)
     workspace = workspace.view(-1)
     sums = torch.empty(width, D, dtype=stats_dtype(head.products), device=weight.device)

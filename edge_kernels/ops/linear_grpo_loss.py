@@ -245,7 +245,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         return hand_out(ctx, grad_loss)
     if torch.is_grad_enabled():
         refuse_second_derivative()
-    hidden, weight, bias, tile, learning = ctx.saved_tensors  # once: checkpointing makes them anew at each access
+    hidden, weight, bias, tile, learning = ctx.saved_tensors  # once: checkpointing recomputes them at each access
     inputs = (grad_loss, hidden, weight, bias, tile, learning)
     want_hidden, want_weight, want_bias = ctx.wanted
     into = grad_to_add_to(weight) if want_weight else None
@@ -291,8 +291,8 @@ def linear_edge_grpo_loss(
 
     One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
     own statistics are. On a CPU a batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
-    tile's gradient until the backward pass, which adds to an existing ``weight.grad`` where it lies. The gradient of a
-    larger batch is made in the forward pass, scaled by the incoming one in the backward pass, and handed out once
+    tile's gradient until the backward pass, which adds to an existing ``weight.grad`` in place. The gradient of a
+    larger batch is made in the forward pass, scaled by the incoming one in the backward pass, and returned once
     (``retain_graph`` for a second pass raises).
 
     A fourth product: for a 16-bit weight and more than one tile, whose weight gradient takes a pass of its own, block

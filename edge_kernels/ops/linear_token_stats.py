@@ -144,7 +144,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return none
     hidden, weight, bias, targets, transform, *stats = (
         ctx.saved_tensors
-    )  # once: checkpointing makes them anew at each access
+    )  # once: checkpointing recomputes them at each access
     wanted = list(ctx.needs_input_grad[:3])
     inputs, gradients = (hidden, weight, bias, targets), list(grads[:3])
     into = grad_to_add_to(weight) if wanted[1] else None
@@ -182,7 +182,7 @@ def linear_token_stats(
 
     Options, results and special values as ``token_stats``. Differentiable once in hidden, weight and bias; only what
     requires a gradient is computed. The backward pass makes the logits again, tile by tile (four products in all), for
-    the rows that have a gradient, and adds to an existing ``weight.grad`` where it lies. The weight's gradient is
+    the rows that have a gradient, and adds to an existing ``weight.grad`` in place. The weight's gradient is
     summed in float32 at least; for a 16-bit weight and more than one tile by a pass of its own (a fifth product)
     instead of in a float32 tensor of the weight's size.
 

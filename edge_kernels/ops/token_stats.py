@@ -97,9 +97,9 @@ token_stats_op.register_autograd(_backward, setup_context=_setup_context)
 class _InplaceTokenStats(torch.autograd.Function):
     """The same, with the backward pass writing the gradient over the logits.
 
-    Autograd does not see that write, so the version counter is raised by hand. Whoever saved these logits for a
-    backward pass of their own, this one a second time included, then gets autograd's "modified by an inplace operation"
-    instead of a wrong gradient.
+    Autograd does not see that write, so the version counter is raised by hand. A function that saved these logits for
+    its own backward pass, or a second run of this one, then gets autograd's "modified by an inplace operation" instead
+    of a wrong gradient.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ def token_stats(
 
     Returns float32 (float64 for float64 logits) in the shape of ``targets``; all three are differentiable in
     ``logits``, once: a second derivative raises RuntimeError. Raises TypeError or ValueError for wrong dtypes, shapes
-    and targets (a target out of range gives NaN on a GPU, where looking at it would wait for all work queued). Under
+    and targets (a target out of range gives NaN on a GPU, where checking it would wait for all queued work). Under
     autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
     transform = Transform(temperature, softcap, logit_scale, ignore_index)

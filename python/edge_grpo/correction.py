@@ -75,7 +75,7 @@ class Corrector:
     sequence that is added is the one that the response had, else the first of ``eos_token_ids``.
 
     *Which responses.* Those whose outcome is not "correct". A response whose prompt has no answer and whose outcome is
-    "unparseable" stays as it is: nobody knows whether it is wrong. So do skipped responses, and with
+    "unparseable" stays as it is: it is not known to be wrong. So do skipped responses, and with
     ``truncated=False`` those that the length limit cut off; otherwise the correction starts where they were cut. Of
     these ``scope`` takes
 
@@ -129,7 +129,7 @@ class Corrector:
         self._continuation_length = config.max_length - max(map(len, self._reflections.values()))
         if config.reflect and self._continuation_length < 1:
             raise ValueError(
-                f"correction.max_length = {config.max_length} leaves no token for the policy to go on after the "
+                f"correction.max_length = {config.max_length} leaves no token for the policy's continuation after the "
                 f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set reflect to 0 in mix"
             )
 
@@ -249,7 +249,7 @@ class Corrector:
     def _correct(
         self, drawn: Correction | None, prompt: Prompt, response: Response
     ) -> tuple[Correction | None, Response]:
-        """The kind that ``drawn`` comes to, and the response so corrected; a reflection is still to be continued."""
+        """The kind that ``drawn`` becomes, and the corrected response; a reflection still needs its continuation."""
         kind = drawn
         while kind in ("solution", "answer"):
             if (written := self._write(kind, prompt, response)) is not None:
@@ -270,7 +270,7 @@ class Corrector:
         return shorter
 
     def _without_eos(self, response: Response) -> tuple[Response, int]:
-        """The response without a final end of sequence, and the end of sequence to close a text of ours with."""
+        """The response without a final end of sequence, and the end of sequence for injected text."""
         if response.token_ids and response.token_ids[-1] in self.eos_token_ids:
             return _slice(response, len(response.token_ids) - 1), response.token_ids[-1]
         return response, self.eos_token_ids[0]
@@ -312,7 +312,7 @@ class Corrector:
         return both[len(start) :] if both[: len(start)] == start else list(self.encode(text))
 
     def _follows_text(self, prompt: Prompt, kept: Response) -> bool:
-        """Whether what is appended comes after something other than a blank or nothing."""
+        """Whether appended text comes after a character that is not blank."""
         if not kept.token_ids:
             before = prompt.text
         elif self.decode is None:
@@ -334,7 +334,7 @@ def _slice(response: Response, length: int) -> Response:
 
 
 def _inject(response: Response, token_ids: Sequence[int]) -> Response:
-    """The response with our tokens after its own."""
+    """The response with injected tokens appended."""
     unknown = (math.nan,) * len(token_ids)
     return replace(
         response,

@@ -1,4 +1,4 @@
-r"""Pure functions on strings: filling a template, finding the \boxed{} answers of a text, figures as people read them.
+r"""Pure functions on strings: filling a template, finding the \boxed{} answers of a text, numbers for display.
 
 Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
 """
@@ -60,7 +60,7 @@ def bare_answer(text: str) -> str:
     for inner_start, inner_stop in boxes(text):
         opening = _BOX.match(text, start)
         if opening is None or (opening.end(), stop - 1) != (inner_start, inner_stop):
-            break  # something stands beside the box
+            break  # there is text beside the box
         start, stop = inner_start, stop - 1
         while start < stop and text[start].isspace():
             start += 1
@@ -70,12 +70,12 @@ def bare_answer(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as people read it: 0.125 is ``12.5%``, NaN is ``-``."""
+    """A share for display: 0.125 is ``12.5%``, NaN is ``-``."""
     return "-" if math.isnan(share) else f"{100 * share:.1f}%"
 
 
 def clock(seconds: float) -> str:
-    """A duration as people read it: ``15 s``, ``1 min 15 s``, ``2 h 03 min``."""
+    """A duration for display: ``15 s``, ``1 min 15 s``, ``2 h 03 min``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -18,7 +18,7 @@ FailureKind = Literal["timed_out", "out_of_memory", "died", "raised"]  # of a ca
 
 
 class Provenance(IntEnum):
-    """Who wrote a token: the policy in its first attempt, we, or the policy going on after what we wrote."""
+    """Who wrote a token: the policy in its first attempt, the correction, or the policy continuing after it."""
 
     SAMPLED = 0
     INJECTED = 1
@@ -109,8 +109,8 @@ class RolloutError(RuntimeError):
 class RolloutEngine(Protocol):
     """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``.
 
-    ``build_engine`` returns one that has the weights of the model it was given. Its use is ``generate`` any number of
-    times, ``sleep`` at will, ``update_weights`` after each change of the weights, and ``close`` at the end.
+    ``build_engine`` returns one that has the weights of the model it was given. Call ``generate`` any number of
+    times, ``sleep`` if you like, ``update_weights`` after each change of the weights, and ``close`` at the end.
     """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
@@ -118,7 +118,7 @@ class RolloutEngine(Protocol):
 
         A prompt may repeat (that is how a group is sampled) and may end in a partial completion, which is continued.
         Logprobs are those of the distribution at the sampling temperature; greedy ones at 1.
-        All responses or none: RolloutError when some could not be had.
+        All responses or none: RolloutError when some are missing.
         """
         ...
 

@@ -45,7 +45,7 @@ def test_tensors_go_to_the_kernels_of_their_device(missing: dict[str, str]) -> N
     assert get_backend(CudaTensor()) == "triton"  # type: ignore[arg-type]
     assert get_backend(CudaTensor(torch.float64)) == "reference"  # type: ignore[arg-type]
     missing["triton"] = "not installed"
-    with pytest.raises(RuntimeError, match="backend 'triton' is not available: not installed; to do without it"):
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: not installed; to run without it"):
         get_backend(CudaTensor())  # type: ignore[arg-type]
 
 

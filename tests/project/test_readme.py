@@ -1,4 +1,6 @@
-"""Every snippet of the README runs: Python as it stands, shell commands cut short."""
+"""Every snippet of the README and of docs/ runs: Python as it stands, shell commands cut short, YAML read as a
+configuration. Their links and pictures lead somewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +8,75 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from edge_grpo.config import load_config
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+}
 SHORT = ["steps=1", "eval.size=8", "rollout.num_prompts=2", "rollout.num_generations=4"]
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def snippets(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def every(language: str) -> list[object]:
+    """A parameter for each snippet of a language, named by its page and number."""
+    return [
+        pytest.param(snippet, id=f"{page}-{number}")
+        for page, text in TEXTS.items()
+        for number, snippet in enumerate(snippets(text, language), start=1)
+    ]
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(line, comments=True) for snippet in snippets("sh") for line in snippet.splitlines()]
+    """The shell commands of all pages, the README's first."""
+    return [
+        shlex.split(line, comments=True)
+        for text in TEXTS.values()
+        for snippet in snippets(text, "sh")
+        for line in snippet.splitlines()
+    ]
 
 
 def test_every_snippet_has_a_language_that_is_run():
-    assert set(re.findall(r"^```(\w*)$", README, flags=re.MULTILINE)) == {"sh", "python", ""}
-    assert snippets("python")
+    found = {language for text in TEXTS.values() for language in re.findall(r"^```(\w*)$", text, flags=re.MULTILINE)}
+    assert found == {"sh", "python", "yaml", ""}
+    assert snippets(TEXTS["README.md"], "python")
     assert commands()
 
 
-@pytest.mark.parametrize("code", snippets("python"), ids=lambda code: code.splitlines()[1])
+@pytest.mark.parametrize("code", every("python"))
 def test_python(code):
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "snippet", "exec"), {})
+
+
+@pytest.mark.parametrize("text", every("yaml"))
+def test_configurations(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    load_config(path)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXTS[page]):
+        if not target.startswith("https://"):
+            assert (ROOT / Path(page).parent / target).exists(), f"{page} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_paths(page):
+    """Files of the project that a page names exist."""
+    for name in re.findall(r"`((?:tests|benchmarks|recipes|scripts|csrc|edge_kernels|python)/[\w./-]+)`", TEXTS[page]):
+        assert (ROOT / name).exists(), f"{page} names {name}, which is not there"
 
 
 def test_make_targets_exist():
@@ -41,19 +87,23 @@ def test_make_targets_exist():
 
 @pytest.mark.slow
 def test_edge_grpo(tmp_path):
-    """In order, in an empty folder: each command finds what those before it left."""
+    """In order, in one empty folder: each command finds what those before it left."""
     ran = 0
     for words in commands():
         if words[:1] == ["make"]:
             continue
         assert words[0] == "edge-grpo", f"no test runs {words[0]}"
         if any(word.startswith("smollm2-135m") for word in words):
-            continue  # tests/test_recipes.py and test_vllm.py: they need the fetched model, or a server
-        extra = {"train": SHORT, "eval": ["--size", "8"], "compare": [], "report": []}[words[1]]
+            continue  # grpo/config/test_recipes.py and grpo/rollout: they need the fetched model, or a server
+        shorter = {"train": [] if "--resume" in words else SHORT, "eval": ["--size", "8"], "compare": [], "report": []}
+        arguments = [re.sub(r"^steps=\d+$", "steps=2", word) for word in words[1:]]
         result = subprocess.run(
-            [sys.executable, "-m", "edge_grpo", *words[1:], *extra], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-m", "edge_grpo", *arguments, *shorter[words[1]]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr[-2000:]}"
         ran += 1
-    assert ran == 7
+    assert ran == 9
     assert list(tmp_path.glob("**/report.html"))

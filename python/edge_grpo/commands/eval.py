@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, metavar="N", help="examples generated and saved at a time (default: 100)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, answer and outcome to FILE")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="finish the evaluation that was begun in FILE")
+    again.add_argument("--resume", action="store_true", help="finish the interrupted evaluation in FILE")
     again.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument(
         "--self-check",

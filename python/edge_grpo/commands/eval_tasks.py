@@ -84,7 +84,7 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
                 suite.run(result, prompts, template, engine, tokenizer, grader, after_chunk=after_chunk)
         except KeyboardInterrupt:
             if path is not None and path.is_file():
-                _say(f"\nInterrupted: what was found is in {path}; add --resume to the command to finish it")
+                _say(f"\nInterrupted: the results so far are in {path}; add --resume to the command to finish it")
             raise
         finally:
             engine.close()
@@ -98,7 +98,7 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
     """Grade the answers of an earlier result with the current grader, without a model."""
     asking = ("template", "sets", "k", "temperature", "max_tokens", "size", "seed", "engine", "chunk", "resume")
     if given := [f"--{name.replace('_', '-')}" for name in asking if getattr(options, name) not in (None, False)]:
-        raise ValueError(f"{source} is graded again as it was asked; {', '.join(given)} cannot change that")
+        raise ValueError(f"{source} is graded again with its own settings; {', '.join(given)} cannot change them")
     saved = Result.load(source)
     _refuse_to_replace(options)
     data = {name: part.data for name, part in saved.sets.items()}

@@ -25,8 +25,8 @@ COMMANDS = {module.COMMAND.name: module.COMMAND for module in (train, evaluate, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its status.
 
-    0; 1 where a strict check found something; 2 for a mistake in what was asked; 3 for an engine that could not
-    generate; 130 for Ctrl-C.
+    0; 1 where a strict check found something; 2 for a mistake in the command or the configuration; 3 for an engine that
+    could not generate; 130 for Ctrl-C.
     """
     command, options, overrides = parse(arguments)
     try:

@@ -56,7 +56,7 @@ def print_result(result: Result) -> None:
     others = [name for name in quantities if name not in shown]
     if others:
         print("  ".join(f"{name} {percent(micro[name].value)}" for name in others) + "  over all problems")
-    print("In parentheses 95 % bootstrap intervals over problems; tokens are means per response.")
+    print("In parentheses: 95 % bootstrap intervals over problems; tokens are means per response.")
     for name, part in result.sets.items():
         if part.left_out:
             print(f"{name}: {len(part.left_out)} prompts were too long and are not counted: {_rows(part.left_out)}")
@@ -113,7 +113,7 @@ def print_checks(checks: Mapping[str, SheetCheck]) -> None:
         for rows, what in (
             (check.rejected, "the grader rejects the data's own answer"),
             (check.accepted, "the grader accepts a wrong answer"),
-            (check.text_only, "not read as mathematics, so equal text alone is accepted"),
+            (check.text_only, "not read as mathematics, so only equal text is accepted"),
             (check.unanswered, "no answer"),
         ):
             if rows:

@@ -1,4 +1,4 @@
-"""What a value must be, and the words for one that is not: types by annotation, ranges, the nearest name.
+"""What a value must be, and the message for one that is not: types by annotation, ranges, the nearest name.
 
 Nothing here knows a key: those and their rules are in ``keys``, files and overrides in ``reading``.
 """

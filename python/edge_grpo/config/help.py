@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 def describe(cls: Any = TrainConfig, prefix: str = "") -> Iterator[Entry]:
-    """Yield every key that can be set, sections last, with the help that stands beside its field."""
+    """Yield every key that can be set, sections last, with the help written beside its field."""
     notes, defaults, options = _notes(cls), cls(), options_of(cls)
     for name, annotation in options.items():
         if not is_dataclass(annotation):

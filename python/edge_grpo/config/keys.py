@@ -66,11 +66,11 @@ class EvalConfig:
 # Arguments of vLLM that a user cannot set, and where their values come from.
 _FIXED_IN_VLLM = {
     "model": "is model.path",
-    "max_model_len": "is made of data.max_prompt_length, rollout.max_completion_length and correction.max_length",
+    "max_model_len": "follows from data.max_prompt_length, rollout.max_completion_length and correction.max_length",
     "max_num_seqs": "is rollout.batch_size",
     "logprobs_mode": "must be what the loss recomputes",
     "generation_config": "would change the distribution that is sampled",
-    "skip_tokenizer_init": "is set, since only token ids pass",
+    "skip_tokenizer_init": "is set, since only token ids are exchanged",
     "disable_log_stats": "is set",
     "host": "is part of rollout.server",
     "port": "is part of rollout.server",
@@ -86,8 +86,8 @@ class RolloutConfig:
     max_completion_length: int = 256  # tokens of one response before correction; dr_grpo divides by it
     batch_size: int = 64  # sequences generated at once per process
     vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
-    server: str = "127.0.0.1:8000"  # where vllm-server is found, and where edge-grpo serve listens
-    server_folder: str | None = None  # takes the weights to vllm-server, which must see it too; null sends them by NCCL
+    server: str = "127.0.0.1:8000"  # address of vllm-server, on which edge-grpo serve listens
+    server_folder: str | None = None  # a folder shared with vllm-server, for the weights; null sends them by NCCL
     timeout: float = 600.0  # seconds that vllm-server may take to start, for a request, or for new weights
 
     def __post_init__(self) -> None:
@@ -114,11 +114,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    # of accuracy (boxed answer right), format (exactly one \boxed{}), package.module:function; a name left out: 0
+    # by name: accuracy (boxed answer right), format (exactly one \boxed{}), package.module:function; others are 0
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    timeout: float = 5.0  # seconds for comparing one answer; beyond, its outcome is timed_out
+    timeout: float = 5.0  # seconds to compare one answer, after which its outcome is timed_out
     function_timeout: float = 60.0  # seconds for one call of a function
-    on_error: OnError = "fail"  # a function raised or overran: end the run, count it as 0, or leave the response out
+    on_error: OnError = "fail"  # when a function fails: end the run, count it as 0, or leave the response out
 
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
@@ -146,15 +146,15 @@ def _published_mix() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    # relative weights of reflect (the policy goes on), answer (is appended), solution (replaces); a kind left out: 0
+    # relative weights: reflect (the policy continues), answer (appended), solution (replaces all); others are 0
     mix: dict[str, float] = field(default_factory=_published_mix)
     reflection_text: str = " Wait! Something is wrong here."  # what reflect and answer append
-    answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends then; contains {answer}
+    answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends after it, with {answer}
     max_length: int = 256  # tokens that a correction may add to a response
     truncated: bool = True  # whether responses cut off by the length limit are corrected too
-    scope: Scope = "all"  # correct all wrong responses, those of collapsed groups, or one of each group with none right
-    max_per_group: int | None = None  # correct at most so many responses of a group, drawn at random
-    long_solution: LongSolution = "shorter"  # a solution beyond the limit: try answer, reflect; truncate it; or skip
+    scope: Scope = "all"  # correct all wrong responses, those of collapsed groups, or one per group with none right
+    max_per_group: int | None = None  # correct at most this many responses of a group, drawn at random
+    long_solution: LongSolution = "shorter"  # a solution over the limit: try answer, then reflect; truncate it; or skip
 
     def __post_init__(self) -> None:
         problems = [
@@ -177,7 +177,7 @@ class CorrectionConfig:
         elif "\\boxed" in filled and last_box(filled) != "7":
             problems.append(
                 f"answer_text must put {{answer}} into a readable \\boxed{{}}; got {self.answer_text!r}, which makes "
-                f"{filled!r} of the answer 7; double the braces that are to stay: \\boxed{{{{{{answer}}}}}}"
+                f"{filled!r} of the answer 7; double the braces that must remain: \\boxed{{{{{{answer}}}}}}"
             )
         refuse(problems)
 
@@ -233,7 +233,7 @@ class OptimConfig:
 class TrainConfig:
     method: Method = "edge"  # edge: EDA and GEC; eda, gec: that alone; grpo: neither; grpo+reflection: reflect alone
     steps: int = 100  # rollouts to train on
-    seed: int = 0  # of the order of the data, sampling and corrections
+    seed: int = 0  # for data order, sampling and corrections
     output: str = "runs/edge-grpo"  # the run's folder: configuration, metrics, completions, checkpoints, final model
     save_every: int = 50  # steps between checkpoints, of which two are kept; 0 keeps only the final model
     trackers: tuple[str, ...] = ()  # trackio, wandb, tensorboard: accelerate's trackers; JSONL is always written
@@ -339,7 +339,7 @@ class TrainConfig:
         return problems
 
 
-# Options that the loss has for every trainer's sake and that are no keys here, and what this trainer makes of them.
+# Options of the loss that are not keys here, and where this trainer takes their values from.
 LOSS_VALUES = {
     "temperature": "taken from rollout.temperature",
     "softcap": "taken from the model",

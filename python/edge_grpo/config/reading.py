@@ -1,6 +1,6 @@
 """Reading a configuration from YAML and KEY=VALUE overrides, with every problem at once; writing it; recipes by name.
 
-A problem is told with where it comes from: the file, or the override. The keys and their rules are in ``keys``.
+Each problem is reported with its source: the file, or the override. The keys and their rules are in ``keys``.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def recipe_path(name: str) -> Path:
     if name and Path(name).name == name and path.is_file():
         return path
     hint = did_you_mean(name, recipe_names()) or f"; there are: {', '.join(recipe_names()) or 'none'}"
-    raise ValueError(f"no recipe of the name {name!r} (a file goes by --config){hint}")
+    raise ValueError(f"no recipe named {name!r} (--config takes a file){hint}")
 
 
 # ---- Files and overrides -------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no configuration file {path}; recipes by name are: {', '.join(recipe_names())}")
+        raise FileNotFoundError(f"no configuration file {path}; recipes are: {', '.join(recipe_names())}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
@@ -233,7 +233,7 @@ def _build(cls: type[Config], tree: Mapping[Any, Any], prefix: str, problems: li
 
 
 def _complaints(cls: type[Any], values: Mapping[str, Any]) -> list[str]:
-    """Return what a dataclass says against ``values``; the kernels' stops at the first, so each is also tried alone."""
+    """Return a dataclass's complaints about ``values``; the loss's stops at the first, so each is also tried alone."""
     found: dict[str, None] = {}
     alone = [{"max_completion_length": 1, name: value} for name, value in values.items()]
     for part in [values, *(alone if cls is GRPOLossConfig else [])]:

@@ -35,7 +35,7 @@ _CONSEQUENCES: dict[Kind, str] = {
     "empty problem": "refused",
     "repeated problem": "seen more often",
     "no answer": "not judged",
-    "unreadable answer": "only equal text is right",
+    "unreadable answer": "only equal text counts",
     "rejected solution": "not injected",
     "long prompt": "left out",
     "long solution": "not injected whole",
@@ -134,7 +134,7 @@ def examine(
             findings.append(Finding("empty problem", example.index, ""))
         elif earlier is not example:
             same = "the same answer" if accepted_answers(earlier) == accepted_answers(example) else "another answer"
-            findings.append(Finding("repeated problem", example.index, f"row {earlier.index} has it with {same}"))
+            findings.append(Finding("repeated problem", example.index, f"also in row {earlier.index}, with {same}"))
         if example.answer is None:
             findings.append(Finding("no answer", example.index, ""))
     findings += _unreadable_answers(examples, grader)

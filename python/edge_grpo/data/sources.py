@@ -121,7 +121,7 @@ def _split_off(spec: str) -> tuple[str, str | None]:
     if not at or Path(spec).exists():
         return spec, None
     if not name or not split or "/" in split:
-        raise ValueError(f"data must be named NAME[@SPLIT]; got {spec!r}; NAME is {_NOTATION}")
+        raise ValueError(f"data must be given as NAME[@SPLIT]; got {spec!r}; NAME is {_NOTATION}")
     return name, split
 
 
@@ -155,8 +155,8 @@ def _load_reasoning_gym(task: str, split: str, seed: int, size: int) -> list[dic
     unanswered = sum(row["answer"] is None for row in rows)
     if unanswered or type(dataset).score_answer is not ProceduralDataset.score_answer:
         _log.warning(
-            "reasoning_gym:%s grades with its own score_answer%s; the accuracy reward accepts the reference answer "
-            "alone; where a problem has other right answers, add a reward function",
+            "reasoning_gym:%s grades with its own score_answer%s; the accuracy reward accepts only the reference "
+            "answer; where a problem has other right answers, add a reward function",
             task,
             f" and gives no answer for {unanswered} of {size} problems" if unanswered else "",
         )

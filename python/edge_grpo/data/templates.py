@@ -40,7 +40,7 @@ class Template:
     """How a problem becomes a prompt, and a completion an answer.
 
     ``text`` holds {problem}. With ``is_whole`` it is all that the model reads, otherwise the user message of the
-    tokenizer's chat template, after ``system`` where there is one. With ``is_tagged`` the answer stands in
+    tokenizer's chat template, after ``system`` where there is one. With ``is_tagged`` the answer is in
     ``<answer>`` tags after ``</think>``, otherwise in the last ``\\boxed{}``.
     """
 

@@ -127,7 +127,7 @@ def _check(first: Result, second: Result) -> None:
     templates = first.protocol.template, second.protocol.template
     if templates[0] != templates[1]:
         how = " and ".join(f"{template['name']} ({template['text']!r})" for template in templates)
-        raise ValueError(f"results must be of the same template; got {how}; evaluate both with one --template")
+        raise ValueError(f"results must use the same template; got {how}; evaluate both with one --template")
 
 
 def _differences(first: Result, second: Result, name: str) -> list[int]:
@@ -143,7 +143,7 @@ def _differences(first: Result, second: Result, name: str) -> list[int]:
 def _notes(first: Result, second: Result) -> list[str]:
     notes = []
     if first.model["weights"] == second.model["weights"]:
-        notes.append("both results are of the same weights")
+        notes.append("both results are from the same weights")
     for key in ("generations", "temperature", "max_tokens", "window", "engine"):
         pair = getattr(first.protocol, key), getattr(second.protocol, key)
         if pair[0] != pair[1]:

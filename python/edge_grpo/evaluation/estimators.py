@@ -103,8 +103,8 @@ def interval(resampled: Array) -> tuple[float, float]:
 def mean_interval(values: Array, resampled: Array, bounds: tuple[float, float]) -> tuple[float, float]:
     """The interval for the mean of ``values`` (n,), which can lie within ``bounds``, from their ``resampled`` means.
 
-    Where all values are the same, resampling knows no spread and would call the mean certain. Then the exact binomial
-    bound stands in: with 1 - ((1 - LEVEL) / 2)^(1/n) the highest share of other values that could well have stayed
+    Where all values are the same, resampling sees no spread and would call the mean certain. The exact binomial bound
+    replaces it: with 1 - ((1 - LEVEL) / 2)^(1/n) the highest share of other values that could well have stayed
     unseen (Clopper and Pearson), those may lie anywhere within the bounds. 0 of 30 gives 0 to 11.6 %.
     """
     first = float(values[0])
@@ -174,7 +174,7 @@ def averages(
 
 
 def sign_flip_p_value(differences: Sequence[int]) -> float:
-    """Return the exact two-sided p-value of paired ``differences``, one a problem, under "which is which is a coin".
+    """Return the exact two-sided p-value of paired ``differences``, one a problem, if the two are exchangeable.
 
     If two models are equally good, swapping their results on any problem is as likely as not: of all sign patterns of
     the nonzero differences, the share whose sum is at least as far from 0 as the one seen. No normal approximation and

@@ -100,7 +100,7 @@ def run(
 
 
 def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], grader: Grader) -> Result:
-    """Return ``saved`` with its answers graded anew; ``examples`` are the problems that were asked, by set.
+    """Return ``saved`` with its answers graded again; ``examples`` are the problems that were asked, by set.
 
     Raises ValueError where problems or accepted answers differ from those that were asked.
     """

@@ -118,7 +118,7 @@ def _resolve(path: str) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"model.path={path!r} is a folder without config.json; name one that was saved whole")
         yield str(local), None
     elif local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or local.exists():
-        raise ValueError(f"model.path={path!r} is no folder, no .gguf file and no Hub id; check the spelling")
+        raise ValueError(f"model.path={path!r} is not a folder, a .gguf file or a Hub id; check the spelling")
     else:
         yield path, None
 

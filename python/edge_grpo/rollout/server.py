@@ -123,7 +123,7 @@ class ServerEngine:
             self._version = self._ask("/weight_info")["weight_version"]
 
     def sleep(self) -> None:
-        """Nothing: the server does not share the trainer's memory."""
+        """Do nothing: the server does not share the trainer's memory."""
 
     def close(self) -> None:
         if self._channel is not None:
@@ -194,7 +194,7 @@ class ServerEngine:
             versions = {span["version"] for span in choice["weight_versions"] or ()}
             if versions != {self._version}:
                 raise self._failure(
-                    f"sampled with weights of version {', '.join(sorted(versions)) or 'unknown'} and not with those of "
+                    f"sampled with weights of version {', '.join(sorted(versions)) or 'unknown'} instead of "
                     f"{self._version}, which it was sent; it was restarted, or another trainer uses it"
                 )
             content = (choice["logprobs"] or {}).get("content") or ()
@@ -237,7 +237,7 @@ class ServerEngine:
                     raise self._failure(f"failed {attempt} times to answer {path} ({error})") from error
                 pause = _PAUSE * 2 ** (attempt - 1)
                 if (stop or threading.Event()).wait(pause):
-                    raise self._failure(f"was given up before {path} was answered") from error
+                    raise self._failure(f"was abandoned before it answered {path}") from error
         raise AssertionError("unreachable")
 
     def _ask_once(self, path: str, body: Any, timeout: float) -> Any:
@@ -261,7 +261,7 @@ class ServerEngine:
         """The error to raise: what happened, what to do, and the last lines of the server's log."""
         remedy = remedy or (
             "Nothing of this step was trained on. Start the server again (edge-grpo serve, with the run's "
-            "configuration), then go on with the run (--resume)"
+            "configuration), then continue the run with --resume"
         )
         lines = _last_lines(self._log)
         log = f"the last lines of {self._log}:\n{lines}" if lines else f"there is no log at {self._log}"

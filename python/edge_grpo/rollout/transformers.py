@@ -216,7 +216,7 @@ class _Sampler(LogitsProcessor):
     ``generate`` calls custom processors last but for the warpers of ``do_sample``, and without other options there is
     nothing before them: what arrives here are the model's own logits, in float32. What leaves allows one token a row.
     Drawing by inverse distribution function takes one random number a row. ``torch.multinomial``, which ``generate``
-    would use, takes one for each of V candidates, from one state for all rows, so that each draw hangs on the others.
+    would use, takes one for each of V candidates, from one state for all rows, so that each draw depends on the others.
     """
 
     def __init__(self, uniforms: Tensor, sampling: Sampling, eos_token_ids: Tensor) -> None:

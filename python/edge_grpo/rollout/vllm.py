@@ -164,7 +164,7 @@ class NCCLChannel:
             raise ValueError(f"sending weights by NCCL could not import vLLM: {error}; {INSTALL}") from error
 
         class Source(ModuleSource):
-            """The parameters under their checkpoint names, read anew for each transfer."""
+            """The parameters under their checkpoint names, read again for each transfer."""
 
             def metadata(self) -> list[Any]:
                 return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self]

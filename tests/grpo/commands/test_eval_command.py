@@ -62,19 +62,19 @@ def test_a_suite_is_asked_kept_and_compared(capsys: pytest.CaptureFixture[str]) 
     gain = warm.estimates()[1]["accuracy"].value - cool.estimates()[1]["accuracy"].value
     assert difference["micro"]["difference"]["value"] == pytest.approx(gain)
     assert f" {100 * gain:+.1f} (" in printed
-    assert "note: both results are of the same weights\n" in printed
+    assert "note: both results are from the same weights\n" in printed
     assert "note: temperature differs: 0.1 and 1.0\n" in printed
 
     run("eval", "warm.json", "--json", "graded.json")
     assert capsys.readouterr().out.endswith("0 of 52 outcomes changed\n")
     assert Result.load(Path("graded.json")) == warm
     run("eval", "warm.json", "--k", "3", status=2)
-    assert "warm.json is graded again as it was asked; --k cannot change that" in capsys.readouterr().err
+    assert "warm.json is graded again with its own settings; --k cannot change them" in capsys.readouterr().err
 
     run(*ASK, "--template", "chat", "--sets", "first", "--json", "chat.json")
     run(*ASK, "--sets", "first", "--json", "plain.json")
     run("compare", "plain.json", "chat.json", status=2)
-    assert "results must be of the same template; got config" in capsys.readouterr().err
+    assert "results must use the same template; got config" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_is_finished(
@@ -91,7 +91,7 @@ def test_an_interrupted_evaluation_is_finished(
 
     monkeypatch.setattr(suite, "evaluate", stop_at_the_third)
     run(*ask, status=130)
-    assert "what was found is in out.json; add --resume to the command to finish it" in capsys.readouterr().err
+    assert "the results so far are in out.json; add --resume to the command to finish it" in capsys.readouterr().err
     assert [len(part.evaluation.results) for part in Result.load(Path("out.json")).sets.values()] == [8, 0]
     run(*ask, status=2)
     assert "out.json exists already; finish it with --resume, replace it with --overwrite" in capsys.readouterr().err

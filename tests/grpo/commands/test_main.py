@@ -110,7 +110,7 @@ def test_the_examples_in_the_help_are_commands_that_parse() -> None:
     ("arguments", "message"),
     [
         (["train", "optm.learning_rate=1"], "unknown key optm.learning_rate; did you mean optim.learning_rate?"),
-        (["train", "--recipe", "tinny"], "no recipe of the name 'tinny' (a file goes by --config); did you mean tiny?"),
+        (["train", "--recipe", "tinny"], "no recipe named 'tinny' (--config takes a file); did you mean tiny?"),
         (["train", "--config", "none.yaml"], "no configuration file none.yaml"),
         (["report", "nowhere"], "no run folder nowhere"),
         (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --suite DIR, or --data SPEC"),

@@ -190,7 +190,7 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.vllm.max_model_len=99"], "rollout.vllm must not set max_model_len, which is made of"),
+        (["rollout.vllm.max_model_len=99"], "rollout.vllm must not set max_model_len, which follows from"),
         (["rollout.vllm.port=99"], "rollout.vllm must not set port, which is part of rollout.server"),
         (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
         (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),

@@ -268,7 +268,7 @@ def test_a_mapping_names_no_source() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no configuration file .*none\.yaml; recipes by name are: "):
+    with pytest.raises(FileNotFoundError, match=r"no configuration file .*none\.yaml; recipes are: "):
         load_config(tmp_path / "none.yaml")
 
 
@@ -285,5 +285,5 @@ def test_every_recipe_loads_and_starts_with_what_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["", "../recipes/tiny", "tinny", "zzzz"])
 def test_an_unknown_recipe_is_refused_with_the_names(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no recipe of the name .*(did you mean|there are: )"):
+    with pytest.raises(ValueError, match=r"no recipe named .*(did you mean|there are: )"):
         recipe_path(name)

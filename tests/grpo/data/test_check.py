@@ -60,8 +60,8 @@ def test_every_defect_is_found_once(found):
         ("long solution", 10),
     ]
     details = {(finding.kind, finding.row): finding.detail for finding in found.findings}
-    assert details["repeated problem", 3] == "row 0 has it with the same answer"
-    assert details["repeated problem", 4] == "row 1 has it with another answer"
+    assert details["repeated problem", 3] == "also in row 0, with the same answer"
+    assert details["repeated problem", 4] == "also in row 1, with another answer"
     assert details["unreadable answer", 7] == r"unparseable: '1, 2, \\ldots, 9'"
     assert details["unreadable answer", 8] == "timed_out: '9^{9^{9^{9}}}'"
     assert details["rejected solution", 4] == "wrong: its box holds '3', the answer is '4'"

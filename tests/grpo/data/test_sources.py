@@ -248,7 +248,7 @@ def test_a_broken_file_says_where(tmp_path, content, message):
         ("reasoning_gym:chain_sum@dev", ValueError, "splits 'train' and 'test'; got 'dev'"),
         ("reasoning_gym:composite", ValueError, "no usable default settings"),
         ("nowhere.json", FileNotFoundError, "no data file nowhere.json"),
-        ("arithmetic@", ValueError, r"named NAME\[@SPLIT\]"),
+        ("arithmetic@", ValueError, r"given as NAME\[@SPLIT\]"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_explained(spec, error, message):

@@ -104,7 +104,7 @@ def test_a_result_does_not_differ_from_itself():
     assert found.sets["s"].difference.value == 0
     # 30 problems on which nothing differed do not prove that nothing ever would.
     assert found.sets["s"].difference.high == pytest.approx(0.1157, abs=1e-4)
-    assert found.notes == ["both results are of the same weights"]
+    assert found.notes == ["both results are from the same weights"]
 
 
 def test_what_else_differs_becomes_a_note():

@@ -181,7 +181,7 @@ def test_a_server_without_the_routes_is_told_apart(config, server, tiny_model, t
 def test_a_restarted_server_is_noticed(engine, server):
     engine.generate(PROMPTS, SAMPLING, seed=0)
     server.version = "default"
-    with pytest.raises(RolloutError, match="weights of version default and not with those of edge-grpo-"):
+    with pytest.raises(RolloutError, match="weights of version default instead of edge-grpo-"):
         engine.generate(PROMPTS, SAMPLING, seed=0)
 
 

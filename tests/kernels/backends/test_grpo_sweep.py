@@ -131,7 +131,7 @@ def test_the_gradient_is_handed_out_once():
     logits, targets, mask, advantages = batch(3, 11, torch.float32)
     out = edge_grpo_loss(logits.requires_grad_(), targets, mask, advantages=advantages)
     out.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="hands it out once"):
+    with pytest.raises(RuntimeError, match="returns it once"):
         out.loss.backward()
 
 

@@ -139,7 +139,7 @@ class TestMachinery:
         monkeypatch.setattr(head, "TILE_BYTES", 5 * V * 8)
         loss = from_hidden(batch, advantages=batch.advantages).loss
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="hands it out once; call it again"):
+        with pytest.raises(RuntimeError, match="returns it once; call it again"):
             loss.backward()
 
     @pytest.mark.parametrize("path", [from_logits, from_hidden])
