@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 WARP = 32  # threads
 # Behind the operands some versions print what the scheduler was told: "&req={0} ?trans1".
-LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\s[&?].*)?;")
+LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:(?<=\s)[&?].*)?;")
 REGISTER = re.compile(r"\b(U?R)(\d+)((?:\.\w+)*)")
 LOADS = ("LDG", "LDGSTS", "LD")  # from global memory, with a width
 BULK_LOADS = ("UTMALDG", "UBLKCP")  # by the copy engine: no width in the instruction

@@ -48,6 +48,11 @@ def test_the_main_loop_is_the_innermost_one_that_streams() -> None:
     assert [i.address for i in outer.instructions] == [0x30, 0x90, 0xA0]
 
 
+def test_what_the_scheduler_was_told_is_no_operand() -> None:
+    kernel = parse(*(f"{line}      &req={{0}} &wr=0x1     ?WAIT5_END_GROUP" for line in NESTED))
+    assert kernel.instructions == parse(*NESTED).instructions
+
+
 def test_a_load_that_is_the_same_for_all_threads_is_no_stream() -> None:
     (loop, *_) = [loop for loop in parse(*NESTED).loops if not loop.depth]
     assert loop.loads == []

@@ -1,7 +1,7 @@
 """Token statistics of a linear head, hidden @ weight.T + bias, and its gradients: logits exist in registers only.
 
-Forward: a program has product.M rows and a share of the vocabulary. Per tile of logits, tl.dot over D, then every row's
-(m, s, t) and its target's logit; shares are merged by a second kernel.
+Forward: a program has a block of rows and a share of the vocabulary. Per tile of logits, tl.dot over D, then every
+row's (m, s, t) and its target's logit; shares are merged by a second kernel.
 
 Backward, for a block of columns of the logits at a time: (1) make the logits again and write their gradient, in the
 products' dtype, into a buffer of bounded size; (2) d weight of these columns = buffer.T @ hidden, complete in one

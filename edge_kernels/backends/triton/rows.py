@@ -41,7 +41,7 @@ def edges(shift, end, V, tile):
 @triton.jit
 def part_mask(i, end, tile, W: tl.constexpr):
     """Which elements (LANES, W) of a part lie before column ``end``; both it and i are at the beginning of a vector."""
-    return tl.broadcast_to((i + tl.arange(0, tile.LANES) * tile.VEC < end)[:, None], (tile.LANES, W))
+    return tl.broadcast_to((tl.arange(0, tile.LANES) * tile.VEC < end - i)[:, None], (tile.LANES, W))
 
 
 @triton.jit
@@ -62,12 +62,12 @@ def load_tile(row, i, end, transform, tile):
             mask = part_mask(first, end, tile, W)
         if IS_BF16:
             word = tl.load((row + first).to(tl.pointer_type(tl.uint32)) + offsets, mask=mask)
-            xs = xs + (
+            xs += (
                 present((word << 16).to(tl.float32, bitcast=True), mask, transform),
                 present((word & 0xFFFF0000).to(tl.float32, bitcast=True), mask, transform),
             )
         else:
-            xs = xs + (present(tl.load(row + first + offsets, mask=mask), mask, transform),)
+            xs += (present(tl.load(row + first + offsets, mask=mask), mask, transform),)
     return xs
 
 
@@ -115,24 +115,26 @@ def row_sums(
 
 @triton.jit
 def write_tile(row, out_row, i, end, own_column, factors, transform, tile):
-    """Write the gradient of a tile from column i, up to ``end`` unless it is None; every read precedes the writes."""
+    """Write the gradient of a tile from column i, up to ``end`` unless it is None; all reads before the first write."""
     VEC: tl.constexpr = tile.VEC
     PART: tl.constexpr = tile.LANES * VEC
     dtype = out_row.dtype.element_ty
-    offsets = tl.arange(0, tile.LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    starts = tl.arange(0, tile.LANES)[:, None] * VEC
+    element = tl.arange(0, VEC)[None, :]
+    offsets = starts + element
     mask = None
     xs = ()
     if factors is not None:
         for part in tl.static_range(tile.UNROLL):
             if end is not None:
                 mask = part_mask(i + part * PART, end, tile, VEC)
-            xs = xs + (tl.load(row + i + part * PART + offsets, mask=mask),)
+            xs += (tl.load(row + i + part * PART + offsets, mask=mask),)
     for part in tl.static_range(tile.UNROLL):
         if end is not None:
             mask = part_mask(i + part * PART, end, tile, VEC)
         g = tl.zeros((tile.LANES, VEC), dtype)
         if factors is not None:
-            is_target = i + part * PART + offsets == own_column
+            is_target = element == own_column - (i + part * PART + starts)  # one subtraction a vector
             g = gradient(xs[part], factors, is_target, transform).to(dtype)
         tl.store(out_row + i + part * PART + offsets, g, mask=mask)
 
