@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 import string
 
-_BOXES_AND_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<brace>[{}])", re.DOTALL)
-_BOX = re.compile(r"\\boxed\s*\{")
+# A box around a number or a capital letter may do without braces: \boxed 5.
+_BOXES_AND_BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s*(?P<bare>-?\d(?:[\d.,/]*\d)?|[A-Z](?![A-Za-z]))|\\.|(?P<brace>[{}])",
+    re.DOTALL,
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
 _MATH_DELIMITERS = re.compile(r"(?P<escaped>\\\\|\\\$)|\$|\\[()\[\]]")
 
 
@@ -29,7 +33,8 @@ def fill(template: str, name: str, value: str) -> str:
 def boxes(text: str) -> list[tuple[int, int | None]]:
     r"""Where the content of every ``\boxed{...}`` starts and stops, by opening; None for one that is never closed.
 
-    Braces are matched as LaTeX does: ``\{`` and ``\}`` do not count. One pass, whatever the nesting.
+    ``\fbox{...}`` is a box too, and so is ``\boxed 5``. Braces are matched as LaTeX does: ``\{`` and ``\}`` do not
+    count. One pass, whatever the nesting.
     """
     spans: list[tuple[int, int | None]] = []
     open_braces: list[int | None] = []  # which box each opened
@@ -37,6 +42,8 @@ def boxes(text: str) -> list[tuple[int, int | None]]:
         if match["box"]:
             open_braces.append(len(spans))
             spans.append((match.end(), None))
+        elif match["bare"]:
+            spans.append(match.span("bare"))
         elif match["brace"] == "{":
             open_braces.append(None)
         elif match["brace"] == "}" and open_braces:
@@ -58,9 +65,9 @@ def bare_answer(text: str) -> str:
     start, stop = 0, len(text)
     for inner_start, inner_stop in boxes(text):
         opening = _BOX.match(text, start)
-        if opening is None or (opening.end(), stop - 1) != (inner_start, inner_stop):
+        if opening is None or (opening.end(), stop - bool(opening["brace"])) != (inner_start, inner_stop):
             break  # something stands beside the box
-        start, stop = inner_start, stop - 1
+        start, stop = inner_start, stop - bool(opening["brace"])
         while start < stop and text[start].isspace():
             start += 1
         while start < stop and text[stop - 1].isspace():

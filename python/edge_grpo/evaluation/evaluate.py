@@ -18,7 +18,8 @@ import numpy as np
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.data.templates import Template
 from edge_grpo.evaluation.estimators import Array, majority_at_k, pass_at_k, powers_of_two
-from edge_grpo.grading.answers import Grader, accepted_answers, normalize
+from edge_grpo.grading.answers import Grader, accepted_answers
+from edge_grpo.grading.normalize import normalize
 from edge_grpo.text import last_box
 from edge_grpo.types import Outcome, Prompt, Response, RolloutEngine, Sampling
 

@@ -1,4 +1,4 @@
-r"""What an answer is, seen from its text: words, an option's letter, a numeral with its base, a list, a group, an equation.
+r"""What an answer is, seen from its text: words, an option's letter, a numeral with its base, a group, an equation.
 
 All texts are ``normalize``d. Units are ``edge_grpo.grading.units``; what the mathematics in a text is worth is
 ``edge_grpo.grading.symbolic``.
@@ -11,36 +11,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+_BLANKS_BY_SYMBOLS = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"""[^\W\d_][^\W\d_\s.,;:!?'"()&/-]*(?:[\s.,;:!?'"()&/-]+[^\W\d_]+)*[\s.,;:!?'")-]*""")
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
 _PRODUCT = re.compile(r"[b-df-hj-np-tv-z]{2,3}")  # two or three small consonants, such as xy: no word
 _NUMBER_ROW = re.compile(r"[+-]?\d+(?:\s+[+-]?\d+)+")
 _NUMERAL = re.compile(r"([0-9A-Z]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+)|\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\})")
-_BASE_IN_WORDS = re.compile(r"([0-9A-Z]+)\s*(?:\\text\s*\{\s*)?\(?\s*(?:in )?base[ -]*(\d+)\s*\)?\s*\}?")
+_BASE_IN_WORDS = re.compile(r"([0-9A-Z]+)\s*\(?\s*(?:in )?base[ -]*(\d+)\s*\)?")
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
 _BRACKETED_OPTION = re.compile(r"\(\s*([A-J])\s*\)\s*(?![-+*/^_=!'(])(.*)|\(\s*([A-J])\s*\)\s+(-.*)")
 _POINTED_OPTION = re.compile(r"([A-J])(?:\)|[.:](?=\s|$))\s*(.*)")
 _NAMED_OPTION = re.compile(r"(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_OPENING, _CLOSING = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"), (
-    ")",
-    "]",
-    "}",
-    r"\}",
-    r"\rangle",
-    r"\rfloor",
-    r"\rceil",
+_OPENING, _CLOSING = (
+    ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"),
+    (
+        ")",
+        "]",
+        "}",
+        r"\}",
+        r"\rangle",
+        r"\rfloor",
+        r"\rceil",
+    ),
 )
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
-_CONJUNCTION = re.compile(r"\s*(?:,\s*)?\\text\s*\{\s*,?\s*(?:and|or)\s*\}\s*|\s*(?:,\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])\s*")
+_CONJUNCTION = re.compile(r"\s*(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*")
+_TEXT_WITH_CONJUNCTION = re.compile(r"\\text\s*\{([^{}]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])[^{}]*)\}")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _NAME = re.compile(
     r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?(?:\([A-Za-z]\))?(?:_(?:\w|\{[^{}]*\}))?|\\text\s*\{[^{}]*\}"
 )
 # What an equation's left side cannot hold if it is to name what the right side is: x = 5, f(x) = 5, (m, n) = (1, 2).
 _COMPUTED = re.compile(r"(?<![_\w{])\d|[+^*/-]|\\(?:frac|sqrt|times|cdot|pm)")
+
+
+def without_blanks(text: str) -> str:
+    """The text without the blanks that separate no letters or digits."""
+    return _BLANKS_BY_SYMBOLS.sub("", text)
 
 
 # ---- Words ---------------------------------------------------------------------------------------------------------
@@ -53,11 +63,12 @@ def words(text: str) -> str | None:
     that stands alone is written as one, and a word is not to equal each of its anagrams.
     """
     plain = " ".join(_TEXT.sub(r" \1 ", text).split())
-    if plain != text and re.search(r"\d|\\", plain) is None and _LETTERS.search(plain):
-        return _folded(plain)
-    if "\\" in plain or not _WORDS.fullmatch(plain):
+    has_word = _LETTERS.search(re.sub(r"\b(?:and|or)\b", "", plain))
+    if not has_word or re.search(r"\d|\\", plain):
         return None
-    if not _LETTERS.search(plain) or (_PRODUCT.fullmatch(plain) and plain == text):
+    if plain != text:
+        return _folded(plain)
+    if not _WORDS.fullmatch(plain) or (_PRODUCT.fullmatch(plain) and plain == text):
         return None
     return _folded(plain)
 
@@ -68,7 +79,7 @@ def is_number_row(text: str) -> bool:
 
 
 def may_be_product(text: str) -> bool:
-    """Whether words are short enough to be a product of letters, for an answer that is written as one: a b, a \\cdot b."""
+    """Whether words are short enough to be a product of letters, where the other answer is written as one."""
     return re.fullmatch(r"[A-Za-z]{2,3}", text) is not None
 
 
@@ -112,7 +123,7 @@ def numeral(text: str) -> tuple[str, int] | None:
     match = _NUMERAL.fullmatch(text)
     if match:
         digits, name = match[1], match[2] or match[3] or match[4]
-    elif match := _BASE_IN_WORDS.fullmatch(text):
+    elif match := _BASE_IN_WORDS.fullmatch(" ".join(_TEXT.sub(r" \1 ", text).split())):
         digits, name = match[1], match[2]
     else:
         return None
@@ -164,7 +175,7 @@ def group(text: str) -> Group | None:
     opening, content, closing = inside
     if opening == r"\{":
         return Group("set", items(content))
-    if opening == "{" or len(parts := items(content)) == 1:
+    if opening == "{" or len(parts := split(content, (",", ";"))) == 1:
         return None
     if opening in ("(", r"\langle") and closing in (")", r"\rangle"):
         return Group("tuple", parts)
@@ -178,7 +189,11 @@ def thousands_as_list(text: str) -> Group | None:
 
 def items(text: str) -> tuple[str, ...]:
     r"""The parts of a list: between commas, "and", "or", and both values of ``\pm``."""
-    found = [part for comma in split(text, (",", ";")) for part in _split_at_conjunctions(comma)]
+    text = _TEXT_WITH_CONJUNCTION.sub(r" \1 ", text)
+    parts = tuple(re.split(r",\s+", text))
+    if not any(map(_THOUSANDS.fullmatch, parts)) or not all("," not in p or _THOUSANDS.fullmatch(p) for p in parts):
+        parts = split(text, (",", ";"))
+    found = [part for comma in parts for part in _split_at_conjunctions(comma)]
     found = [part for item in found for part in _adjacent_tuples(item)]
     return tuple(value for item in found for value in _both_signs(item))
 
@@ -204,6 +219,11 @@ def members(text: str) -> tuple[str, ...]:
 def is_name(text: str) -> bool:
     """Whether a text only names something: x, a_1, f(x), \\theta."""
     return _NAME.fullmatch(text) is not None
+
+
+def has_letters(text: str) -> bool:
+    """Whether a text holds variables, so that it is no number."""
+    return re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", text)) is not None
 
 
 def names_value(text: str) -> bool:
@@ -233,7 +253,7 @@ def _split_at_conjunctions(text: str) -> Iterator[str]:
     if words(text) is not None:
         yield text  # "red and blue" is compared as words
     else:
-        yield from (part.strip() for part in _CONJUNCTION.split(text) if part.strip())
+        yield from (part.strip(" ,") for part in _CONJUNCTION.split(text) if part.strip(" ,"))
 
 
 def _adjacent_tuples(text: str) -> tuple[str, ...]:
@@ -253,7 +273,7 @@ def _adjacent_tuples(text: str) -> tuple[str, ...]:
 
 
 def _both_signs(text: str) -> tuple[str, ...]:
-    if not re.search(r"\\(?:pm|mp)(?![A-Za-z])", text):
+    if text.startswith(r"\{") or not re.search(r"\\(?:pm|mp)(?![A-Za-z])", text):
         return (text,)
     first = re.sub(r"\\pm(?![A-Za-z])", "+", text)
     second = re.sub(r"\\pm(?![A-Za-z])", "-", text)

@@ -13,8 +13,8 @@ from fractions import Fraction
 
 from edge_grpo.text import bare_answer
 
-# Of longer answers only blanks and delimiters are normalized, and they are not given to math-verify: no answer of the
-# usual benchmarks has more than 204 characters, and the time that LaTeX takes to parse grows much faster than its length.
+# Of longer answers only blanks and delimiters are normalized, and they are not given to math-verify. No answer of the
+# usual benchmarks has more than 204 characters, and the time that parsing takes grows much faster than the length.
 MAX_ANSWER_LENGTH = 1000
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
@@ -97,6 +97,10 @@ def _without_separators(match: re.Match[str]) -> str:
     return re.sub(r"[^\d.+-]", "", match[0])
 
 
+def _without_commas(match: re.Match[str]) -> str:
+    return match[0].replace(",", "")
+
+
 def _scaled(match: re.Match[str]) -> str:
     return rf"{match[1]} \times 10^{{{_SCALES[match[3]]}}}{match[2] or ''}"
 
@@ -104,72 +108,77 @@ def _scaled(match: re.Match[str]) -> str:
 _Replacement = str | Callable[[re.Match[str]], str]
 _DIGITS = r"\d{1,18}"
 _LETTER = r"((?<![A-Za-z\\])[A-Za-z]|\\[A-Za-z]+)"
-_RULES: list[tuple[re.Pattern[str], _Replacement]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # What surrounds an answer.
-        (r"^(\*\*|__|\*|`+)(?P<inside>[^*_`]+)\1$", r"\g<inside>"),
-        (r"^\s*(?:=|\\approx(?![A-Za-z])|\\simeq(?![A-Za-z]))\s*", ""),
-        # Layout.
-        (r"\\(?:left|right)(?:\s*\.|(?![A-Za-z]))|\\[Bb]igg?[lrm]?(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits)(?![A-Za-z])", ""),
-        (r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 10,\!000 and 10\,000
-        (r"\{,\}", ","),
-        (r"(?<!\\)\\(?=\s|$)|\\[,;:>]|\\q?quad(?![A-Za-z])|~", " "),
-        (r"(?:\s|\\\\)+$", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"\\mathrm\s*\{([dei])\}", r"\1"),
-        (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
-        (rf"\\(?:{_TEXT})\s*\{{", r"\\text{"),
-        # Synonyms.
-        (r"\*\*", "^"),
-        (r"<=|\\le(?:qslant)?(?![A-Za-z])", r"\\leq "),
-        (r">=|\\ge(?:qslant)?(?![A-Za-z])", r"\\geq "),
-        (r"!=|\\ne(?![A-Za-z])", r"\\neq "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\(?:varnothing|empty|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\colon(?![A-Za-z])", ":"),
-        (r"\\[lr]?vert(?![A-Za-z])", "|"),
-        (r"\\(?:c?dots|infin)(?![A-Za-z])|\\ldots(?=[A-Za-z])|(?<!\.)\.{3}(?!\.)", r"\\ldots "),
-        (r"\\degree(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|(?<=\d)\s*\\circ(?![A-Za-z])", r"^\\circ "),
-        # math-verify drops an apostrophe, and takes \prime for a power.
-        (rf"{_LETTER}(?:''|\^\s*\{{\s*\\prime\s*\\prime\s*\}})", r"\1_{ppr}"),
-        (rf"{_LETTER}(?:'(?![A-Za-z'])|\^\s*(?:\{{\s*\\prime\s*\}}|\\prime(?![A-Za-z])))", r"\1_{pr}"),
-        # Numbers.
-        (r"^[+-]?\d{1,3}(?:[ ']\d{3})+(?:\.\d+)?$", _without_separators),  # 1 234
-        (r"(?<![\w.}\\])\.(?=\d)", "0."),
-        (r"^\+\s*(?=\d)", ""),
-        (
-            rf"(?P<whole>\d{{0,9}})\.(?P<start>\d{{0,9}})\\(?:overline|bar|dot)\s*\{{(?P<block>{_DIGITS})\}}",
-            _recurring_decimal,
-        ),
-        (rf"(?P<whole>\d{{1,9}})\.(?P<start>\d{{0,9}})\((?P<block>{_DIGITS})\)", _recurring_decimal),
-        (r"(?P<whole>\d{1,9})\.(?P<start>\d{0,9}?)(?P<block>\d{1,9}?)(?P=block){2,}\s*\\ldots", _recurring_decimal),
-        (
-            rf"^(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})\s*\\frac\{{(?P<over>{_DIGITS})\}}\{{(?P<under>{_DIGITS})\}}(?!\d)",
-            _mixed_number,
-        ),
-        (
-            rf"^(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})\s+(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})(?![\d.])",
-            _mixed_number,
-        ),
-        (r"(?<![\w.])(\d+(?:\.\d*)?)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
-        (rf"(?<![\w.])(\d[\d.,]*)\s*(\\text\{{)?\s*({'|'.join(_SCALES)})(?![A-Za-z])", _scaled),
-        (r"\\text\{\s*\}", ""),
-        # What ends a sentence.
-        (r"^(.*[^.\s])\s*\.$", r"\1"),
-        (r"\s*[,;]$", ""),
-    ]
+_TABLE: list[tuple[str, _Replacement]] = [
+    # What surrounds an answer.
+    (r"^(\*\*|__|\*|`+)(?P<inside>[^*_`]+)\1$", r"\g<inside>"),
+    (r"^\s*(?:=|\\approx(?![A-Za-z])|\\simeq(?![A-Za-z]))\s*", ""),
+    # Layout.
+    (r"\\(?:left|right)(?:\s*\.|(?![A-Za-z]))|\\[Bb]igg?[lrm]?(?![A-Za-z])", ""),
+    (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits)(?![A-Za-z])", ""),
+    (r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 10,\!000 and 10\,000
+    (r"\{,\}", ","),
+    (r"(?<!\\)\\(?=\s|$)|\\[,;:>]|\\q?quad(?![A-Za-z])|~", " "),
+    (r"(?:\s|\\\\)+$", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\mathrm\s*\{([dei])\}", r"\1"),
+    (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
+    (rf"\\(?:{_TEXT})\s*\{{", r"\\text{"),
+    # Synonyms.
+    (r"\*\*", "^"),
+    (r"<=|\\le(?:qslant)?(?![A-Za-z])", r"\\leq "),
+    (r">=|\\ge(?:qslant)?(?![A-Za-z])", r"\\geq "),
+    (r"!=|\\ne(?![A-Za-z])", r"\\neq "),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\(?:varnothing|empty|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+    (r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"\\colon(?![A-Za-z])", ":"),
+    (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\(?:c?dots|infin)(?![A-Za-z])|\\ldots(?=[A-Za-z])|(?<!\.)\.{3}(?!\.)", r"\\ldots "),
+    (r"\\degree(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|(?<=\d)\s*\\circ(?![A-Za-z])", r"^\\circ "),
+    # math-verify drops an apostrophe, and takes \prime for a power.
+    (rf"{_LETTER}(?:''|\^\s*\{{\s*\\prime\s*\\prime\s*\}})", r"\1_{ppr}"),
+    (rf"{_LETTER}(?:'(?![A-Za-z'])|\^\s*(?:\{{\s*\\prime\s*\}}|\\prime(?![A-Za-z])))", r"\1_{pr}"),
+    # Numbers.
+    (r"^[+-]?\d{1,3}(?:[ ']\d{3})+(?:\.\d+)?$", _without_separators),  # 1 234
+    (r"(?<![\w.}\\])\.(?=\d)", "0."),
+    (r"^\+\s*(?=\d)", ""),
+    (
+        rf"(?P<whole>\d{{0,9}})\.(?P<start>\d{{0,9}})\\(?:overline|bar|dot)\s*\{{(?P<block>{_DIGITS})\}}",
+        _recurring_decimal,
+    ),
+    (rf"(?P<whole>\d{{1,9}})\.(?P<start>\d{{0,9}})\((?P<block>{_DIGITS})\)", _recurring_decimal),
+    (r"(?P<whole>\d{1,9})\.(?P<start>\d{0,9}?)(?P<block>\d{1,9}?)(?P=block){2,}\s*\\ldots", _recurring_decimal),
+    (
+        rf"^(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})\s*\\frac\{{(?P<over>{_DIGITS})\}}\{{(?P<under>{_DIGITS})\}}(?!\d)",
+        _mixed_number,
+    ),
+    (
+        rf"^(?P<sign>[+-]?)\s*(?P<whole>{_DIGITS})\s+(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})(?![\d.])",
+        _mixed_number,
+    ),
+    (r"(?<![\w.])(\d+(?:\.\d*)?)[eE]\+?(-?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
+    (rf"(?<![\w.])(\d[\d.,]*)\s*(\\text\{{)?\s*({'|'.join(_SCALES)})(?![A-Za-z])", _scaled),
+    (r"\\text\{\s*\}", ""),
+    (r"^\\text\{([^{}]*[^{}A-Za-z][^{}]*)\}$", r"\1"),
+    (r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
+    (r"([_^])([A-Za-z0-9])(?![A-Za-z0-9])", r"\1{\2}"),
+    (
+        r"^(-?\\\$\s*\d{1,3}(?:,\d{3})+|-?\d{1,3}(?:,\d{3})+(?=\s*[\\%A-Za-z])|-?\d{1,3}(?:,\d{3})+\.)(?![^,]*,)",
+        _without_commas,
+    ),
+    (r"(?<=\d)\s*\((?=\d)", r" \\cdot ("),  # math-verify reads 2(3) as a mixed number
+    # What ends a sentence.
+    (r"^(.*[^.\s])\s*\.$", r"\1"),
+    (r"\s*[,;]$", ""),
 ]
-
+_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _TABLE]
 
 
 def _with_commands(text: str) -> str:

@@ -12,16 +12,16 @@ from fractions import Fraction
 
 # One line per quantity: its base unit, then each name with its factor.
 _TABLE = """
-m: m 1, meter 1, metre 1, km 1000, kilometer 1000, kilometre 1000, dm 1/10, cm 1/100, centimeter 1/100, centimetre 1/100,
-   mm 1/1000, millimeter 1/1000, millimetre 1/1000, nm 1/1000000000, nanometer 1/1000000000, um 1/1000000,
-   micron 1/1000000, micrometer 1/1000000, in 127/5000, inch 127/5000, inche 127/5000, ft 381/1250, foot 381/1250,
+m: m 1, meter 1, metre 1, km 1000, kilometer 1000, kilometre 1000, dm 1/10, cm 1/100, centimeter 1/100,
+   centimetre 1/100, mm 1/1000, millimeter 1/1000, millimetre 1/1000, nm 1/1000000000, nanometer 1/1000000000,
+   um 1/1000000, micron 1/1000000, micrometer 1/1000000, in 127/5000, inch 127/5000, inche 127/5000, ft 381/1250, foot 381/1250,
    feet 381/1250, yd 1143/1250, yard 1143/1250, mi 201168/125, mile 201168/125
 g: g 1, gram 1, kg 1000, kilogram 1000, mg 1/1000, milligram 1/1000, tonne 1000000, lb 45359237/100000,
    pound-mass 45359237/100000, ounce 45359237/1600000, oz 45359237/1600000
 s: s 1, sec 1, second 1, ms 1/1000, millisecond 1/1000, ns 1/1000000000, min 60, minute 60, h 3600, hr 3600, hour 3600,
    day 86400, week 604800, yr 31557600, year 31557600
 month: month 1
-L: L 1, liter 1, litre 1, mL 1/1000, ml 1/1000, milliliter 1/1000, millilitre 1/1000, gal 1, gallon 1
+L: L 1, liter 1, litre 1, mL 1/1000, ml 1/1000, milliliter 1/1000, millilitre 1/1000
 gallon: gal 1, gallon 1
 cent: cent 1, dollar 100, USD 100, buck 100
 euro: euro 1
@@ -44,8 +44,10 @@ A: A 1, amp 1, ampere 1, mA 1/1000
 V: V 1, volt 1, Volt 1, mV 1/1000, kV 1000
 ohm: ohm 1, Ohm 1, Omega 1
 K: K 1, kelvin 1, Kelvin 1
-C: celsius 1, Celsius 1
-F: fahrenheit 1, Fahrenheit 1
+celsius: celsius 1, Celsius 1
+fahrenheit: fahrenheit 1, Fahrenheit 1
+coulomb: C 1, coulomb 1
+tesla: T 1, tesla 1
 mol: mol 1, mole 1, mmol 1/1000
 mph: mph 1
 kmh: kmh 1, kph 1
@@ -68,14 +70,16 @@ def _read(table: str) -> dict[str, tuple[Fraction, str]]:
 
 _UNITS = _read(_TABLE)
 # Symbols of units in texts without ``\text``: no single letters, which are variables, and nothing that is a word.
-_BARE = sorted((name for name in _UNITS if len(name) > 1 and name not in ("in", "unit", "A", "mi")), key=len, reverse=True)
-# A text with one of these is no name of what is counted.
-_NO_NOUNS = frozenset(
-    "a about also an and any approximately are as at be because but by choice correct cubed cubic divided each either else "
-    "equal equals false for from half if in incorrect infinity infinite is it least less maybe minus more most neither no "
-    "none nor not of off on only option or other otherwise over pi plus quarter so some squared than that the then third "
-    "this times to true under until up was when where which with without wrong yes zero".split()
+_BARE = sorted(
+    (name for name in _UNITS if len(name) > 1 and name not in ("in", "unit", "A", "mi")), key=len, reverse=True
 )
+# A text with one of these is no name of what is counted.
+_NO_NOUNS = """
+a about also an and any approximately are as at be because but by choice correct cubed cubic divided each either
+else equal equals false for from half if in incorrect infinity infinite is it least less maybe minus more most
+neither no none nor not of off on only option or other otherwise over pi plus quarter so some squared than that the
+then third this times to true under until up was when where which with without wrong yes zero
+"""
 _PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d+\s*\}))?"
@@ -174,7 +178,7 @@ def _counted(text: str) -> Unit | None:
     parts = text.lower().rstrip(".").split()
     if not 1 <= len(parts) <= 3 or not all(part.isalpha() and len(part) > 1 for part in parts):
         return None
-    if _NO_NOUNS & set(parts):
+    if set(_NO_NOUNS.split()) & set(parts):
         return None
     return Unit(noun=" ".join(_singulars(part)[-1] for part in parts))
 
