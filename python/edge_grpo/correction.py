@@ -15,12 +15,15 @@ from typing import get_args
 
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.text import bare_answer, fill
+from edge_grpo.text import Reasoning, bare_answer, fill, is_reasoning
 from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward, RolloutEngine, Sampling
 
 _KINDS: tuple[Correction, ...] = get_args(Correction)
 # What a kind turns into when its text does not fit the token budget: the next shorter one.
 _SHORTER: dict[Correction, Correction] = {"solution": "answer", "answer": "reflect"}
+
+
+_REASONING_END = "\n</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class Corrector:
     out. The text before it is the response, or the prompt if the response is empty. Seeing blanks at the end of a
     response takes ``decode``; without it only an empty response is noticed. A solution begins a response, and is
     encoded as such a text.
+
+    *Reasoning.* Where an answer does not count before the reasoning has ended (``reasoning`` is ``reward.reasoning``),
+    an answer or a solution that would stand within it ends it first. Seeing that a response has begun it takes
+    ``decode`` too.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Corrector:
         sampling: Sampling,
         decode: Callable[[Sequence[int]], str] | None = None,
         rejected_solutions: Collection[int] = (),
+        reasoning: Reasoning = "ignore",
     ) -> None:
         """``encode`` must add no special tokens; ``sampling`` is that of the first attempt.
 
@@ -95,6 +103,7 @@ class Corrector:
         self.eos_token_ids = tuple(eos_token_ids)
         self.sampling = sampling
         self.rejected_solutions = rejected_solutions
+        self.reasoning: Reasoning = reasoning
         self.fallbacks: Counter[tuple[Correction, Correction | None]] = Counter()
         self.num_truncated = 0
 
@@ -230,7 +239,9 @@ class Corrector:
         return None
 
     def _solution(self, prompt: Prompt, eos: int) -> list[int] | None:
-        return [*self.encode(prompt.example.solution or ""), eos] if self._has_solution(prompt) else None
+        if not self._has_solution(prompt):
+            return None
+        return [*self.encode(self._end_of_reasoning(prompt) + (prompt.example.solution or "")), eos]
 
     def _has_solution(self, prompt: Prompt) -> bool:
         return prompt.example.solution is not None and prompt.example.index not in self.rejected_solutions
@@ -239,8 +250,15 @@ class Corrector:
         answer = prompt.example.answer
         if answer is None:
             return None
-        text = self.config.reflection_text + fill(self.config.answer_text, "answer", bare_answer(answer))
+        text = self.config.reflection_text + self._end_of_reasoning(prompt, kept)
+        text += fill(self.config.answer_text, "answer", bare_answer(answer))
         return [*self._encode_after_text(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
+
+    def _end_of_reasoning(self, prompt: Prompt, kept: Response | None = None) -> str:
+        """What ends the reasoning that would go on after ``kept``; nothing where there is none."""
+        before = "" if kept is None or self.decode is None else self.decode(kept.token_ids)
+        is_open = is_reasoning(before, prompt=prompt.text, reasoning=self.reasoning)
+        return _REASONING_END if is_open else ""
 
     def _reflection(self, prompt: Prompt, kept: Response) -> list[int]:
         return self._reflections[self._follows_text(prompt, kept)]

@@ -1,4 +1,4 @@
-r"""Pure functions on strings: filling one placeholder into a template, and finding the \boxed{} answers of a text.
+r"""Pure functions on strings: filling one placeholder into a template, and finding the answer in a completion.
 
 Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
 """
@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import re
 import string
+from typing import Literal
+
+# How a completion gives its answer: in a \boxed{}, as GSM8K does (#### 5), on a line "Answer: 5", or in <answer> tags.
+AnswerStyle = Literal["box", "hash", "line", "tag"]
+Reasoning = Literal["auto", "ignore", "require_end"]
 
 # A box around a number or a capital letter may do without braces: \boxed 5.
 _BOXES_AND_BRACES = re.compile(
@@ -14,6 +19,12 @@ _BOXES_AND_BRACES = re.compile(
     re.DOTALL,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
+_MARKED_ANSWERS = {
+    "hash": re.compile(r"####[ \t]*(?P<answer>[^\n]*)"),
+    "line": re.compile(r"(?i:\banswer)(?:\*\*|__)?[ \t]*:(?:\*\*|__)?[ \t]*(?P<answer>[^\n]*)"),
+    "tag": re.compile(r"<answer>(?:(?P<answer>(?:(?!<answer>).)*?)</answer>)?", re.DOTALL),
+}
+_REASONING_STARTS, _REASONING_ENDS = "<think>", "</think>"
 _MATH_DELIMITERS = re.compile(r"(?P<escaped>\\\\|\\\$)|\$|\\[()\[\]]")
 
 
@@ -57,6 +68,50 @@ def last_box(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}``; None where there is none or the last one is never closed."""
     start, stop = next(reversed(boxes(text)), (0, None))
     return None if stop is None else text[start:stop]
+
+
+def find_answers(text: str, style: AnswerStyle = "box") -> list[str | None]:
+    """Every answer that a text gives in that style, in order; None for one that is begun and not ended.
+
+    What a mark or a tag announces may itself stand in a box.
+    """
+    if style == "box":
+        return [None if stop is None else text[start:stop] for start, stop in boxes(text)]
+    return [
+        found if found is None or not boxes(found) else last_box(found)
+        for match in _MARKED_ANSWERS[style].finditer(text)
+        for found in [match["answer"]]
+    ]
+
+
+def find_answer(text: str, style: AnswerStyle = "box") -> str | None:
+    """The last answer that a text gives in that style; None where there is none or the last one is not ended."""
+    if style == "box":
+        return last_box(text)
+    found = find_answers(text, style)
+    return found[-1] if found else None
+
+
+def is_reasoning(completion: str, *, prompt: str = "", reasoning: Reasoning = "auto") -> bool:
+    """Whether a completion stops within its reasoning, so that nothing in it is an answer yet.
+
+    auto         it is within a think block that it, or the end of the prompt, has opened
+    require_end  that, or there is no ``</think>`` at all (TRL's ``reasoning_accuracy_reward``)
+    ignore       never
+    """
+    if reasoning == "ignore":
+        return False
+    end = completion.rfind(_REASONING_ENDS)
+    if end < 0 and (reasoning == "require_end" or prompt.rstrip().endswith(_REASONING_STARTS)):
+        return True
+    return completion.rfind(_REASONING_STARTS) > end
+
+
+def after_reasoning(completion: str, *, prompt: str = "", reasoning: Reasoning = "auto") -> str:
+    """What a completion says after its reasoning: nothing while it ``is_reasoning``."""
+    if is_reasoning(completion, prompt=prompt, reasoning=reasoning):
+        return ""
+    return completion if reasoning == "ignore" else completion.rpartition(_REASONING_ENDS)[2]
 
 
 def bare_answer(text: str) -> str:

@@ -155,6 +155,7 @@ class Trainer:
                 eos_token_ids=self.eos_token_ids,
                 sampling=self.sampling,
                 rejected_solutions=self.rejected_solutions,
+                reasoning=config.reward.reasoning,
             )
         self._seconds: dict[str, float] = {}
 
@@ -380,6 +381,7 @@ class Trainer:
             generations=config.eval_generations,
             sampling=sampling,
             seed=derive_seed(config.seed, "eval", accelerator.process_index),
+            reward=config.reward,
         )
         return Evaluation.merge(gather_object([share]))
 
@@ -496,7 +498,8 @@ class Trainer:
         if not (self.config.use_gec and self.config.correction_config.solution):
             return set()
         examples = [prompt.example for prompt in self.prompts]
-        rows = {examples[position].index for position in rejected_solutions(examples, self.rewarder.grader)}
+        rejected = rejected_solutions(examples, self.rewarder.grader, self.config.reward.answer)
+        rows = {examples[position].index for position in rejected}
         if rows and self.accelerator.is_main_process:
             print(
                 f"{self.config.data.train}: {len(rows)} of {len(examples)} reference solutions are not injected: "

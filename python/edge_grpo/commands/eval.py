@@ -149,7 +149,7 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
 
 
 def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
-    """Grade a perfect and a wrong answer sheet; the status is 1 if any answer is misjudged."""
+    """Grade a perfect and several wrong answer sheets; the status is 1 if any answer is misjudged."""
     _refuse_to_replace(options)
     template = _template(options, config)
     with _grader(config) as grader:
@@ -228,7 +228,8 @@ def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list
 
 @contextmanager
 def _grader(config: TrainConfig) -> Iterator[Grader]:
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    reward = config.reward
+    grader = Grader(workers=reward.workers, timeout=reward.timeout, tolerance=reward.tolerance)
     try:
         yield grader
     finally:
@@ -342,15 +343,16 @@ def _print_comparison(found: Comparison, first: Result, second: Result) -> None:
 
 
 def _print_checks(checks: Mapping[str, SheetCheck]) -> None:
-    table = _table("set", "problems", "perfect sheet", "wrong sheet", "misjudged", "text only", "no answer")
+    table = _table(
+        "set", "problems", "perfect", "wrong", "all 0", "all 1", "x 1.001", "misjudged", "text only", "no answer"
+    )
     for name, check in checks.items():
         total = sum(check.gold.values())
         _row(
             table,
             name,
             str(total + len(check.unanswered)),
-            _share(check.gold["correct"], total),
-            _share(check.wrong["correct"], total),
+            *(_share(sheet["correct"], total) for sheet in check.sheets),
             str(len(check.rejected) + len(check.accepted)),
             str(len(check.text_only)),
             str(len(check.unanswered)),

@@ -178,7 +178,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument(
         "--self-check",
         action="store_true",
-        help="grade a perfect and a wrong answer sheet instead of a model; the status is 1 if one is misjudged",
+        help="grade a perfect sheet and wrong ones (0s, 1s, near misses), no model; status 1 if one is misjudged",
     )
     _add_source(evaluate)
 
@@ -494,7 +494,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
         from edge_grpo.policy.model import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
-    grader = Grader(workers=config.reward.workers, timeout=config.reward.timeout)
+    reward = config.reward
+    grader = Grader(workers=reward.workers, timeout=reward.timeout, tolerance=reward.tolerance)
     try:
         found = examine(examples, grader, config, tokenizer)
     finally:

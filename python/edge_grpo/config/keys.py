@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from edge_grpo.text import fill, last_box
+from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
 from edge_kernels.config import GRPOLossConfig
 
 Method = Literal["edge", "grpo", "grpo+reflection"]
@@ -149,8 +149,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    accuracy: float = 1.0  # weight of the boxed answer being right (math-verify)
-    format: float = 0.0  # weight of there being exactly one well-formed \boxed{}
+    accuracy: float = 1.0  # weight of the answer being right (math-verify)
+    format: float = 0.0  # weight of there being exactly one answer, and well-formed
+    answer: AnswerStyle = "box"  # the last \boxed{}; or hash: #### 5, line: Answer: 5, tag: <answer>5</answer>
+    reasoning: Reasoning = "auto"  # no answer in an open <think> block; or without any </think>; or ignore such blocks
+    tolerance: float = 0.0  # relative error that any number may have; decimal fractions may always have 1e-6
     functions: dict[str, float] = field(default_factory=dict)  # package.module:function -> weight
     workers: int = 2  # processes that compare answers, for each training process
     timeout: float = 5.0  # seconds for comparing one answer; beyond, its outcome is timed_out
@@ -162,6 +165,7 @@ class RewardConfig:
         weights |= {f"functions[{path!r}]": weight for path, weight in self.functions.items()}
         problems = _whole(1, workers=self.workers)
         problems += _real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
+        problems += _real(">= 0", tolerance=self.tolerance)
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 problems.append(f"{name} must be a finite number; got {weight!r}")
@@ -201,7 +205,7 @@ class CorrectionConfig:
         filled = fill(self.answer_text, "answer", "7")
         if filled == fill(self.answer_text, "answer", "8"):
             problems.append(f"answer_text must contain {{answer}}; got {self.answer_text!r}")
-        elif "\\boxed" in filled and last_box(filled) != "7":
+        elif "\\boxed" in filled and last_box(fill(self.answer_text, "answer", "x + 7")) != "x + 7":
             problems.append(
                 f"answer_text must put {{answer}} into a readable \\boxed{{}}; got {self.answer_text!r}, which makes "
                 f"{filled!r} of the answer 7; double the braces that are to stay: \\boxed{{{{{{answer}}}}}}"
@@ -317,6 +321,13 @@ class TrainConfig:
             problems.append(
                 f"loss.sampler_ratio_cap = {self.loss.sampler_ratio_cap} needs the sampler's logprobs; vLLM reports "
                 f"those that top_p changed; got rollout.top_p = {self.rollout.top_p}; set one of them to its default"
+            )
+        correction = self.correction_config
+        filled = fill(correction.answer_text, "answer", "x + 7")
+        if self.use_gec and correction.answer and find_answer(filled, self.reward.answer) != "x + 7":
+            problems.append(
+                f"correction.answer_text must give the answer where reward.answer = {self.reward.answer!r} looks for "
+                f"it; got {correction.answer_text!r}"
             )
         if self.eval_every and self.data.eval is None:
             problems.append(f"eval_every = {self.eval_every} needs held-out data; set data.eval, or eval_every to 0")

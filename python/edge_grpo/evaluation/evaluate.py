@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
+from edge_grpo.config import RewardConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.data.templates import Template
 from edge_grpo.evaluation.estimators import Array, majority_at_k, pass_at_k, powers_of_two
 from edge_grpo.grading.answers import Grader, accepted_answers
 from edge_grpo.grading.normalize import normalize
-from edge_grpo.text import last_box
+from edge_grpo.text import after_reasoning, find_answer, last_box
 from edge_grpo.types import Outcome, Prompt, Response, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -153,14 +154,15 @@ def evaluate(
     seed: int,
     template: Template | None = None,
     window: int | None = None,
+    reward: RewardConfig | None = None,
 ) -> Evaluation:
     """Return how the engine's present weights do on ``prompts``, each answered ``generations`` times.
 
     Correct is what the grader of the accuracy reward calls so; other rewards play no part. Same weights, prompts and
     seed: same result, in the order of the prompts. ``template`` says where the answer stands and what ends a response
-    (None: in the last box, and nothing but the end of sequence). With its prompt a response is at most ``window``
-    tokens long, which is what the model was made for. Raises ValueError for fewer than one generation, for several
-    greedy ones (they would all be the same), for a prompt without an answer, and for one that fills the window.
+    (None: where ``reward`` looks for it, and nothing but the end of sequence). With its prompt a response is at most
+    ``window`` tokens long, which is what the model was made for. Raises ValueError for fewer than one generation, for
+    several greedy ones (they would all be the same), for a prompt without an answer, and for one that fills the window.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -172,7 +174,14 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in range(generations)]
     responses = _generate(engine, repeated, sampling, seed, window)
     read = [_read(response, tokenizer, template) for response in responses]
-    answers = [last_box(text if template is None else template.boxed(text)) for text, _, _ in read]
+    reward = reward or RewardConfig()
+    answers = []
+    for prompt, (text, _, _) in zip(repeated, read, strict=True):
+        if template is not None and template.is_tagged:
+            answers.append(last_box(template.boxed(text)))
+        else:
+            conclusion = after_reasoning(text, prompt=prompt.text, reasoning=reward.reasoning)
+            answers.append(find_answer(conclusion, reward.answer))
     accepted = [accepted_answers(prompt.example) for prompt in repeated]
     outcomes = grader(list(zip(accepted, answers, strict=True)))
     results = []

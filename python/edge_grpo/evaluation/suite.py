@@ -13,6 +13,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,7 +22,7 @@ from edge_grpo.config.seeds import derive_seed
 from edge_grpo.evaluation.estimators import LEVEL, RESAMPLES, Estimate, averages
 from edge_grpo.evaluation.evaluate import Evaluation, ExampleResult, check_answers, count_votes, evaluate
 from edge_grpo.grading.answers import Grader, accepted_answers
-from edge_grpo.text import last_box
+from edge_grpo.text import bare_answer, last_box
 from edge_grpo.types import Example, Outcome, Prompt, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -289,18 +290,27 @@ def grader_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SheetCheck:
-    """How a set's grader does on a perfect and on a wrong answer sheet; lists hold rows.
+    """How a set's grader does on a perfect answer sheet and on wrong ones; lists hold rows.
 
-    ``text_only`` are the rows whose answer the grader does not read as mathematics: it accepts equal text alone, and
-    the same answer written differently is lost. ``unanswered`` rows have no answer and are on neither sheet.
+    The wrong sheets: ``wrong`` ones, ``zeros`` and ``ones`` throughout, and ``near`` ones, which are the gold answers
+    increased by one in a thousand. ``text_only`` are the rows whose answer the grader does not read as mathematics: it
+    accepts equal text alone, and the same answer written differently is lost. ``unanswered`` rows have no answer and
+    are on no sheet.
     """
 
     gold: Mapping[Outcome, int]
     wrong: Mapping[Outcome, int]
+    zeros: Mapping[Outcome, int]
+    ones: Mapping[Outcome, int]
+    near: Mapping[Outcome, int]
     rejected: tuple[int, ...]  # gold answers that are not correct
-    accepted: tuple[int, ...]  # wrong answers that are
+    accepted: tuple[int, ...]  # answers of a wrong sheet that are, and are not the gold answer
     text_only: tuple[int, ...]
     unanswered: tuple[int, ...]
+
+    @property
+    def sheets(self) -> tuple[Mapping[Outcome, int], ...]:
+        return self.gold, self.wrong, self.zeros, self.ones, self.near
 
     @property
     def is_sound(self) -> bool:
@@ -308,22 +318,32 @@ class SheetCheck:
 
 
 def check_sheets(examples: Sequence[Example], template: Template, grader: Grader) -> SheetCheck:
-    """Grade a perfect and a wrong answer sheet for ``examples``, each answer in the form that ``template`` asks for."""
+    """Grade a perfect and several wrong answer sheets for ``examples``, each in the form that ``template`` asks for."""
     answered = [example for example in examples if accepted_answers(example)]
+    writers = (gold_answer, wrong_answer, lambda _: "0", lambda _: "1", near_answer)
     sheets: list[list[Outcome]] = []
-    for write in (gold_answer, wrong_answer):
+    for write in writers:
         answers = [last_box(template.boxed(template.answer_with(write(example)))) for example in answered]
         sheets.append(grader([(accepted_answers(e), answer) for e, answer in zip(answered, answers, strict=True)]))
-    gold, wrong = sheets
+    accepted = {
+        example.index
+        for write, sheet in zip(writers[1:], sheets[1:], strict=True)
+        for example, outcome in zip(answered, sheet, strict=True)
+        if outcome == "correct" and write(example) not in map(_value, accepted_answers(example))
+    }
     # What nobody can read is "wrong" against text; against mathematics it is "unparseable".
     probes = [(example.index, answer) for example in answered for answer in accepted_answers(example)]
     readable = grader([((answer,), ")(") for _, answer in probes])
     read = {index for (index, _), outcome in zip(probes, readable, strict=True) if outcome != "wrong"}
+    gold, wrong, zeros, ones, near = ({name: sheet.count(name) for name in get_args(Outcome)} for sheet in sheets)
     return SheetCheck(
-        gold={outcome: gold.count(outcome) for outcome in get_args(Outcome)},
-        wrong={outcome: wrong.count(outcome) for outcome in get_args(Outcome)},
-        rejected=tuple(e.index for e, outcome in zip(answered, gold, strict=True) if outcome != "correct"),
-        accepted=tuple(e.index for e, outcome in zip(answered, wrong, strict=True) if outcome == "correct"),
+        gold,
+        wrong,
+        zeros,
+        ones,
+        near,
+        rejected=tuple(e.index for e, outcome in zip(answered, sheets[0], strict=True) if outcome != "correct"),
+        accepted=tuple(example.index for example in answered if example.index in accepted),
         text_only=tuple(example.index for example in answered if example.index not in read),
         unanswered=tuple(example.index for example in examples if not accepted_answers(example)),
     )
@@ -340,6 +360,19 @@ def wrong_answer(example: Example) -> str:
     if all(re.fullmatch(r"-?\d{1,18}", answer.strip()) for answer in accepted):
         return str(max(map(int, accepted)) + 1)
     return "987654321"
+
+
+def near_answer(example: Example) -> str:
+    """The first accepted answer increased by one in a thousand; 0.001 for zero."""
+    value = _value(gold_answer(example))
+    if re.fullmatch(r"[+-]?\d*\.?\d+", value):
+        return str(Decimal(value) * Decimal("1.001")) if Decimal(value) else "0.001"
+    return rf"1.001 \cdot ({bare_answer(gold_answer(example))})"
+
+
+def _value(answer: str) -> str:
+    """What an answer such as k = 1 says, as text that the grader has no part in."""
+    return bare_answer(answer).rpartition("=")[2].strip()
 
 
 # ---- Details -------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Comparison:
         if right and given:
             return "correct" if right == given else "wrong"
         (digits, _), other = (right, read) if right else (given or ("", 0), gold)
-        return "correct" if other.lstrip("0") == digits else "wrong"
+        return "correct" if other.lstrip("0") == digits else self._not_equal(gold, read)
 
     def _ratios(self, gold: str, read: str, depth: int) -> Outcome | None:
         """``2:3`` is ``4:6`` and, as a quotient, ``\\frac{2}{3}``."""
@@ -101,7 +101,7 @@ class Comparison:
             pairs = [((right[0], right[k]), (given[0], given[k])) for k in range(1, len(right))]
             return self._all([self.outcome(_quotient(*one), _quotient(*other), depth) for one, other in pairs])
         if {len(right), len(given)} != {1, 2}:
-            return "wrong"
+            return self._not_equal(gold, read)
         first, second = (_quotient(*side) if len(side) == 2 else side[0] for side in (right, given))
         return self.outcome(first, second, depth)
 
@@ -142,7 +142,7 @@ class Comparison:
             return self.outcome(gold, sides[-1], depth)  # (x, y) = (1, 2)
         if (given and only.kind in ("list", "tuple")) and len(sides := forms.members(gold)) > 1:
             return self.outcome(sides[-1], read, depth) if forms.names_value(sides[0]) else "wrong"
-        return "wrong" if only.kind == "list" else None
+        return self._not_equal(gold, read) if only.kind == "list" else None
 
     def _sets(self, gold: str, read: str, right: Group, given: Group, depth: int) -> Outcome:
         """Unions of intervals, part by part, else as the sets that they are; "x < 1 or x > 3" is one too."""
@@ -203,7 +203,8 @@ class Comparison:
         if len(right) == 1:
             return self._equation_for_value(gold, given, depth)
         if len(given) == 1:
-            return self.outcome(right[-1], read, depth) if forms.names_value(right[0]) else "wrong"
+            names = forms.names_value(right[0])
+            return self.outcome(right[-1], read, depth) if names else self._not_equal(gold, read)
         ends = [(right[0], right[-1]), (given[0], given[-1])]
         for first, second in (ends[1], ends[1][::-1]):
             if self.outcome(ends[0][0], first, depth) == self.outcome(ends[0][1], second, depth) == "correct":
@@ -260,14 +261,26 @@ class Comparison:
         return "wrong" if self.outcome(gold, read, depth) == "correct" else "unparseable"
 
     def _mathematics(self, gold: str, read: str) -> Outcome:
-        if symbolic.parsed(read) is None:
-            return "wrong" if symbolic.parsed(gold) is None else "unparseable"
+        if symbolic.parsed(read) is None or symbolic.parsed(gold) is None:
+            return self._not_equal(gold, read)
         found = symbolic.equal(gold, read, self.tolerance)
-        return "unparseable" if found is None and symbolic.parsed(gold) is not None else _verdict(bool(found))
+        return "unparseable" if found is None else "correct" if found else "wrong"
+
+    def _not_equal(self, gold: str, read: str) -> Outcome:
+        """What an answer of another form is: unparseable where it is no mathematics and the gold answer is."""
+        return "wrong" if _is_readable(read) or not _is_readable(gold) else "unparseable"
 
 
-def _verdict(is_equal: bool) -> Outcome:
-    return "correct" if is_equal else "wrong"
+def _is_readable(text: str) -> bool:
+    """Whether an answer is mathematics, each part of it."""
+    if forms.numeral(text) or symbolic.parsed(text) is not None:
+        return True
+    parts = forms.group(text)
+    items = parts.items if parts else forms.split(text, (":",))
+    if len(items) == 1:
+        found = quantity(text)
+        items = (found[0],) if found else forms.members(text)
+    return bool(items) and items != (text,) and all(map(_is_readable, items))
 
 
 def _quotient(first: str, second: str) -> str:

@@ -30,6 +30,11 @@ _NO_MATHEMATICS = re.compile(
     r":|\d\.\d+\.|\d\s+\d|(?<![A-Za-z\\])[A-Za-z]{4,}|\\text\s*\{[^{}]*\s[^{}]*\}|(?<![A-Za-z}])\d+\s*_"
 )
 _NO_WORDS = re.compile(r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\(?:operatorname|begin|end)\s*\{[^{}]*\}")
+# Names that the parser does not know: E_{0}, where it takes E for the base of the exponential, and L_{\odot}.
+_NAMES = [
+    (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\text{E}"),
+    (re.compile(r"_\{\s*\\(?:text\s*\{)?\s*([A-Za-z]+)\s*\}?\s*\}"), r"_{\1}"),
+]
 # Agreement at points proves nothing of functions that are constant nearly everywhere.
 _STEPS = (sympy.floor, sympy.ceiling, sympy.sign, sympy.Mod, sympy.Piecewise, sympy.Heaviside, sympy.frac)
 _POINTS = [  # values of the first symbol, the second, ...; of either sign, and none that an answer would hold
@@ -54,6 +59,8 @@ def parsed(text: str) -> Any | None:
     plain = _NO_WORDS.sub("", text)
     if _NO_MATHEMATICS.search(plain) or not _is_balanced(text):
         return None
+    for pattern, replacement in _NAMES:
+        text = pattern.sub(replacement, text)
     try:
         found = latex2sympy(
             normalize_latex(text, _NORMALIZATION),

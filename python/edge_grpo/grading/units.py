@@ -14,8 +14,8 @@ from fractions import Fraction
 _TABLE = """
 m: m 1, meter 1, metre 1, km 1000, kilometer 1000, kilometre 1000, dm 1/10, cm 1/100, centimeter 1/100,
    centimetre 1/100, mm 1/1000, millimeter 1/1000, millimetre 1/1000, nm 1/1000000000, nanometer 1/1000000000,
-   um 1/1000000, micron 1/1000000, micrometer 1/1000000, in 127/5000, inch 127/5000, inche 127/5000, ft 381/1250, foot 381/1250,
-   feet 381/1250, yd 1143/1250, yard 1143/1250, mi 201168/125, mile 201168/125
+   um 1/1000000, micron 1/1000000, micrometer 1/1000000, in 127/5000, inch 127/5000, inche 127/5000,
+   ft 381/1250, foot 381/1250, feet 381/1250, yd 1143/1250, yard 1143/1250, mi 201168/125, mile 201168/125
 g: g 1, gram 1, kg 1000, kilogram 1000, mg 1/1000, milligram 1/1000, tonne 1000000, lb 45359237/100000,
    pound-mass 45359237/100000, ounce 45359237/1600000, oz 45359237/1600000
 s: s 1, sec 1, second 1, ms 1/1000, millisecond 1/1000, ns 1/1000000000, min 60, minute 60, h 3600, hr 3600, hour 3600,
