@@ -44,12 +44,15 @@ def fill(template: str, name: str, value: str) -> str:
 def boxes(text: str) -> list[tuple[int, int | None]]:
     r"""Where the content of every ``\boxed{...}`` starts and stops, by opening; None for one that is never closed.
 
-    ``\fbox{...}`` is a box too, and so is ``\boxed 5``. Braces are matched as LaTeX does: ``\{`` and ``\}`` do not
-    count. One pass, whatever the nesting.
+    ``\boxed 5`` is a box too, and so is ``\fbox{...}`` where there is no other. Braces are matched as LaTeX does:
+    ``\{`` and ``\}`` do not count. One pass, whatever the nesting.
     """
     spans: list[tuple[int, int | None]] = []
+    is_frame: list[bool] = []
     open_braces: list[int | None] = []  # which box each opened
     for match in _BOXES_AND_BRACES.finditer(text):
+        if match["box"] or match["bare"]:
+            is_frame.append(match[0].startswith(r"\fbox"))
         if match["box"]:
             open_braces.append(len(spans))
             spans.append((match.end(), None))
@@ -61,7 +64,7 @@ def boxes(text: str) -> list[tuple[int, int | None]]:
             box = open_braces.pop()
             if box is not None:
                 spans[box] = (spans[box][0], match.start())
-    return spans
+    return spans if all(is_frame) else [span for span, frame in zip(spans, is_frame, strict=True) if not frame]
 
 
 def last_box(text: str) -> str | None:

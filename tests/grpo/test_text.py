@@ -46,6 +46,8 @@ def test_fill_leaves_the_value_alone(value):
         (r"\boxed{}", [""]),
         (r"\boxed", []),
         (r"\fbox{5}", ["5"]),
+        (r"\fbox{5} or \fbox{6}", ["5", "6"]),
+        (r"\boxed{5} \fbox{A}", ["5"]),
         (r"\boxed 5", ["5"]),
         (r"\boxed5.", ["5"]),
         (r"so \boxed 12.5, or \boxed B.", ["12.5", "B"]),

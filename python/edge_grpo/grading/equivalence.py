@@ -45,10 +45,10 @@ class Comparison:
             self._options,
             self._words,
             self._numerals,
-            self._ratios,
             self._groups,
-            self._equations,
             self._quantities,
+            self._ratios,
+            self._equations,
         ):
             if (found := compare(gold, read, depth + 1)) is not None:
                 return found

@@ -21,8 +21,13 @@ _NUMERAL = re.compile(r"([0-9A-Z]+)\s*_\s*(?:\{\s*(\w+)\s*\}|(\d+)|\{\s*\\text\s
 _BASE_IN_WORDS = re.compile(r"([0-9A-Z]+)\s*\(?\s*(?:in )?base[ -]*(\d+)\s*\)?")
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
-_BRACKETED_OPTION = re.compile(r"\(\s*([A-J])\s*\)\s*(?![-+*/^_=!'(])(.*)|\(\s*([A-J])\s*\)\s+(-.*)")
+_BRACKETED_OPTION = re.compile(r"\(\s*([A-J])\s*\)\s*(?![-+*/^_!'(])(.*)|\(\s*([A-J])\s*\)\s+(-.*)")
 _POINTED_OPTION = re.compile(r"([A-J])(?:\)|[.:](?=\s|$))\s*(.*)")
+_ARROW = r"\s*\\(?:Long)?[Rr]ightarrow|\s*\\implies"
+_OPTION_AT_END = re.compile(
+    rf"(.*?[^\s,])(?:(?:\s*,|{_ARROW})?\s*\\text\s*\{{\s*\(\s*([A-J])\s*\)\s*\}}"
+    rf"|(?:\s*,|{_ARROW})\s*\\text\s*\{{\s*([A-J])\s*\}}|(?:{_ARROW})\s*([A-J]))"
+)
 _NAMED_OPTION = re.compile(r"(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _OPENING, _CLOSING = (
@@ -101,10 +106,12 @@ def _folded(text: str) -> str:
 
 
 def option(text: str) -> tuple[str, str] | None:
-    """The letter of a multiple-choice answer and what stands behind it, as in ``(A) 5``, ``B.``, ``\\text{(C)}``."""
+    """The letter of a multiple-choice answer and its value: ``(A) 5``, ``5 \\text{ (A)}``, ``B.``, ``\\text{(C)}``."""
+    if match := _OPTION_AT_END.fullmatch(text):
+        return match[2] or match[3] or match[4], match[1].strip()
     plain = " ".join(_TEXT.sub(r"\1 ", text).split())
     if match := _BRACKETED_OPTION.fullmatch(plain):
-        return (match[1] or match[3], (match[2] or match[4] or "").strip())
+        return (match[1] or match[3], (match[2] or match[4] or "").strip(" ="))
     if match := _POINTED_OPTION.fullmatch(plain):
         return match[1], match[2].strip()
     if match := _NAMED_OPTION.fullmatch(plain):

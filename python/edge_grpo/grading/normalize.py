@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 from edge_grpo.text import bare_answer
 
@@ -50,12 +51,15 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 def normalize(answer: str) -> str:
     r"""An answer in one spelling of the many that mean the same: ``½`` and ``\dfrac12`` as ``\frac{1}{2}``."""
     text = " ".join(bare_answer(answer).split())
-    if len(text) > MAX_ANSWER_LENGTH:
-        return text
+    return text if len(text) > MAX_ANSWER_LENGTH else _normalized(text)
+
+
+@lru_cache(1 << 14)
+def _normalized(text: str) -> str:
     text = bare_answer(_without_unicode(text))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return _with_commands(" ".join(text.split()))
+    return _with_commands(_without_braces(" ".join(text.split())))
 
 
 def _without_unicode(text: str) -> str:
@@ -129,6 +133,7 @@ _TABLE: list[tuple[str, _Replacement]] = [
     (r"\{\\(?:rm|bf|it)\s+([^{}]*)\}", r"\\text{\1}"),
     (rf"\\(?:{_TEXT})\s*\{{", r"\\text{"),
     # Synonyms.
+    (r"\\textdollar(?![A-Za-z])\s*", r"\\$"),
     (r"\*\*", "^"),
     (r"<=|\\le(?:qslant)?(?![A-Za-z])", r"\\leq "),
     (r">=|\\ge(?:qslant)?(?![A-Za-z])", r"\\geq "),
@@ -181,6 +186,13 @@ _TABLE: list[tuple[str, _Replacement]] = [
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _TABLE]
 
 
+def _without_braces(text: str) -> str:
+    """The text without braces around all of it."""
+    while text.startswith("{") and _closing(text, 0, "{}") == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
 def _with_commands(text: str) -> str:
     r"""The text with ``\pi`` for ``pi`` and so on, if it has no word that is not such a name."""
     words = _WORD.findall(re.sub(r"\\text\{[^{}]*\}|_\{[^{}]*\}", "", text))
@@ -197,11 +209,12 @@ def _with_commands(text: str) -> str:
     return " ".join(re.sub(r"\\sqrt (\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}", text).split())
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the parenthesis that opens at ``start`` closes."""
+def _closing(text: str, start: int, brackets: str = "()") -> int | None:
+    """Where the bracket that opens at ``start`` closes."""
     depth = 0
     for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
+        if text[index] in brackets and text[index - 1 : index] != "\\":
+            depth += 1 if text[index] == brackets[0] else -1
+            if depth == 0:
+                return index
     return None

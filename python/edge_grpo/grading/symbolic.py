@@ -30,6 +30,8 @@ _NO_MATHEMATICS = re.compile(
     r":|\d\.\d+\.|\d\s+\d|(?<![A-Za-z\\])[A-Za-z]{4,}|\\text\s*\{[^{}]*\s[^{}]*\}|(?<![A-Za-z}])\d+\s*_"
 )
 _NO_WORDS = re.compile(r"_\{(?:[^{}]|\{[^{}]*\})*\}|\\(?:operatorname|begin|end)\s*\{[^{}]*\}")
+_DECIMAL = re.compile(r"([+-]?\d+(?:\.\d+)?)(?:\s*\\times\s*10\^\{([+-]?\d{1,4})\})?")
+_FRACTION = re.compile(r"([+-]?)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s*(\d+)\s*/\s*(\d+))")
 # Names that the parser does not know: E_{0}, where it takes E for the base of the exponential, and L_{\odot}.
 _NAMES = [
     (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\text{E}"),
@@ -59,6 +61,8 @@ def parsed(text: str) -> Any | None:
     plain = _NO_WORDS.sub("", text)
     if _NO_MATHEMATICS.search(plain) or not _is_balanced(text):
         return None
+    if (number := _number(text)) is not None:
+        return number
     for pattern, replacement in _NAMES:
         text = pattern.sub(replacement, text)
     try:
@@ -128,6 +132,15 @@ def same_sets(gold: Any, read: Any) -> bool:
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------
+
+
+def _number(text: str) -> sympy.Rational | None:
+    """The value of a plain number, which takes the parser milliseconds."""
+    if match := _DECIMAL.fullmatch(text):
+        return sympy.Rational(match[1]) * sympy.Integer(10) ** int(match[2] or 0)
+    match = _FRACTION.fullmatch(text)
+    over, under = (match[2] or match[4], match[3] or match[5]) if match else ("", "0")
+    return sympy.Rational(int(f"{match[1]}{over}"), int(under)) if match and int(under) else None
 
 
 def _canonical(expression: Any) -> Any:

@@ -78,7 +78,7 @@ _NO_NOUNS = """
 a about also an and any approximately are as at be because but by choice correct cubed cubic divided each either
 else equal equals false for from half if in incorrect infinity infinite is it least less maybe minus more most
 neither no none nor not of off on only option or other otherwise over pi plus quarter so some squared than that the
-then third this times to true under until up was when where which with without wrong yes zero
+then third this to true under until up was when where which with without wrong yes zero
 """
 _PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
@@ -101,7 +101,7 @@ _TOKENS = re.compile(r"([A-Za-z][A-Za-z.-]*)|\^\s*\{?\s*(-?\d+)\s*\}?|(/)|(.)")
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of measurement: ``factor`` times powers of base units. Without powers it is ``noun``: what is counted."""
+    """A unit of measurement: ``factor`` powers of base units. Without powers it is ``noun``: what is counted."""
 
     factor: Fraction = Fraction(1)
     powers: tuple[tuple[str, int], ...] = ()

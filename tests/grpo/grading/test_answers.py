@@ -87,7 +87,9 @@ def test_other_integers_words_and_rows_are_wrong_texts_alone(texts_alone, gold, 
         ("5", "five", "wrong"),
         ("(-1,1)(3,3)(19,-1)(53, -17)", "-17", "wrong"),  # a part of the answer is not the answer
         ("0.333", "1/3", "wrong"),
-        ("5", r"784 \Rightarrow \textbf{(E)}", "unparseable"),
+        ("5", r"784 \Rightarrow \textbf{(E)}", "wrong"),
+        ("784", r"784 \Rightarrow \textbf{(E)}", "correct"),
+        ("5", r"784 \Rightarrow", "unparseable"),
     ],
 )
 def test_math_verify_decides_the_rest(grader, gold, answer, outcome):
