@@ -22,8 +22,7 @@ _MAX_DEPTH = 12
 def load(tolerance: float = 0.0) -> Callable[[str, str], Outcome]:
     """The comparison with that relative tolerance for numbers, warmed up."""
     symbolic.warm_up()
-    comparison = Comparison(tolerance)
-    return comparison.outcome
+    return Comparison(tolerance).judge
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,17 @@ class Comparison:
 
     tolerance: float = 0.0
 
+    def judge(self, gold: str, read: str) -> Outcome:
+        """The outcome for two ``normalize``d answers, whatever is raised on the way."""
+        try:
+            return self.outcome(gold, read)
+        except MemoryError:
+            raise
+        except Exception:  # sympy raises nearly anything, RecursionError included, on what a model may write
+            return "unparseable"
+
     def outcome(self, gold: str, read: str, depth: int = 0) -> Outcome:
-        """Both answers are ``normalize``d."""
+        """The outcome for two answers or parts of answers, ``depth`` steps into the whole ones."""
         if forms.without_blanks(gold) == forms.without_blanks(read):
             return "correct"
         if depth > _MAX_DEPTH or not read:
@@ -75,6 +83,7 @@ class Comparison:
         return self.outcome(right[1], given[1], depth) if given and both else "correct"
 
     def _words(self, gold: str, read: str, depth: int) -> Outcome | None:
+        """Words equal words only, but for two or three letters where the other answer is a product of letters."""
         right, given = forms.words(gold), forms.words(read)
         if right is not None and given is not None:
             return "correct" if forms.same_words(right, given) else "wrong"
@@ -83,7 +92,7 @@ class Comparison:
         return None if given is None or forms.may_be_product(read) or forms.group(read) else "wrong"
 
     def _numerals(self, gold: str, read: str, depth: int) -> Outcome | None:
-        """A gold answer that names its base wants the digits in this base; the base itself goes without saying."""
+        """A gold answer that names its base wants the digits in that base; the answer may leave the base out."""
         right, given = forms.numeral(gold), forms.numeral(read)
         if right is None and given is None:
             return None
@@ -221,12 +230,8 @@ class Comparison:
         outcomes = [self.outcome(gold, value, depth) for value in values]
         if "correct" not in outcomes:
             return outcomes[-1]
-        rounded = (symbolic.rounds_to(value, gold) for value in values)
-        return (
-            "correct"
-            if all(found == "correct" or near for found, near in zip(outcomes, rounded, strict=True))
-            else "wrong"
-        )
+        others = [value for value, found in zip(values, outcomes, strict=True) if found != "correct"]
+        return "correct" if all(symbolic.rounds_to(value, gold) for value in others) else "wrong"
 
     def _quantities(self, gold: str, read: str, depth: int) -> Outcome | None:
         right, given = quantity(gold), quantity(read)
@@ -247,17 +252,14 @@ class Comparison:
         return found
 
     def _converted(self, right: tuple[str, Unit], given: tuple[str, Unit], depth: int) -> Outcome:
+        """Whether quantities are equal; of different nouns, or of quantities that might convert, nobody can tell."""
         (gold, wanted), (read, got) = right, given
         if wanted.noun or got.noun:
             same = self.outcome(gold, read, depth)
             return same if wanted == got or same != "correct" else "unparseable"
         if wanted.powers == got.powers:
-            factor = got.factor / wanted.factor
-            return self.outcome(
-                gold,
-                read if factor == 1 else rf"({read}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}",
-                depth,
-            )
+            over, under = (got.factor / wanted.factor).as_integer_ratio()
+            return self.outcome(gold, rf"({read}) \cdot \frac{{{over}}}{{{under}}}" if over != under else read, depth)
         return "wrong" if self.outcome(gold, read, depth) == "correct" else "unparseable"
 
     def _mathematics(self, gold: str, read: str) -> Outcome:
