@@ -30,18 +30,8 @@ _OPTION_AT_END = re.compile(
 )
 _NAMED_OPTION = re.compile(r"(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_OPENING, _CLOSING = (
-    ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil"),
-    (
-        ")",
-        "]",
-        "}",
-        r"\}",
-        r"\rangle",
-        r"\rfloor",
-        r"\rceil",
-    ),
-)
+_OPENING = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil")
+_CLOSING = (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+|.", re.DOTALL)
 _CONJUNCTION = re.compile(r"\s*(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*")
 _TEXT_WITH_CONJUNCTION = re.compile(r"\\text\s*\{([^{}]*(?<![A-Za-z])(?:and|or)(?![A-Za-z])[^{}]*)\}")

@@ -137,7 +137,8 @@ _TABLE: list[tuple[str, _Replacement]] = [
     (r"\*\*", "^"),
     (r"<=|\\le(?:qslant)?(?![A-Za-z])", r"\\leq "),
     (r">=|\\ge(?:qslant)?(?![A-Za-z])", r"\\geq "),
-    (r"!=|\\ne(?![A-Za-z])", r"\\neq "),
+    (r"(?<=\s)!=|\\ne(?![A-Za-z])", r"\\neq "),  # 5!=120 has a factorial
+    (r"\\infin(?![A-Za-z])", r"\\infty "),
     (r"\\lt(?![A-Za-z])", "<"),
     (r"\\gt(?![A-Za-z])", ">"),
     (r"\\(?:varnothing|empty|O)(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
@@ -145,7 +146,7 @@ _TABLE: list[tuple[str, _Replacement]] = [
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\\colon(?![A-Za-z])", ":"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\(?:c?dots|infin)(?![A-Za-z])|\\ldots(?=[A-Za-z])|(?<!\.)\.{3}(?!\.)", r"\\ldots "),
+    (r"\\c?dots(?![A-Za-z])|\\ldots(?=[A-Za-z])|(?<!\.)\.{3}(?!\.)", r"\\ldots "),
     (r"\\degree(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|(?<=\d)\s*\\circ(?![A-Za-z])", r"^\\circ "),
     # math-verify drops an apostrophe, and takes \prime for a power.
     (rf"{_LETTER}(?:''|\^\s*\{{\s*\\prime\s*\\prime\s*\}})", r"\1_{ppr}"),

@@ -85,6 +85,8 @@ SPELLINGS: list[Row] = [
     (r"\sqrt{12}", "√12", True),
     (r"\sqrt{x+1}", "√(x+1)", True),
     (r"\infty", "∞", True),
+    (r"\infty", r"\infin", True),
+    (r"1, 2, \ldots, 9", r"1,2,\dots,9", True),
     (r"\frac{1}{2}", "½", True),
     ("1.5", "1½", True),
     ("x^2", "x²", True),
