@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.harness import describe, machine
 from edge_grpo.data.sources import load_examples
-from edge_grpo.grading import equivalence
-from edge_grpo.grading.answers import Grader, normalize
+from edge_grpo.grading import equivalence, symbolic
+from edge_grpo.grading.answers import Grader
+from edge_grpo.grading.normalize import normalize
 from edge_grpo.types import Outcome
 
 
@@ -37,7 +38,7 @@ def measure(spec: str, worker_counts: Sequence[int]) -> dict[str, object]:
     answers = [example.answer for example in load_examples(spec, {}) if example.answer is not None]
     pairs: Pairs = [([answer], f"{answer} + 0") for answer in answers]
     equivalence.load()
-    equivalence.parsed.cache_clear()
+    symbolic.parsed.cache_clear()
     alone, alone_rate = timed(compare_here, pairs)
     rates = {"math-verify alone": alone_rate}
     for count in worker_counts:
@@ -54,7 +55,8 @@ def measure(spec: str, worker_counts: Sequence[int]) -> dict[str, object]:
 
 
 def compare_here(pairs: Pairs) -> list[Outcome]:
-    return [equivalence.compare(normalize(gold), normalize(answer or "")) for [gold], answer in pairs]
+    compare = equivalence.Comparison().outcome
+    return [compare(normalize(gold), normalize(answer or "")) for [gold], answer in pairs]
 
 
 def timed(judge: Callable[[Pairs], list[Outcome]], pairs: Pairs) -> tuple[list[Outcome], float]:

@@ -69,6 +69,7 @@ class Collector:
                 eos_token_ids=eos_token_ids,
                 max_tokens=self.sampling.max_tokens,
                 rejected_solutions=rejected,
+                reasoning=config.reward.reasoning,
             )
 
     def collect(self, step: int, timed: Timed) -> Collected:
@@ -162,7 +163,8 @@ def find_rejected_solutions(
     if not (config.use_gec and config.correction_config.solution):
         return frozenset()
     examples = [prompt.example for prompt in prompts]
-    rows = frozenset(examples[position].index for position in rejected_solutions(examples, rewarder.grader))
+    rejected = rejected_solutions(examples, rewarder.grader, config.reward.answer)
+    rows = frozenset(examples[position].index for position in rejected)
     if rows and not quiet:
         print(
             f"{config.data.train}: {len(rows)} of {len(examples)} reference solutions are not injected: "

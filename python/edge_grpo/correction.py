@@ -16,12 +16,13 @@ from typing import get_args
 
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.text import bare_answer, fill
+from edge_grpo.text import Reasoning, bare_answer, fill, is_reasoning
 from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward
 
 _KINDS: tuple[Correction, ...] = get_args(Correction)
 # What a kind turns into when its text does not fit the token budget: the next shorter one.
 _SHORTER: dict[Correction, Correction] = {"solution": "answer", "answer": "reflect"}
+_REASONING_END = "\n</think>\n\n"
 
 _Key = tuple[int | str, ...]  # what the draws for a response depend on besides the seed
 
@@ -98,6 +99,10 @@ class Corrector:
     before it is empty or already ends in a blank, its leading blanks are left out. The text before it is the response,
     or the prompt if the response is empty. Only ``decode`` can show a blank at the end of a response; without it, only
     an empty response is noticed. A solution starts a response and is encoded as a text of its own.
+
+    *Reasoning.* Where an answer does not count before the reasoning has ended (``reasoning`` is ``reward.reasoning``),
+    an answer or a solution that would be part of it ends it first. Only ``decode`` can show that a response has opened
+    a think block; without it, only the end of the prompt is seen.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Corrector:
         max_tokens: int,
         decode: Callable[[Sequence[int]], str] | None = None,
         rejected_solutions: Collection[int] = (),
+        reasoning: Reasoning = "ignore",
     ) -> None:
         """``encode`` must add no special tokens; ``max_tokens`` is the length limit of the first attempt.
 
@@ -122,6 +128,7 @@ class Corrector:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_tokens = max_tokens
         self.rejected_solutions = rejected_solutions
+        self.reasoning = reasoning
 
         spaced = self._encode_after_text(config.reflection_text)
         unspaced = self._encode_after_text(config.reflection_text.lstrip())
@@ -293,7 +300,9 @@ class Corrector:
         return None
 
     def _solution(self, prompt: Prompt, eos: int) -> list[int] | None:
-        return [*self.encode(prompt.example.solution or ""), eos] if self._has_solution(prompt) else None
+        if not self._has_solution(prompt):
+            return None
+        return [*self.encode(self._end_of_reasoning(prompt) + (prompt.example.solution or "")), eos]
 
     def _has_solution(self, prompt: Prompt) -> bool:
         return prompt.example.solution is not None and prompt.example.index not in self.rejected_solutions
@@ -302,8 +311,15 @@ class Corrector:
         answer = prompt.example.answer
         if answer is None:
             return None
-        text = self.config.reflection_text + fill(self.config.answer_text, "answer", bare_answer(answer))
+        text = self.config.reflection_text + self._end_of_reasoning(prompt, kept)
+        text += fill(self.config.answer_text, "answer", bare_answer(answer))
         return [*self._encode_after_text(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
+
+    def _end_of_reasoning(self, prompt: Prompt, kept: Response | None = None) -> str:
+        """What ends the reasoning that would go on after ``kept``; nothing where there is none."""
+        before = "" if kept is None or self.decode is None else self.decode(kept.token_ids)
+        is_open = is_reasoning(before, prompt=prompt.text, reasoning=self.reasoning)
+        return _REASONING_END if is_open else ""
 
     def _encode_after_text(self, text: str) -> list[int]:
         """The tokens of ``text`` after other text, or alone if the tokenizer would merge the two into one token."""

@@ -1,4 +1,4 @@
-r"""Pure functions on strings: filling a template, finding the \boxed{} answers of a text, numbers for display.
+r"""Pure functions on strings: filling a template, finding the answer in a completion, numbers for display.
 
 Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
 """
@@ -8,9 +8,24 @@ from __future__ import annotations
 import math
 import re
 import string
+from typing import Literal
 
-_BOXES_AND_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<brace>[{}])", re.DOTALL)
-_BOX = re.compile(r"\\boxed\s*\{")
+# How a completion gives its answer: in a \boxed{}, as GSM8K does (#### 5), on a line "Answer: 5", or in <answer> tags.
+AnswerStyle = Literal["box", "hash", "line", "tag"]
+Reasoning = Literal["auto", "ignore", "require_end"]
+
+# A box around a number or a capital letter may do without braces: \boxed 5.
+_BOXES_AND_BRACES = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s*(?P<bare>-?\d(?:[\d.,/]*\d)?|[A-Z](?![A-Za-z]))|\\.|(?P<brace>[{}])",
+    re.DOTALL,
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
+_MARKED_ANSWERS = {
+    "hash": re.compile(r"####[ \t]*(?P<answer>[^\n]*)"),
+    "line": re.compile(r"(?i:\banswer)(?:\*\*|__)?[ \t]*:(?:\*\*|__)?[ \t]*(?P<answer>[^\n]*)"),
+    "tag": re.compile(r"<answer>(?:(?P<answer>(?:(?!<answer>).)*?)</answer>)?", re.DOTALL),
+}
+_REASONING_STARTS, _REASONING_ENDS = "<think>", "</think>"
 _MATH_DELIMITERS = re.compile(r"(?P<escaped>\\\\|\\\$)|\$|\\[()\[\]]")
 
 
@@ -30,21 +45,27 @@ def fill(template: str, name: str, value: str) -> str:
 def boxes(text: str) -> list[tuple[int, int | None]]:
     r"""Where the content of every ``\boxed{...}`` starts and stops, by opening; None for one that is never closed.
 
-    Braces are matched as LaTeX does: ``\{`` and ``\}`` do not count. One pass, whatever the nesting.
+    ``\boxed 5`` is a box too, and so is ``\fbox{...}`` where there is no other. Braces are matched as LaTeX does:
+    ``\{`` and ``\}`` do not count. One pass, whatever the nesting.
     """
     spans: list[tuple[int, int | None]] = []
+    is_frame: list[bool] = []
     open_braces: list[int | None] = []  # which box each opened
     for match in _BOXES_AND_BRACES.finditer(text):
+        if match["box"] or match["bare"]:
+            is_frame.append(match[0].startswith(r"\fbox"))
         if match["box"]:
             open_braces.append(len(spans))
             spans.append((match.end(), None))
+        elif match["bare"]:
+            spans.append(match.span("bare"))
         elif match["brace"] == "{":
             open_braces.append(None)
         elif match["brace"] == "}" and open_braces:
             box = open_braces.pop()
             if box is not None:
                 spans[box] = (spans[box][0], match.start())
-    return spans
+    return spans if all(is_frame) else [span for span, frame in zip(spans, is_frame, strict=True) if not frame]
 
 
 def last_box(text: str) -> str | None:
@@ -53,15 +74,59 @@ def last_box(text: str) -> str | None:
     return None if stop is None else text[start:stop]
 
 
+def find_answers(text: str, style: AnswerStyle = "box") -> list[str | None]:
+    """Every answer that a text gives in that style, in order; None for one that is begun and not ended.
+
+    What a mark or a tag announces may itself stand in a box.
+    """
+    if style == "box":
+        return [None if stop is None else text[start:stop] for start, stop in boxes(text)]
+    return [
+        found if found is None or not boxes(found) else last_box(found)
+        for match in _MARKED_ANSWERS[style].finditer(text)
+        for found in [match["answer"]]
+    ]
+
+
+def find_answer(text: str, style: AnswerStyle = "box") -> str | None:
+    """The last answer that a text gives in that style; None where there is none or the last one is not ended."""
+    if style == "box":
+        return last_box(text)
+    found = find_answers(text, style)
+    return found[-1] if found else None
+
+
+def is_reasoning(completion: str, *, prompt: str = "", reasoning: Reasoning = "auto") -> bool:
+    """Whether a completion stops within its reasoning, so that nothing in it is an answer yet.
+
+    auto         it is within a think block that it, or the end of the prompt, has opened
+    require_end  that, or there is no ``</think>`` at all (TRL's ``reasoning_accuracy_reward``)
+    ignore       never
+    """
+    if reasoning == "ignore":
+        return False
+    end = completion.rfind(_REASONING_ENDS)
+    if end < 0 and (reasoning == "require_end" or prompt.rstrip().endswith(_REASONING_STARTS)):
+        return True
+    return completion.rfind(_REASONING_STARTS) > end
+
+
+def after_reasoning(completion: str, *, prompt: str = "", reasoning: Reasoning = "auto") -> str:
+    """What a completion says after its reasoning: nothing while it ``is_reasoning``."""
+    if is_reasoning(completion, prompt=prompt, reasoning=reasoning):
+        return ""
+    return completion if reasoning == "ignore" else completion.rpartition(_REASONING_ENDS)[2]
+
+
 def bare_answer(text: str) -> str:
     r"""An answer without what surrounds it: blanks, math delimiters (``$``, ``\(``, ``\[``), a box around all of it."""
     text = _MATH_DELIMITERS.sub(lambda match: match["escaped"] or "", text).strip()
     start, stop = 0, len(text)
     for inner_start, inner_stop in boxes(text):
         opening = _BOX.match(text, start)
-        if opening is None or (opening.end(), stop - 1) != (inner_start, inner_stop):
+        if opening is None or (opening.end(), stop - bool(opening["brace"])) != (inner_start, inner_stop):
             break  # there is text beside the box
-        start, stop = inner_start, stop - 1
+        start, stop = inner_start, stop - bool(opening["brace"])
         while start < stop and text[start].isspace():
             start += 1
         while start < stop and text[stop - 1].isspace():

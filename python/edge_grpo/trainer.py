@@ -180,6 +180,8 @@ class Trainer:
             generations=config.eval.generations,
             sampling=sampling,
             seed=derive_seed(config.seed, "eval", accelerator.process_index),
+            style=config.reward.answer,
+            reasoning=config.reward.reasoning,
         )
         return Evaluation.merge(gather_object([share]))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from edge_grpo.collect import carry_out
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.correction import CorrectionPlan, Corrector
+from edge_grpo.text import Reasoning
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward, Sampling
 
 EOS, OTHER_EOS = 0, 1
@@ -113,12 +114,17 @@ class CorrectorWithEngine:
         return carry_out(self.latest, self.engine, self.sampling, seed=seed)
 
 
-def make_corrector(kind: str | None = None, **settings: object) -> Corrector:
+def make_corrector(kind: str | None = None, *, reasoning: Reasoning = "ignore", **settings: object) -> Corrector:
     mix = {name: settings.pop(name) for name in KINDS if name in settings}
     chosen = {"mix": mix} if mix else ONLY[kind] if kind else {}
     config = CorrectionConfig(**{**TEXTS, **chosen, **settings})
     return Corrector(
-        config, encode=encode, decode=decode, eos_token_ids=(EOS, OTHER_EOS), max_tokens=SAMPLING.max_tokens
+        config,
+        encode=encode,
+        decode=decode,
+        eos_token_ids=(EOS, OTHER_EOS),
+        max_tokens=SAMPLING.max_tokens,
+        reasoning=reasoning,
     )
 
 

@@ -295,3 +295,28 @@ def test_injected_text_has_the_tokens_of_text_within_a_text():
             [after] = correct([prompt()], [before], [wrong()], seed=0)
             expected = whole or first + text.lstrip()
             assert [t for t in after.token_ids if t != 0] == tokens(expected), name
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "text", "response", "ends_it"),
+    [
+        ("auto", "2+3?<think>\n", "It is 4.", True),
+        ("auto", "2+3?", "<think>It is 4.", True),
+        ("auto", "2+3?", "<think>It is</think> 4.", False),
+        ("auto", "2+3?", "It is 4.", False),
+        ("require_end", "2+3?", "It is 4.", True),
+        ("ignore", "2+3?<think>\n", "It is 4.", False),
+    ],
+)
+def test_an_answer_ends_the_reasoning_that_would_hide_it(reasoning, text, response, ends_it):
+    correct = corrector("answer", max_length=60, reasoning=reasoning)
+    [corrected] = correct([prompt(text=text)], [sampled(response)], [wrong()], seed=0)
+    end = "\n</think>\n\n" if ends_it else ""
+    assert decode(corrected.token_ids) == f"{response} No!{end} It is 5."
+
+
+def test_a_solution_ends_the_reasoning_that_the_prompt_has_opened():
+    correct = corrector("solution", max_length=60, reasoning="auto")
+    for text, end in (("2+3?<think>\n", "\n</think>\n\n"), ("2+3?", "")):
+        [corrected] = correct([prompt(text=text)], [sampled("<think>It is 4.")], [wrong()], seed=0)
+        assert decode(corrected.token_ids) == end + SOLUTION

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_grpo.text import bare_answer, boxes, clock, fill, last_box, percent
+from edge_grpo.text import (
+    after_reasoning,
+    bare_answer,
+    boxes,
+    clock,
+    fill,
+    find_answer,
+    is_reasoning,
+    last_box,
+    percent,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,15 @@ def test_fill_leaves_the_value_alone(value):
         (r"{ \boxed{5}", ["5"]),
         (r"\boxed{}", [""]),
         (r"\boxed", []),
+        (r"\fbox{5}", ["5"]),
+        (r"\fbox{5} or \fbox{6}", ["5", "6"]),
+        (r"\boxed{5} \fbox{A}", ["5"]),
+        (r"\boxed 5", ["5"]),
+        (r"\boxed5.", ["5"]),
+        (r"so \boxed 12.5, or \boxed B.", ["12.5", "B"]),
+        (r"\boxed -3", ["-3"]),
+        (r"I will put it in a \boxed environment", []),
+        (r"\boxed An", []),
         (r"\boxedtext{5}", []),
         (r"\\boxed{5}", []),  # a line break and the word
     ],
@@ -85,6 +104,9 @@ def test_deep_nesting_takes_one_pass():
         (r"\boxed{ \boxed {1} }", "1"),
         (r"\boxed{\boxed{1}+\boxed{2}}", r"\boxed{1}+\boxed{2}"),
         (r"\boxed{5", r"\boxed{5"),
+        (r"\fbox{5}", "5"),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed 5 + 1", r"\boxed 5 + 1"),
         (r"\$5", r"\$5"),
         (r"\{1\}", r"\{1\}"),
         (r"a \\[2pt] b", r"a \\[2pt] b"),  # a line break with its height
@@ -92,6 +114,58 @@ def test_deep_nesting_takes_one_pass():
 )
 def test_bare_answer_takes_off_what_surrounds(answer, bare):
     assert bare_answer(answer) == bare
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "answer"),
+    [
+        ("box", r"\boxed{4} or \boxed{5}", "5"),
+        ("box", "#### 5", None),
+        ("hash", "3 + 2 = 5\n#### 5", "5"),
+        ("hash", "#### 4\nno:\n####5\n", "5"),
+        ("hash", r"#### \boxed{5}", "5"),
+        ("hash", r"\boxed{5}", None),
+        ("hash", "#### ", ""),
+        ("line", "So.\nAnswer: 5", "5"),
+        ("line", "**Answer:** 5\nThat is all.", "5"),
+        ("line", "the final answer: 4\nAnswer : 5", "5"),
+        ("line", r"Answer: $\boxed{5}$", "5"),
+        ("line", "No answer here", None),
+        ("tag", "<answer>4</answer> <answer> 5 </answer>", " 5 "),
+        ("tag", r"<answer>It is \boxed{5}.</answer>", "5"),
+        ("tag", "<answer>5</answer> or <answer>6", None),  # cut off
+        ("tag", "<answer>\n5\n</answer>", "\n5\n"),
+        ("tag", r"\boxed{5}", None),
+    ],
+)
+def test_the_last_answer_is_found_in_each_style(style, text, answer):
+    assert find_answer(text, style) == answer
+
+
+OPENED = "<|assistant|><think>\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "prompt", "counts"),
+    [
+        # counts: for auto, require_end, ignore
+        (r"<think>so \boxed{5}? let me re-check", "", (False, False, True)),
+        (r"<think>so</think>\boxed{5}", "", (True, True, True)),
+        (r"<think>so \boxed{5}</think> Done.", "", (False, False, True)),
+        (r"<think>a</think><think>\boxed{5}", "", (False, False, True)),
+        (r"\boxed{5}", "", (True, False, True)),
+        (r"so \boxed{5}? let me", OPENED, (False, False, True)),
+        (r"so</think> \boxed{5}", OPENED, (True, True, True)),
+        (r"\boxed{5}", "<think>\n\n</think>\n\n", (True, False, True)),  # reasoning turned off
+        (r"\boxed{5}", "Think in <think> </think>. 2+3?", (True, False, True)),
+    ],
+)
+def test_no_answer_counts_before_the_reasoning_has_ended(completion, prompt, counts):
+    for reasoning, expected in zip(("auto", "require_end", "ignore"), counts, strict=True):
+        conclusion = after_reasoning(completion, prompt=prompt, reasoning=reasoning)
+        assert (last_box(conclusion) == "5") is expected, reasoning
+        if is_reasoning(completion, prompt=prompt, reasoning=reasoning):
+            assert conclusion == ""
 
 
 def test_figures_as_people_read_them():

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         from edge_grpo.policy.loading import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
-    with closing(Grader(timeout=config.reward.timeout)) as grader:
+    with closing(Grader(timeout=config.reward.timeout, tolerance=config.reward.tolerance)) as grader:
         found = examine(examples, grader, config, tokenizer)
     console = Console(highlight=False, markup=False)
     console.print(f"{spec}: ", found.render(), sep="")

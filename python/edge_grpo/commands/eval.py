@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--self-check",
         action="store_true",
-        help="grade a perfect and a wrong answer sheet instead of a model; exit with status 1 if one is misjudged",
+        help="grade a perfect answer sheet and wrong ones (zeros, ones, near misses) instead of a model; exit with "
+        "status 1 if an answer is misjudged",
     )
     add_source(parser)
 

@@ -65,6 +65,9 @@ def evaluate_model(name: str, options: argparse.Namespace, config: TrainConfig) 
         engine=config.rollout.engine,
         window=window,
         chunk=CHUNK if options.chunk is None else options.chunk,
+        answer=config.reward.answer if template.name == "config" else "box",  # the others ask for a box
+        reasoning=config.reward.reasoning,
+        tolerance=config.reward.tolerance,
     )
     result = suite.begin(about, protocol, prompts, sources, left_out)
     if saved is not None and path is not None:
@@ -128,7 +131,7 @@ def grade_again(source: Path, options: argparse.Namespace, config: TrainConfig) 
 
 
 def self_check(options: argparse.Namespace, config: TrainConfig) -> int:
-    """Grade a perfect and a wrong answer sheet; the status is 1 if any answer is misjudged."""
+    """Grade a perfect answer sheet and several wrong ones; the status is 1 if any answer is misjudged."""
     _refuse_to_replace(options)
     template = _template(options, config)
     with _grader(config) as grader:
@@ -243,7 +246,7 @@ def _examples(sources: Mapping[str, str], config: TrainConfig) -> dict[str, list
 
 
 def _grader(config: TrainConfig) -> closing[Grader]:
-    return closing(Grader(timeout=config.reward.timeout))
+    return closing(Grader(timeout=config.reward.timeout, tolerance=config.reward.tolerance))
 
 
 class _Bar:

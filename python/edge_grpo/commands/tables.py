@@ -95,15 +95,15 @@ def print_comparison(found: Comparison, first: Result, second: Result) -> None:
 
 def print_checks(checks: Mapping[str, SheetCheck]) -> None:
     """Print how the grader judged the answer sheets of each set, and the rows to look at."""
-    table = _table("set", "problems", "perfect sheet", "wrong sheet", "misjudged", "text only", "no answer")
+    sheets = ("perfect", "wrong", "all 0", "all 1", "x 1.001")
+    table = _table("set", "problems", *sheets, "misjudged", "text only", "no answer")
     for name, check in checks.items():
         total = sum(check.gold.values())
         _row(
             table,
             name,
             str(total + len(check.unanswered)),
-            _share(check.gold["correct"], total),
-            _share(check.wrong["correct"], total),
+            *(_share(sheet["correct"], total) for sheet in check.sheets),
             str(len(check.rejected) + len(check.accepted)),
             str(len(check.text_only)),
             str(len(check.unanswered)),

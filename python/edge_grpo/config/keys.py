@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
-from edge_grpo.text import fill, last_box
+from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
 from edge_kernels.config import EDAConfig, GRPOLossConfig, MeanOver
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
@@ -114,14 +114,20 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    # by name: accuracy (boxed answer right), format (exactly one \boxed{}), package.module:function; others are 0
+    # by name: accuracy (answer right), format (exactly one well-formed answer), package.module:function; others are 0
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
+    # how an answer is given; the last one counts: box \boxed{5}, hash #### 5, line Answer: 5, tag <answer>5</answer>
+    answer: AnswerStyle = "box"
+    # auto: no answer counts in an open <think> block; require_end: nor where there is no </think>; ignore: all count
+    reasoning: Reasoning = "auto"
+    tolerance: float = 0.0  # relative error that any number may have; a decimal fraction may always have 1e-6
     timeout: float = 5.0  # seconds to compare one answer, after which its outcome is timed_out
     function_timeout: float = 60.0  # seconds for one call of a function
     on_error: OnError = "fail"  # when a function fails: end the run, count it as 0, or leave the response out
 
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
+        problems += real(">= 0", tolerance=self.tolerance)
         problems += real("finite", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
         own = ("accuracy", "format")
         problems += [
@@ -174,7 +180,7 @@ class CorrectionConfig:
         filled = fill(self.answer_text, "answer", "7")
         if filled == fill(self.answer_text, "answer", "8"):
             problems.append(f"answer_text must contain {{answer}}; got {self.answer_text!r}")
-        elif "\\boxed" in filled and last_box(filled) != "7":
+        elif "\\boxed" in filled and last_box(fill(self.answer_text, "answer", "x + 7")) != "x + 7":
             problems.append(
                 f"answer_text must put {{answer}} into a readable \\boxed{{}}; got {self.answer_text!r}, which makes "
                 f"{filled!r} of the answer 7; double the braces that must remain: \\boxed{{{{{{answer}}}}}}"
@@ -324,6 +330,13 @@ class TrainConfig:
             problems.append(
                 f"eval.every = {self.eval.every} needs held-out data, but eval.data is null; set eval.data, or "
                 "eval.every to 0"
+            )
+        correction = self.correction_config
+        written = fill(correction.answer_text, "answer", "x + 7")
+        if self.use_gec and correction.answer and find_answer(written, self.reward.answer) != "x + 7":
+            problems.append(
+                f"correction.answer_text must give the answer where reward.answer = {self.reward.answer!r} looks for "
+                f"it; got {correction.answer_text!r}; write it in that style, or set answer to 0 in correction.mix"
             )
         if self.loss.entropy_coef != 0 and self.loss.top_entropy_quantile < 1:
             problems.append(

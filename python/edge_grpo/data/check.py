@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from edge_grpo.config import TrainConfig
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.grading.answers import Grader, accepted_answers, is_literal
-from edge_grpo.text import last_box, percent
+from edge_grpo.grading.normalize import normalize
+from edge_grpo.text import AnswerStyle, bare_answer, fill, find_answer, percent
 from edge_grpo.types import Example, Outcome
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Kind = Literal[
     "repeated problem",
     "no answer",
     "unreadable answer",
+    "misread answer",
     "rejected solution",
     "long prompt",
     "long solution",
@@ -36,6 +38,7 @@ _CONSEQUENCES: dict[Kind, str] = {
     "repeated problem": "seen more often",
     "no answer": "not judged",
     "unreadable answer": "only equal text counts",
+    "misread answer": "its correction earns nothing",
     "rejected solution": "not injected",
     "long prompt": "left out",
     "long solution": "not injected whole",
@@ -104,17 +107,18 @@ class Preflight:
         return Group(*parts)
 
 
-def rejected_solutions(examples: Sequence[Example], grader: Grader) -> dict[int, Outcome]:
+def rejected_solutions(examples: Sequence[Example], grader: Grader, style: AnswerStyle = "box") -> dict[int, Outcome]:
     """Return the outcomes of the reference solutions that the grader does not call correct, by position.
 
-    A solution is judged as a response of the model is, by its last box. Without an answer it is not rejected.
+    A solution is judged as a response of the model is, by its last answer in that style. Where the row has no answer,
+    its solution is not rejected.
     """
     judged = [
-        (position, accepted_answers(example), last_box(example.solution))
+        (position, accepted_answers(example), find_answer(example.solution, style))
         for position, example in enumerate(examples)
         if example.solution is not None and example.answer is not None
     ]
-    outcomes = grader([(accepted, box) for _, accepted, box in judged])
+    outcomes = grader([(accepted, answer) for _, accepted, answer in judged])
     return {position: outcome for (position, *_), outcome in zip(judged, outcomes, strict=True) if outcome != "correct"}
 
 
@@ -138,12 +142,13 @@ def examine(
         if example.answer is None:
             findings.append(Finding("no answer", example.index, ""))
     findings += _unreadable_answers(examples, grader)
-    for position, outcome in rejected_solutions(examples, grader).items():
+    findings += _misread_answers(examples, config)
+    style = config.reward.answer
+    for position, outcome in rejected_solutions(examples, grader, style).items():
         example = examples[position]
-        box = last_box(example.solution or "")
-        detail = (
-            f"{outcome}: its box holds {_short(box)}, the answer is {_short(' or '.join(accepted_answers(example)))}"
-        )
+        found = find_answer(example.solution or "", style)
+        place = "its box holds" if style == "box" else "it answers"
+        detail = f"{outcome}: {place} {_short(found)}, the answer is {_short(' or '.join(accepted_answers(example)))}"
         findings.append(Finding("rejected solution", example.index, detail))
     if tokenizer is None:
         return Preflight(columns, len(examples), tuple(findings))
@@ -179,6 +184,18 @@ def _unreadable_answers(examples: Sequence[Example], grader: Grader) -> list[Fin
         for (example, answer), outcome in zip(answers, outcomes, strict=True)
         if outcome in ("unparseable", "timed_out")
     ]
+
+
+def _misread_answers(examples: Sequence[Example], config: TrainConfig) -> list[Finding]:
+    """Accepted answers that are not found again where a correction writes them: an open brace, several lines."""
+    findings = []
+    for example in examples:
+        for answer in accepted_answers(example):
+            written = fill(config.correction.answer_text, "answer", bare_answer(answer))
+            found = find_answer(written, config.reward.answer)
+            if found is None or normalize(found) != normalize(answer):
+                findings.append(Finding("misread answer", example.index, f"{_short(answer)} reads as {_short(found)}"))
+    return findings
 
 
 def _short(text: str | None, limit: int = 80) -> str:

@@ -144,7 +144,7 @@ def _notes(first: Result, second: Result) -> list[str]:
     notes = []
     if first.model["weights"] == second.model["weights"]:
         notes.append("both results are from the same weights")
-    for key in ("generations", "temperature", "max_tokens", "window", "engine"):
+    for key in ("generations", "temperature", "max_tokens", "window", "engine", "answer", "reasoning", "tolerance"):
         pair = getattr(first.protocol, key), getattr(second.protocol, key)
         if pair[0] != pair[1]:
             notes.append(f"{key} differs: {pair[0]} and {pair[1]}")

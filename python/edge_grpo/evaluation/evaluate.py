@@ -18,8 +18,9 @@ import numpy as np
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.data.templates import Template
 from edge_grpo.evaluation.estimators import Array, majority_at_k, pass_at_k, powers_of_two
-from edge_grpo.grading.answers import Grader, accepted_answers, normalize
-from edge_grpo.text import last_box
+from edge_grpo.grading.answers import Grader, accepted_answers
+from edge_grpo.grading.normalize import normalize
+from edge_grpo.text import AnswerStyle, Reasoning, after_reasoning, find_answer, last_box
 from edge_grpo.types import Outcome, Prompt, Response, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -152,14 +153,17 @@ def evaluate(
     seed: int,
     template: Template | None = None,
     window: int | None = None,
+    style: AnswerStyle = "box",
+    reasoning: Reasoning = "auto",
 ) -> Evaluation:
     """Return the evaluation of the engine's current weights on ``prompts``, each answered ``generations`` times.
 
     The grader of the accuracy reward decides what is correct; other rewards play no part. The same weights, prompts and
-    seed give the same result, in the order of the prompts. ``template`` says where the answer is and what ends a
-    response (None: the last box, and only the end of sequence). With its prompt a response has at most ``window``
-    tokens, the model's context length. Raises ValueError for fewer than one generation, for several greedy ones (they
-    would all be the same), for a prompt without an answer, and for one that fills the window.
+    seed give the same result, in the order of the prompts. ``style`` and ``reasoning`` say where the answer is, as
+    ``reward.answer`` and ``reward.reasoning`` do; a tagged ``template`` itself says where it is and what ends a
+    response. With its prompt a response has at most ``window`` tokens, the model's context length. Raises ValueError
+    for fewer than one generation, for several greedy ones (they would all be the same), for a prompt without an answer,
+    and for one that fills the window.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -171,7 +175,12 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in range(generations)]
     responses = _generate(engine, repeated, sampling, seed, window)
     read = [_read(response, tokenizer, template) for response in responses]
-    answers = [last_box(text if template is None else template.boxed(text)) for text, _, _ in read]
+    answers = []
+    for prompt, (text, _, _) in zip(repeated, read, strict=True):
+        if template is not None and template.is_tagged:
+            answers.append(last_box(template.boxed(text)))
+        else:
+            answers.append(find_answer(after_reasoning(text, prompt=prompt.text, reasoning=reasoning), style))
     accepted = [accepted_answers(prompt.example) for prompt in repeated]
     outcomes = grader(list(zip(accepted, answers, strict=True)))
     results = []

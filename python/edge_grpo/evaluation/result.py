@@ -16,6 +16,7 @@ from edge_grpo.config.seeds import derive_seed
 from edge_grpo.evaluation.estimators import LEVEL, RESAMPLES, Estimate, averages
 from edge_grpo.evaluation.evaluate import Evaluation, ExampleResult
 from edge_grpo.run.files import finite, write_text
+from edge_grpo.text import AnswerStyle, Reasoning
 
 FORMAT = 2
 CHUNK = 100  # problems
@@ -24,11 +25,12 @@ _KIND = "edge-grpo evaluation"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a model is asked. ``template`` is ``Template.to_dict``.
+    """How a model is asked and its answers are judged. ``template`` is ``Template.to_dict``.
 
     A response has at most ``max_tokens``, and with its prompt at most ``window``, the model's context length (None: not
     known). ``chunk`` problems at a time are generated and saved; each chunk has its own seed, so that another size
-    draws other responses.
+    draws other responses. ``answer``, ``reasoning`` and ``tolerance`` mean what they mean in the configuration's
+    section ``reward``.
     """
 
     template: Mapping[str, Any]
@@ -39,6 +41,9 @@ class Protocol:
     engine: str
     window: int | None = None
     chunk: int = CHUNK
+    answer: AnswerStyle = "box"
+    reasoning: Reasoning = "auto"
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.chunk < 1:

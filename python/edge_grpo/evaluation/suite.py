@@ -94,6 +94,8 @@ def run(
                 seed=derive_seed(protocol.seed, "eval", name, start),
                 template=template,
                 window=protocol.window,
+                style=protocol.answer,
+                reasoning=protocol.reasoning,
             )
             part.evaluation = Evaluation.merge([part.evaluation, count_votes(share, grader)])
             after_chunk(name)
@@ -102,6 +104,7 @@ def run(
 def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], grader: Grader) -> Result:
     """Return ``saved`` with its answers graded again; ``examples`` are the problems that were asked, by set.
 
+    The answers are those that were found then, whatever the text around them; the tolerance is the grader's.
     Raises ValueError where problems or accepted answers differ from those that were asked.
     """
     sets = {}
@@ -122,7 +125,8 @@ def grade_again(saved: Result, examples: Mapping[str, Sequence[Example]], grader
         ]
         evaluation = count_votes(Evaluation(size, tuple(graded)), grader)
         sets[name] = dataclasses.replace(part, evaluation=evaluation)
-    return dataclasses.replace(saved, sets=sets, grader=grader_versions())
+    protocol = dataclasses.replace(saved.protocol, tolerance=grader.tolerance)
+    return dataclasses.replace(saved, protocol=protocol, sets=sets, grader=grader_versions())
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:

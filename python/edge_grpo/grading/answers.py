@@ -12,26 +12,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from edge_grpo.grading.forms import is_number_row, may_be_product, same_words, without_blanks, words
+from edge_grpo.grading.normalize import MAX_ANSWER_LENGTH, normalize
 from edge_grpo.grading.workers import Failure, WorkerPool
-from edge_grpo.text import bare_answer
 from edge_grpo.types import Example, Outcome
 
-# Longer answers are not given to math-verify: no answer of the usual benchmarks has more than 204 characters, and the
-# time that LaTeX takes to parse grows much faster than its length.
-MAX_ANSWER_LENGTH = 1000
 # What math-verify gets by with, sympy included, is a tenth of it.
 _MEMORY_BYTES = 1 << 30
 _CACHE_SIZE = 1 << 16
 _Comparison = tuple[str, str]  # the accepted answer and the one that was read, both normalized
 
-_BLANKS_BY_SYMBOLS = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _INTEGER = re.compile(r"[+-]?\d+")
-_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d+)")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-# Words, or several bare numbers in a row: math-verify would read "tea" as t * e * a, which equals "eat", and "0 1" as
-# a product or a mixed number.
-_WORDS = re.compile(r"""(?=.*[A-Za-z]{4})[A-Za-z][A-Za-z\s.,;:!?'"-]*""", re.DOTALL)
-_NUMBER_ROW = re.compile(r"[+-]?\d+(?:\s+[+-]?\d+)+")
 
 
 class Grader:
@@ -41,8 +32,8 @@ class Grader:
 
         correct      it equals one of the accepted answers
         wrong        it equals none
-        unparseable  it cannot be read (while an accepted answer can): no box, an open or a blank one, text that is not
-                     mathematics, more than ``MAX_ANSWER_LENGTH`` characters; or there is no accepted answer
+        unparseable  it cannot be read (while an accepted answer can): none is given, a blank one, text that
+                     is not mathematics, more than ``MAX_ANSWER_LENGTH`` characters; or there is no accepted answer
         timed_out    comparing took more than its share of time or memory, or crashed, so that nobody knows
 
     Equal after ``normalize``, integers, words and rows of numbers are decided at once; processes start when first
@@ -50,20 +41,24 @@ class Grader:
     order, or on what else is judged. Any thread may call.
     """
 
-    def __init__(self, *, workers: int | None = None, timeout: float = 5.0) -> None:
-        size = min(2, len(os.sched_getaffinity(0))) if workers is None else workers
+    def __init__(self, *, workers: int | None = None, timeout: float = 5.0, tolerance: float = 0.0) -> None:
+        self.tolerance = tolerance
         self._pool = WorkerPool(
-            "edge_grpo.grading.equivalence:load", timeout=timeout, size=size, memory_limit=_MEMORY_BYTES
+            "edge_grpo.grading.equivalence:load",
+            (tolerance,),
+            timeout=timeout,
+            size=min(2, len(os.sched_getaffinity(0))) if workers is None else workers,
+            memory_limit=_MEMORY_BYTES,
         )
         self._known: OrderedDict[_Comparison, Outcome] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, pairs: Sequence[tuple[Sequence[str], str | None]]) -> list[Outcome]:
-        """Return one outcome per pair of accepted answers and the content of a completion's last box (None: no box).
+        """Return one outcome per pair of accepted answers and the answer that a completion gives (None: it gives none).
 
         Never raises because of what an answer holds; RuntimeError when no process can be started.
         """
-        entries = [[_settle(gold, answer) for gold in accepted] for accepted, answer in pairs]
+        entries = [[self._settle(gold, answer) for gold in accepted] for accepted, answer in pairs]
         # Where one accepted answer matches to the letter the others do not matter.
         entries = [["correct"] if "correct" in entry else entry for entry in entries]
         with self._lock:
@@ -72,6 +67,25 @@ class Grader:
 
     def close(self) -> None:
         self._pool.close()
+
+    def _settle(self, gold: str, answer: str | None) -> Outcome | _Comparison:
+        """The outcome where the texts decide, else what is to be compared."""
+        right, read = normalize(gold), normalize(answer) if answer is not None else ""
+        if not read:
+            return "unparseable"
+        if without_blanks(read) == without_blanks(right):
+            return "correct"
+        if _INTEGER.fullmatch(read) and _INTEGER.fullmatch(right):
+            if _canonical_integer(read) == _canonical_integer(right):
+                return "correct"
+            if not self.tolerance:
+                return "wrong"
+        right_words, read_words = words(right), words(read)
+        if right_words is not None and read_words is not None:
+            return "correct" if same_words(right_words, read_words) else "wrong"
+        if is_literal(gold):
+            return "wrong"
+        return (right, read) if len(read) <= MAX_ANSWER_LENGTH else "unparseable"
 
     def _compare(self, comparisons: Sequence[_Comparison]) -> dict[_Comparison, Outcome]:
         """What math-verify says of each comparison; the same ones are made once, now and in later calls."""
@@ -96,38 +110,8 @@ def accepted_answers(example: Example) -> tuple[str, ...]:
 
 def is_literal(gold: str) -> bool:
     """Whether only the same text, but for case, is equal to an accepted answer: lines, words, or a row of numbers."""
-    words = _without_text_command(normalize(gold))
-    return "\n" in gold.strip() or bool(_WORDS.fullmatch(words) or _NUMBER_ROW.fullmatch(words))
-
-
-def normalize(answer: str) -> str:
-    r"""An answer without what never changes its meaning: delimiters, ``\left``, sizes of fractions, runs of blanks."""
-    text = bare_answer(answer)
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
-    text = re.sub(r"\\(?:left|right)(?:\s*\.|(?![A-Za-z]))", "", text)
-    text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text).replace("{,}", ",")  # 10,\!000 and 10\,000 and 10{,}000
-    text = re.sub(r"\\[,;:]|~", " ", text)
-    text = " ".join(text.split())
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1].rstrip()
-    if match := _SCIENTIFIC.fullmatch(text):
-        return f"{match[1]} \\times 10^{{{match[2].lstrip('+')}}}"
-    return text
-
-
-def _settle(gold: str, answer: str | None) -> Outcome | _Comparison:
-    """The outcome where the texts decide, else what is to be compared."""
-    right, read = normalize(gold), normalize(answer) if answer is not None else ""
-    if not read:
-        return "unparseable"
-    if _BLANKS_BY_SYMBOLS.sub("", read) == _BLANKS_BY_SYMBOLS.sub("", right):
-        return "correct"
-    if _INTEGER.fullmatch(read) and _INTEGER.fullmatch(right):
-        return "correct" if _canonical_integer(read) == _canonical_integer(right) else "wrong"
-    right_words, read_words = _without_text_command(right), _without_text_command(read)
-    if is_literal(gold) or right_words == read_words:
-        return "correct" if right_words.casefold() == read_words.casefold() else "wrong"
-    return (right, read) if len(read) <= MAX_ANSWER_LENGTH else "unparseable"
+    text = normalize(gold)
+    return "\n" in gold.strip() or is_number_row(text) or (words(text) is not None and not may_be_product(text))
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome:
@@ -140,8 +124,3 @@ def _canonical_integer(text: str) -> tuple[bool, str]:
     """Sign and digits, compared as text because Python refuses to convert integers of thousands of digits."""
     digits = text.lstrip("+-").lstrip("0")
     return text.startswith("-") and bool(digits), digits
-
-
-def _without_text_command(text: str) -> str:
-    match = _TEXT_COMMAND.fullmatch(text)
-    return " ".join(match[1].split()) if match else text

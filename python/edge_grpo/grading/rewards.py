@@ -1,4 +1,4 @@
-r"""What a completion earns: the boxed answer's accuracy, its format, and the user's own functions, as a weighted sum.
+r"""What a completion earns: its answer's accuracy, its format, and the user's own functions, as a weighted sum.
 
 Whether an answer is right is ``edge_grpo.grading.answers``; finding it in a text is ``edge_grpo.text``.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from edge_grpo.config import RewardConfig
 from edge_grpo.grading.answers import Grader, accepted_answers
 from edge_grpo.grading.workers import Failure, WorkerPool
-from edge_grpo.text import boxes, last_box
+from edge_grpo.text import AnswerStyle, after_reasoning, find_answer, find_answers
 from edge_grpo.types import Prompt, Reward
 
+_BOX = re.compile(r"\\boxed\s*\{")
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +44,7 @@ class Rewarder:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self.grader = Grader(timeout=config.timeout)
+        self.grader = Grader(timeout=config.timeout, tolerance=config.tolerance)
         self._functions: dict[str, WorkerPool] = {}
         self._warned: set[tuple[str, str]] = set()
         try:
@@ -72,9 +74,10 @@ class Rewarder:
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
         r"""Return what each completion earns for its prompt (prompts repeat over a group).
 
-        ``parts`` always has "accuracy" and "format", 0 or 1, and an entry per function, named by its path, whatever
-        their weights. A completion whose prompt has no answer is "unparseable": nothing is known about it (and
-        ``check``'s ValueError is raised if accuracy has a weight).
+        Answer and format are looked for after the reasoning, as ``reward.reasoning`` says. ``parts`` always has
+        "accuracy" and "format", 0 or 1, and an entry per function, named by its path, whatever their weights.
+        A completion whose prompt has no answer is "unparseable": nothing is known about it (and ``check``'s ValueError
+        is raised if accuracy has a weight).
         """
         if len(prompts) != len(completions):
             raise ValueError(
@@ -84,18 +87,23 @@ class Rewarder:
         if not prompts:
             return []
         self.check(prompts)
+        style, reasoning = self.config.answer, self.config.reasoning
+        conclusions = [
+            after_reasoning(completion, prompt=prompt.text, reasoning=reasoning)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         outcomes = self.grader(
             [
-                (accepted_answers(prompt.example), last_box(completion))
-                for prompt, completion in zip(prompts, completions, strict=True)
+                (accepted_answers(prompt.example), find_answer(conclusion, style))
+                for prompt, conclusion in zip(prompts, conclusions, strict=True)
             ]
         )
         by_function = {path: self._call(path, prompts, completions) for path in self._functions}
         rewards = []
-        for index, (outcome, completion) in enumerate(zip(outcomes, completions, strict=True)):
+        for index, (outcome, conclusion) in enumerate(zip(outcomes, conclusions, strict=True)):
             results = {path: values[index] for path, values in by_function.items()}
             failures = {path: result.kind for path, result in results.items() if isinstance(result, Failure)}
-            parts = {"accuracy": float(outcome == "correct"), "format": float(has_good_format(completion))}
+            parts = {"accuracy": float(outcome == "correct"), "format": float(has_good_format(conclusion, style))}
             parts |= {path: 0.0 if isinstance(result, Failure) else result for path, result in results.items()}
             total = math.fsum(self.config.weights.get(name, 0.0) * value for name, value in parts.items())
             skipped = bool(failures) and self.config.on_error == "skip"
@@ -148,10 +156,11 @@ class Rewarder:
             _log.warning("%s\n%s", message, advice)
 
 
-def has_good_format(completion: str) -> bool:
-    r"""Whether there is exactly one ``\boxed{...}``, closed and not blank."""
-    found = boxes(completion)
-    return len(found) == 1 and found[0][1] is not None and bool(completion[slice(*found[0])].strip())
+def has_good_format(text: str, style: AnswerStyle = "box") -> bool:
+    r"""Whether there is exactly one answer, ended and not blank; a box is a ``\boxed{...}``."""
+    found = find_answers(text, style)
+    is_written_out = style != "box" or _BOX.search(text) is not None
+    return len(found) == 1 and found[0] is not None and bool(found[0].strip()) and is_written_out
 
 
 def _columns(prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, list[Any]]:

@@ -118,12 +118,12 @@ def test_the_published_template_warns_where_a_tokenizer_does_not_know_it(capsys:
 
 def test_the_grader_is_checked_without_a_model(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("eval", "--self-check", "--suite", "sets")
-    assert re.search(r"^both +8 +100\.0% +0\.0% +0 +0 +0$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^both +8 +100\.0%(?: +0\.0%){4} +0 +0 +0$", capsys.readouterr().out, re.MULTILINE)
     rows = [{"problem": "p", "answer": answer} for answer in ("1", "{5", r"\text{even}", None)]  # a brace too few
     (sets / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("eval", "--self-check", "--suite", "sets", "--template", "r1", "--json", "check.json", status=1)
     printed = capsys.readouterr().out
-    assert re.search(r"^odd +4 +66\.7% +0\.0% +1 +\d +1$", printed, re.MULTILINE)
+    assert re.search(r"^odd +4 +66\.7% +0\.0% +0\.0% +33\.3% +0\.0% +1 +\d +1$", printed, re.MULTILINE)
     assert "odd: the grader rejects the data's own answer: row 1\n" in printed
     assert "odd: no answer: row 3\n" in printed
     assert json.loads(Path("check.json").read_text())["odd"]["rejected"] == [1]

@@ -22,7 +22,7 @@ def test_every_key_has_help_and_a_default_that_loads() -> None:
 def test_help_stands_once_beside_its_field() -> None:
     by_key = {entry.key: entry for entry in describe()}
     assert by_key["rollout.num_generations"].help == "responses per prompt: the group size G"
-    assert by_key["reward.weights"].help.startswith("by name: accuracy (boxed answer right)")  # from the line above
+    assert by_key["reward.weights"].help.startswith("by name: accuracy (answer right)")  # from the line above
     assert by_key["rollout.engine"].choices == ["transformers", "vllm", "vllm-server"]
     assert by_key["loss.delta"].choices == []
     # edge_kernels documents its fields in docstrings: one paragraph may speak for several.

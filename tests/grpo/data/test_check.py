@@ -71,6 +71,20 @@ def test_every_defect_is_found_once(found):
     assert found.columns == {"problem": 10, "answer": 10, "solution": 10, "level": 1, "[/b]": 1}
 
 
+def test_an_answer_must_read_back_from_the_correction_that_injects_it(grader):
+    answers = (r"\frac{1}{2", "5}", "7", r"\{1", r"$\frac{1}{2}$")
+    rows = [Example(index, "?", answer) for index, answer in enumerate(answers)]
+    found = [finding for finding in examine(rows, grader, CONFIG).findings if finding.kind == "misread answer"]
+    assert [(finding.row, finding.detail) for finding in found] == [
+        (0, r"'\\frac{1}{2' reads as nothing"),
+        (1, "'5}' reads as '5'"),
+    ]
+    config = load_config(None, ["reward.answer=line", "correction.answer_text= Answer: {answer}"])
+    rows = [Example(0, "?", "1 0\n0 1"), Example(1, "5?", "5", "So it is.\nAnswer: 5")]
+    found = [(finding.kind, finding.row) for finding in examine(rows, grader, config).findings]
+    assert found == [("misread answer", 0)]
+
+
 def test_lengths_are_those_that_training_counts(found):
     tokenizer = make_tokenizer()
     assert found.prompt_lengths == tuple(len(tokenizer.encode(row["problem"])) for row in ROWS if row["problem"] != " ")
@@ -175,5 +189,6 @@ def test_the_table_fits_a_narrow_terminal(found):
 def test_the_papers_training_set(grader):
     counts = examine(load_examples(str(SHARED), {}), grader, CONFIG).counts
     assert (counts["repeated problem"], counts["empty problem"], counts["no answer"]) == (10, 0, 0)
-    assert counts["rejected solution"] == 33  # the published grader rejects 30
-    assert counts["unreadable answer"] == 7
+    assert counts["rejected solution"] == 16  # each gives another answer, or only an option's letter
+    assert counts["unreadable answer"] == 5
+    assert counts["misread answer"] == 0

@@ -108,13 +108,13 @@ def test_a_result_does_not_differ_from_itself():
 
 
 def test_what_else_differs_becomes_a_note():
-    first, second = make({"s": [1]}, weights="a"), make({"s": [1]}, weights="b", max_tokens=99, seed=3)
+    first, second = make({"s": [1]}, weights="a"), make({"s": [1]}, weights="b", max_tokens=99, seed=3, tolerance=0.01)
     first.versions, second.versions = {"torch": "1", "vllm": "3"}, {"torch": "2", "python": "3"}
     second.grader = {"math-verify": "2"}
     notes = compare(first, second).notes
-    assert notes[:2] == ["max_tokens differs: 9 and 99", "torch differs: 1 and 2"]
-    assert "graded by different versions" in notes[2]
-    assert len(notes) == 3
+    assert notes[:3] == ["max_tokens differs: 9 and 99", "tolerance differs: 0.0 and 0.01", "torch differs: 1 and 2"]
+    assert "graded by different versions" in notes[3]
+    assert len(notes) == 4
 
 
 def unfinished() -> Result:

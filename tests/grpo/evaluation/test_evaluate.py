@@ -80,6 +80,17 @@ def test_numbers_worked_by_hand(run):
     assert found.mean_length == pytest.approx(sum(lengths) / 8)
 
 
+def test_an_answer_is_looked_for_in_its_style_after_the_reasoning(run):
+    prompts = [prompt(i, "1") for i in range(3)]
+    engine = ScriptedEngine(r"#### 2 \boxed{1}", "<think> #### 1\n</think> #### 2", "<think> #### 1")
+    found = run(engine, prompts, 1, style="hash")
+    assert [r.answers[0] for r in found.results] == ["1", "2", None]
+    found = run(engine, prompts, 1, style="hash", reasoning="ignore", template=TEMPLATES["chat"])
+    assert [r.answers[0] for r in found.results] == ["1", "2", "1"]
+    found = run(engine, prompts, 1, reasoning="require_end")
+    assert [r.answers[0] for r in found.results] == [None, None, None]
+
+
 def test_the_engine_is_asked_once_for_all_generations_side_by_side(run):
     engine = ScriptedEngine(*["x"] * 6)
     run(engine, [prompt(0, "1"), prompt(1, "2")], 3, seed=11)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from edge_grpo.data.templates import TEMPLATES
 from edge_grpo.evaluation import suite
 from edge_grpo.evaluation.result import Result
 from edge_grpo.evaluation.suite import data_fingerprint
+from edge_grpo.grading.answers import Grader
 from edge_grpo.types import Example, Prompt
 
 
@@ -21,6 +23,12 @@ def test_chunks_have_seeds_of_their_own(grader):
     assert finish(begin(), engine, grader) == ["one", "one", "one", "two"]
     assert [size for size, _ in engine.calls] == [6, 6, 2, 4]  # two generations of 3, 3, 1 and 2 problems
     assert len({seed for _, seed in engine.calls}) == 4
+
+
+def test_answers_are_looked_for_where_the_protocol_says(grader):
+    result = begin(answer="line")
+    finish(result, SeededEngine(), grader)
+    assert result.sets["one"].evaluation.outcomes["unparseable"] == 14  # the engine writes boxes
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_result(grader, tmp_path):
@@ -49,6 +57,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(grader, tmp_path):
         ({"generations": 3}, "generations: 3 now, 2 in the file"),
         ({"seed": 5}, "seed: 5 now, 4 in the file"),
         ({"chunk": 4}, "chunk: 4 now, 3 in the file"),
+        ({"answer": "hash"}, "answer: 'hash' now, 'box' in the file"),
+        ({"reasoning": "ignore"}, "reasoning: 'ignore' now, 'auto' in the file"),
+        ({"tolerance": 0.1}, r"tolerance: 0\.1 now, 0\.0 in the file"),
         ({"template": TEMPLATES["r1"].to_dict()}, "template: 'r1' now, 'qwen_math' in the file"),
     ],
 )
@@ -109,5 +120,9 @@ def test_answers_are_graded_again(grader):
     worse = dataclasses.replace(result.sets["one"], evaluation=dataclasses.replace(part, results=bad))
     stale = dataclasses.replace(result, sets=result.sets | {"one": worse}, grader={"math-verify": "0.1"})
     assert suite.grade_again(stale, examples, grader) == result
+    with closing(Grader(tolerance=0.5)) as lenient:
+        again = suite.grade_again(result, examples, lenient)
+    assert again.protocol == dataclasses.replace(result.protocol, tolerance=0.5)
+    assert again.sets["one"].evaluation.accuracy == 1.0  # the wrong answers are one more than the right ones
     with pytest.raises(ValueError, match=r"one: a\.json must hold the problems and answers that were asked"):
         suite.grade_again(result, examples | {"one": examples["two"]}, grader)

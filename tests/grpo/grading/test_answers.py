@@ -87,7 +87,9 @@ def test_other_integers_words_and_rows_are_wrong_texts_alone(texts_alone, gold, 
         ("5", "five", "wrong"),
         ("(-1,1)(3,3)(19,-1)(53, -17)", "-17", "wrong"),  # a part of the answer is not the answer
         ("0.333", "1/3", "wrong"),
-        ("5", r"784 \Rightarrow \textbf{(E)}", "unparseable"),
+        ("5", r"784 \Rightarrow \textbf{(E)}", "wrong"),
+        ("784", r"784 \Rightarrow \textbf{(E)}", "correct"),
+        ("5", r"784 \Rightarrow", "unparseable"),
     ],
 )
 def test_math_verify_decides_the_rest(grader, gold, answer, outcome):
@@ -130,13 +132,18 @@ def test_each_comparison_is_made_once(grader, monkeypatch):
 MEGABYTE = 1 << 20
 OVERRUN = {
     "tower of powers": "9^{9^{9^{9^{9}}}}",
-    "factorial": "100000000!",
+    "factorial": r"\lfloor 100000000! / 7 \rfloor",
     "factorials": "(((10!)!)!)!",
-    "memory": "2^{2^{37}}",
-    "binomial": r"\binom{10^{10}}{5\cdot 10^{9}}",
+    "memory": r"\lfloor 2^{2^{37}} / 3 \rfloor",
     "product": r"\prod_{n=1}^{10^{9}} n",
     "nested parentheses": "(" * 400,
     "nested fractions": r"\frac{1}{" * 90 + "2" + "}" * 90,
+}
+# Compared by their size, without being written out.
+LARGE = {
+    "factorial": "100000000!",
+    "power": "2^{2^{37}}",
+    "binomial": r"\binom{10^{10}}{5\cdot 10^{9}}",
 }
 UNREADABLE = {
     "nested roots": r"\sqrt{" * 140 + "2" + "}" * 140,
@@ -158,6 +165,11 @@ def test_what_explodes_times_out_and_the_rest_is_judged():
     grader.close()
     assert {name: outcomes[text] for name, text in OVERRUN.items()} == dict.fromkeys(OVERRUN, "timed_out")
     assert all(outcomes[answer] in (expected, "timed_out") for answer, expected in sane.items())
+
+
+@pytest.mark.parametrize("text", LARGE.values(), ids=LARGE)
+def test_what_is_large_is_compared_by_its_size(grader, text):
+    assert judge(grader, ["0.5"], text) == "wrong"
 
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)

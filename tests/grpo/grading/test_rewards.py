@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_grpo.config import OnError, RewardConfig
+from edge_grpo.config import OnError, RewardConfig, load_config
 from edge_grpo.grading.rewards import Rewarder, has_good_format
 from edge_grpo.types import Example, Prompt, Reward
 
@@ -64,6 +64,44 @@ def test_only_the_last_box_counts(make):
 )
 def test_format_is_exactly_one_box(completion, is_good):
     assert has_good_format(completion) is is_good
+
+
+def test_a_box_in_unfinished_reasoning_earns_nothing(make):
+    completions = [r"<think>so \boxed{5}? let me re-check", r"<think>so \boxed{6}?</think> \boxed{5}", r"\boxed{5}"]
+    for reasoning, totals in (("auto", [0, 2, 2]), ("require_end", [0, 2, 0]), ("ignore", [2, 1, 2])):
+        rewards = make(RewardConfig(weights={"accuracy": 1.0, "format": 1.0}, reasoning=reasoning))(
+            [prompt()] * 3, completions
+        )
+        assert [reward.total for reward in rewards] == totals, reasoning
+
+
+def test_reasoning_that_the_prompt_has_opened_must_end(make):
+    opened = Prompt(prompt().example, "2 + 3? <think>\n", (1, 2))
+    rewards = make(RewardConfig())([opened] * 2, [r"so \boxed{5}", r"so</think> \boxed{5}"])
+    assert [reward.outcome for reward in rewards] == ["unparseable", "correct"]
+
+
+@pytest.mark.parametrize(
+    ("style", "right", "malformed"),
+    [
+        ("box", r"\boxed{5}", r"\fbox{5}"),
+        ("hash", "#### 5", "#### 5\n#### 5"),
+        ("line", "Answer: 5", "Answer: 4\nAnswer: 5"),
+        ("tag", "<answer>5</answer>", "<answer>4</answer><answer>5</answer>"),
+    ],
+)
+def test_the_answer_is_looked_for_where_the_configuration_says(make, style, right, malformed):
+    rewards = make(RewardConfig(weights={"accuracy": 1.0, "format": 0.5}, answer=style))(
+        [prompt()] * 3, [right, malformed, "5"]
+    )
+    assert [reward.total for reward in rewards] == [1.5, 1.0, 0.0]
+
+
+def test_a_tolerance_holds_for_any_number(make):
+    completions = [rf"\boxed{{{answer}}}" for answer in ("99.5", "99", "98", r"\frac{199}{2}")]
+    for tolerance, totals in ((0.0, [0, 0, 0, 0]), (0.01, [1, 1, 0, 1])):
+        rewards = make(RewardConfig(tolerance=tolerance))([prompt("100")] * 4, completions)
+        assert [reward.total for reward in rewards] == totals
 
 
 def test_the_total_is_the_weighted_sum(make, functions):
@@ -310,6 +348,7 @@ def test_functions_in_the_working_directory_are_found(make, tmp_path, monkeypatc
         ({"weights": {"a.b": 1.0}}, "package.module:function; got 'a.b'"),
         ({"weights": {"acuracy": 1.0}}, "package.module:function; got 'acuracy'; did you mean accuracy?"),
         ({"weights": {"a:b": float("inf")}}, r"weights\['a:b'\] must be a finite number"),
+        ({"tolerance": -0.1}, "tolerance must be a number >= 0"),
         ({"timeout": 0}, "timeout must be a number in \\(0, 1e6\\]"),
         ({"function_timeout": -1.0}, "function_timeout must be a number in \\(0, 1e6\\]"),
     ],
@@ -317,3 +356,22 @@ def test_functions_in_the_working_directory_are_found(make, tmp_path, monkeypatc
 def test_the_configuration_is_validated(values, message):
     with pytest.raises(ValueError, match=message):
         RewardConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.answer=last"], "reward.answer"),
+        (["reward.reasoning=never"], "reward.reasoning"),
+        (["reward.answer=hash"], "correction.answer_text must give the answer where reward.answer = 'hash' looks for"),
+    ],
+)
+def test_an_answer_that_cannot_be_found_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+
+
+def test_another_style_of_answer_takes_a_correction_of_its_style():
+    config = load_config(None, ["reward.answer=tag", "correction.answer_text= <answer>{answer}</answer>"])
+    assert config.reward.answer == "tag"
+    assert load_config(None, ["reward.answer=line", "method=grpo"]).reward.answer == "line"
