@@ -51,12 +51,7 @@ class Learner:
             policy.parameters(), lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay
         )
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
-        updates = config.steps * config.optim.epochs * config.optim.minibatches
-        # The scheduler counts this run's optimizer steps; accelerate's wrapper would advance it once per process.
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: learning_rate_factor(update, config.optim, updates)
-        )
-        accelerator.register_for_checkpointing(self.scheduler)
+        self.num_updates = config.steps * config.optim.epochs * config.optim.minibatches
 
     @property
     def unwrapped(self) -> PolicyModel:
@@ -101,9 +96,10 @@ class Learner:
                 if epoch == number == 0:  # the weights are still those that sampled
                     drift = pairs
                 norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm)))
-                learning_rate = float(self.scheduler.get_last_lr()[0])
+                learning_rate = self._set_learning_rate(
+                    ((step - 1) * optim.epochs + epoch) * optim.minibatches + number
+                )
                 self.optimizer.step()
-                self.scheduler.step()
                 self.optimizer.zero_grad()
         drifts = drift_metrics(gather_object(drift))
         return (
@@ -161,6 +157,13 @@ class Learner:
         with self.accelerator.autocast():
             logprobs, entropy = model(batch.input_ids, batch.attention_mask, stats)
         return unpad(logprobs, batch), unpad(entropy, batch)
+
+    def _set_learning_rate(self, update: int) -> float:
+        """Set and return the rate of an optimizer step (0-based) of the run: no state, so nothing to save."""
+        rate = self.optim.learning_rate * learning_rate_factor(update, self.optim, self.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def _loss_of(self, batch: Batch, normalizers: Normalizers) -> GRPOLossOutput:
         corrects_sampler = self.loss.sampler_ratio_cap is not None

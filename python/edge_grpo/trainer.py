@@ -69,6 +69,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
         self.accelerator = accelerator = Accelerator(
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,
@@ -134,7 +135,7 @@ class Trainer:
                 log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
                 log.step(step, metrics)
                 if config.save_every and (step % config.save_every == 0 or last):
-                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=_KEPT_CHECKPOINTS)
+                    self._save(step)
         checkpoint.save_model(accelerator, self.output / "final", self.learner.model, self.tokenizer)
         if config.trackers:
             accelerator.end_training()
@@ -204,9 +205,16 @@ class Trainer:
 
     def _resume(self) -> int:
         checkpoint.check_same_run(self.output, self.config)
-        step = checkpoint.load_latest(self.accelerator, self.output / "checkpoints")
-        self.engine.update_weights(self.learner.model)
-        return step
+        learner = self.learner
+        record = checkpoint.load_latest(self.accelerator, self.checkpoints, learner.model, learner.optimizer)
+        self.engine.update_weights(learner.model)
+        return record.step
+
+    def _save(self, step: int) -> None:
+        learner = self.learner
+        checkpoint.save(
+            self.accelerator, self.checkpoints, step, learner.model, learner.optimizer, keep=_KEPT_CHECKPOINTS
+        )
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
