@@ -162,6 +162,14 @@ def test_resume_refuses_another_configuration(config, tmp_path):
         train(replace(config, optim=replace(config.optim, learning_rate=0.5)), resume=True)
 
 
+def test_resume_refuses_fewer_steps_than_were_made(config, tmp_path):
+    train(replace(config, save_every=1))
+    before = records(tmp_path / "run")
+    with pytest.raises(ValueError, match="2 steps were made, and steps is 1; set steps to at least 2"):
+        train(replace(config, steps=1), resume=True)
+    assert records(tmp_path / "run") == before
+
+
 def test_resume_without_a_checkpoint_is_an_error(config):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(config, resume=True)

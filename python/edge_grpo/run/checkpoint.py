@@ -185,7 +185,16 @@ def _sha256(path: Path) -> str:
 
 
 def check_same_run(output: Path, config: TrainConfig) -> None:
-    """Raise ValueError, naming the keys, if ``config`` changes what a resumed run in ``output`` may not change."""
+    """Raise ValueError if ``config`` is not for the run in ``output``.
+
+    That is, if it changes what a resumed run may not change, or asks for fewer steps than were made.
+    """
+    made = steps(output / "checkpoints")
+    if made and made[-1] > config.steps:
+        raise ValueError(
+            f"cannot resume {output}: {made[-1]} steps were made, and steps is {config.steps}; set steps to at least "
+            f"{made[-1]}, or start a new run with another output"
+        )
     saved = output / "config.yaml"
     if saved.is_file():
         with state.reading(saved):
