@@ -126,20 +126,35 @@ class Trainer:
             if self.eval_prompts and first == 0:
                 before = after = self.evaluate()
                 log.step(0, _evaluation_metrics(before))
-            for step in range(first + 1, config.steps + 1):
-                samples, metrics = self.step(step)
-                last = step == config.steps
-                if self.eval_prompts and (last or (config.eval.every and step % config.eval.every == 0)):
-                    after = self.evaluate()
-                    metrics |= _evaluation_metrics(after)
-                log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
-                log.step(step, metrics)
-                if config.save_every and (step % config.save_every == 0 or last):
-                    self._save(step)
-        checkpoint.save_model(accelerator, self.output / "final", self.learner.model, self.tokenizer)
+            try:
+                after = self._make_steps(first, log) or after
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {self._what_is_left()}") from error
         if config.trackers:
             accelerator.end_training()
         return before, after
+
+    def _make_steps(self, first: int, log: RunLog) -> Evaluation | None:
+        """Make the steps after ``first``, save the final model, and return the last evaluation.
+
+        Raises FloatingPointError for a policy that is not finite, and leaves it unsaved.
+        """
+        config = self.config
+        after: Evaluation | None = None
+        samples: list[Sample] = []
+        for step in range(first + 1, config.steps + 1):
+            samples, metrics = self.step(step)
+            last = step == config.steps
+            if self.eval_prompts and (last or (config.eval.every and step % config.eval.every == 0)):
+                after = self.evaluate()
+                metrics |= _evaluation_metrics(after)
+            log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
+            log.step(step, metrics)
+            if config.save_every and (step % config.save_every == 0 or last):
+                self._save(step, samples)
+        self.learner.check_finite(samples)
+        checkpoint.save_model(self.accelerator, self.output / "final", self.learner.model, self.tokenizer)
+        return after
 
     def step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
@@ -210,11 +225,22 @@ class Trainer:
         self.engine.update_weights(learner.model)
         return record.step
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, samples: Sequence[Sample]) -> None:
         learner = self.learner
+        learner.check_finite(samples)
         checkpoint.save(
             self.accelerator, self.checkpoints, step, learner.model, learner.optimizer, keep=_KEPT_CHECKPOINTS
         )
+
+    def _what_is_left(self) -> str:
+        """The last checkpoint, all of which are finite, and what to do about a run that diverged."""
+        found = checkpoint.steps(self.checkpoints)
+        saved = (
+            f"the last finite checkpoint is {checkpoint.path_of(self.checkpoints, found[-1])}"
+            if found
+            else ("no checkpoint had been saved")
+        )
+        return f"{saved}; a resumed run makes the same steps again, so start one with a lower optim.learning_rate"
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))

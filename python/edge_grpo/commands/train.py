@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         if is_main:
             _say_how_to_resume(output)
         return 130
-    except (RuntimeError, FloatingPointError):
+    except RuntimeError:
         if is_main and (output / "config.yaml").is_file():  # else the run has not begun
             _say_how_to_resume(output)
         raise

@@ -75,6 +75,12 @@ class RunLog:
             self._progress.update(self._task, completed=step, figures=figures)
             if not self._console.is_terminal:
                 self._console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+            if skipped := metrics.get("optim/skipped"):
+                self._console.print(
+                    f"step {step}: optimizer steps skipped, because loss or gradient norm was not finite: {skipped:g}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         self._accelerator.log(dict(metrics), step=step)
 
     def completions(self, step: int, samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> None:
