@@ -30,6 +30,8 @@ from edge_grpo.metrics import PhaseTimes, num_generated, peak_bytes, sampler_met
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.run import checkpoint
+from edge_grpo.run.files import write_text
+from edge_grpo.run.folder import claim, discard
 from edge_grpo.run.log import RunLog
 from edge_grpo.types import Prompt
 
@@ -48,18 +50,21 @@ class Summary:
     seconds: float
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Summary:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Summary:
     """Train as ``config`` says and return how it went; the run's folder holds everything else.
 
     With ``resume`` the run continues after its newest checkpoint, with the same next step as if it had not stopped.
-    Raises ``FileNotFoundError`` when there is nothing to resume, ``ValueError`` when the configuration contradicts it.
+    With ``overwrite`` it replaces a run in the same folder, once everything has loaded. Raises ``FileExistsError`` when
+    another process uses the folder, or when it holds a run and neither is asked for; ``FileNotFoundError`` when there
+    is nothing to resume, ``ValueError`` when the configuration contradicts it.
     """
     started = time.perf_counter()
-    trainer = Trainer(config)
-    try:
-        before, after = trainer.run(resume=resume)
-    finally:
-        trainer.close()
+    with claim(Path(config.output), resume=resume, overwrite=overwrite):
+        trainer = Trainer(config)
+        try:
+            before, after = trainer.run(resume=resume)
+        finally:
+            trainer.close()
     return Summary(Path(config.output), before, after, config.steps, time.perf_counter() - started)
 
 
@@ -111,12 +116,13 @@ class Trainer:
         )
 
     def run(self, *, resume: bool) -> tuple[Evaluation | None, Evaluation | None]:
-        """Make all steps; return the evaluations before and after."""
+        """Make all steps; return the evaluations before and after. Unless it resumes, an earlier run is replaced."""
         config, accelerator = self.config, self.accelerator
         first = self._resume() if resume else 0
         if accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+            if not resume:
+                discard(self.output)
+            write_text(self.output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         accelerator.wait_for_everyone()
         if config.trackers:
             accelerator.init_trackers("edge-grpo", config=flatten(to_dict(config)))
