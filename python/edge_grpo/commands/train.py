@@ -70,10 +70,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         )
     try:
         summary = train(config, resume=options.resume, overwrite=options.overwrite)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_main:
             _say_how_to_resume(output)
-        return 130
+        return getattr(stop, "status", 130)
     except RuntimeError:
         if is_main and (output / "config.yaml").is_file():  # else the run has not begun
             _say_how_to_resume(output)

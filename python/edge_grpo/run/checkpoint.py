@@ -47,9 +47,13 @@ _MAY_CHANGE_ON_RESUME = {
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself: after which step, by how many processes, and the hash of each of its files."""
+    """What a checkpoint says of itself: after which step, by how many processes, and the hash of each of its files.
+
+    ``evaluated`` is false for one that was saved in place of the evaluation that was due after its step.
+    """
 
     step: int
+    evaluated: bool
     processes: int
     sha256: dict[str, str]
 
@@ -74,6 +78,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     *,
     keep: int,
+    evaluated: bool = True,
 ) -> Path:
     """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it."""
     target = path_of(folder, step)
@@ -89,7 +94,7 @@ def save(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        write_json(partial / _RECORD, asdict(Record(step, accelerator.num_processes, hashes)))
+        write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
         _replace(partial, target)
         for old in steps(folder)[:-keep] if keep else []:
             shutil.rmtree(path_of(folder, old))
