@@ -19,6 +19,7 @@ class FakeTrainer:
 
     calls: list[tuple[TrainConfig, bool]] = field(default_factory=list)
     error: BaseException | None = None
+    fails_to_load: bool = False
 
     def train(self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Any:
         with claim(Path(config.output), resume=resume, overwrite=overwrite):
@@ -26,6 +27,8 @@ class FakeTrainer:
 
     def _train(self, config: TrainConfig, resume: bool) -> Any:
         self.calls.append((config, resume))
+        if self.fails_to_load:
+            raise KeyboardInterrupt
         output = Path(config.output)
         if not resume:
             discard(output)

@@ -267,11 +267,9 @@ class Trainer:
     def _what_is_left(self) -> str:
         """The last checkpoint, all of which are finite, and what to do about a run that diverged."""
         found = checkpoint.steps(self.checkpoints)
-        saved = (
-            f"the last finite checkpoint is {checkpoint.path_of(self.checkpoints, found[-1])}"
-            if found
-            else ("no checkpoint had been saved")
-        )
+        saved = "no checkpoint had been saved"
+        if found:
+            saved = f"the last finite checkpoint is {checkpoint.path_of(self.checkpoints, found[-1])}"
         return f"{saved}; a resumed run makes the same steps again, so start one with a lower optim.learning_rate"
 
     def _decode(self, token_ids: Sequence[int]) -> str:

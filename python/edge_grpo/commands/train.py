@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
 from edge_grpo.config import Method, TrainConfig, keys_help, load_config
-from edge_grpo.run.folder import is_main_process
+from edge_grpo.run.folder import check_free, is_main_process
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.run.report import write_report
 from edge_grpo.text import clock, percent
@@ -57,6 +57,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _configuration(options, overrides)
     output = Path(config.output)
     is_main = is_main_process()
+    if is_main:
+        check_free(output, resume=options.resume, overwrite=options.overwrite)  # before torch is imported
+    earlier = _identity(output) if options.overwrite else None
 
     quieten_loading()
     from edge_grpo.trainer import train
@@ -72,11 +75,11 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         summary = train(config, resume=options.resume, overwrite=options.overwrite)
     except KeyboardInterrupt as stop:
         if is_main:
-            _say_how_to_resume(output)
+            _say_how_to_resume(output, earlier)
         return getattr(stop, "status", 130)
     except RuntimeError:
-        if is_main and (output / "config.yaml").is_file():  # else the run has not begun
-            _say_how_to_resume(output)
+        if is_main and _identity(output) is not None:  # else the run has not begun
+            _say_how_to_resume(output, earlier)
         raise
     if is_main:
         page = write_report([output])
@@ -119,11 +122,23 @@ def _accuracy(evaluation: Point) -> str:
     return percent(evaluation.accuracy) + error
 
 
-def _say_how_to_resume(output: Path) -> None:
+def _identity(output: Path) -> tuple[int, int] | None:
+    """What tells the runs begun in a folder apart, each of which writes its own config.yaml; None without one."""
+    try:
+        status = (output / "config.yaml").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _say_how_to_resume(output: Path, earlier: tuple[int, int] | None) -> None:
+    """Say what is left of an interrupted run; ``earlier`` is the run that it was to overwrite."""
     from edge_grpo.run import checkpoint
 
     found = checkpoint.steps(output / "checkpoints")
-    if found:
+    if earlier is not None and _identity(output) == earlier:
+        remedy = f"the run had not begun; the earlier one in {output} is as it was"
+    elif found:
         remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}"
     else:
         remedy = "no checkpoint had been saved yet; save_every sets the number of steps between them"

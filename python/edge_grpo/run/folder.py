@@ -35,8 +35,7 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
     if not is_main_process():
         yield
         return
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output must be a folder; {output} is a file")
+    check_free(output, resume=resume, overwrite=overwrite)
     is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -46,11 +45,7 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
             raise
         raise ValueError(f"output: {output} cannot be written to: {error.strerror}") from error
     try:
-        if _present(output) and not (resume or overwrite):
-            raise FileExistsError(
-                f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose "
-                "another folder with --output"
-            )
+        check_free(output, resume=resume, overwrite=overwrite)  # a run may have ended before the lock was ours
         yield
     finally:
         (output / _LOCK).unlink(
@@ -60,6 +55,17 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
         if is_new:
             with contextlib.suppress(OSError):  # the run has begun
                 output.rmdir()
+
+
+def check_free(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise FileExistsError for a file, and for a folder that holds a run which is not to be resumed or overwritten."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder; {output} is a file")
+    if _present(output) and not (resume or overwrite):
+        raise FileExistsError(
+            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose another "
+            "folder with --output"
+        )
 
 
 def discard(output: Path) -> None:
