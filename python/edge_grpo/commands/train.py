@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
 from edge_grpo.config import Method, TrainConfig, keys_help, load_config
-from edge_grpo.run.folder import check_free, is_main_process
+from edge_grpo.run.folder import claim, is_main_process
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.run.report import write_report
 from edge_grpo.text import clock, percent
@@ -57,8 +57,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _configuration(options, overrides)
     output = Path(config.output)
     is_main = is_main_process()
-    if is_main:
-        check_free(output, resume=options.resume, overwrite=options.overwrite)  # before torch is imported
+    with claim(output, resume=options.resume, overwrite=options.overwrite):
+        pass  # train claims it again; a refusal need not wait until torch is imported
     earlier = _identity(output) if options.overwrite else None
 
     quieten_loading()

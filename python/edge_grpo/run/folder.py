@@ -35,7 +35,8 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
     if not is_main_process():
         yield
         return
-    check_free(output, resume=resume, overwrite=overwrite)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder; {output} is a file")
     is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,11 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
             raise
         raise ValueError(f"output: {output} cannot be written to: {error.strerror}") from error
     try:
-        check_free(output, resume=resume, overwrite=overwrite)  # a run may have ended before the lock was ours
+        if _present(output) and not (resume or overwrite):
+            raise FileExistsError(
+                f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose "
+                "another folder with --output"
+            )
         yield
     finally:
         (output / _LOCK).unlink(
@@ -55,17 +60,6 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
         if is_new:
             with contextlib.suppress(OSError):  # the run has begun
                 output.rmdir()
-
-
-def check_free(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise FileExistsError for a file, and for a folder that holds a run which is not to be resumed or overwritten."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output must be a folder; {output} is a file")
-    if _present(output) and not (resume or overwrite):
-        raise FileExistsError(
-            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose another "
-            "folder with --output"
-        )
 
 
 def discard(output: Path) -> None:

@@ -33,6 +33,10 @@ def test_a_claim_names_its_process_and_dies_with_it(tmp_path: Path) -> None:
         message = f"mine is in use by process {holder.pid} on {socket.gethostname()}; wait"
         with pytest.raises(FileExistsError, match=message), claim(run, **options):
             pass
+    (run / "config.yaml").write_text("")
+    with pytest.raises(FileExistsError, match=message), claim(run):  # not: overwrite it
+        pass
+    (run / "config.yaml").unlink()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
