@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from edge_grpo.config import TrainConfig, to_dict
+from edge_grpo.run.folder import claim, discard
 
 
 @dataclass
@@ -18,11 +19,19 @@ class FakeTrainer:
 
     calls: list[tuple[TrainConfig, bool]] = field(default_factory=list)
     error: BaseException | None = None
+    fails_to_load: bool = False
 
-    def train(self, config: TrainConfig, *, resume: bool = False) -> Any:
+    def train(self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Any:
+        with claim(Path(config.output), resume=resume, overwrite=overwrite):
+            return self._train(config, resume)
+
+    def _train(self, config: TrainConfig, resume: bool) -> Any:
         self.calls.append((config, resume))
+        if self.fails_to_load:
+            raise KeyboardInterrupt
         output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            discard(output)
         (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
         (output / "metrics.jsonl").write_text(
             '{"step": 0, "eval/accuracy": 0.2, "eval/stderr": 0.03}\n'

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from edge_grpo.policy.model import PolicyModel, lm_head
 from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss, linear_token_stats
 
 _IGNORE_INDEX = -100
+_MAX_SKIPPED = 3  # optimizer steps in a row
+_LARGEST_WEIGHT = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class Learner:
@@ -51,12 +54,8 @@ class Learner:
             policy.parameters(), lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay
         )
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
-        updates = config.steps * config.optim.epochs * config.optim.minibatches
-        # The scheduler counts this run's optimizer steps; accelerate's wrapper would advance it once per process.
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda update: learning_rate_factor(update, config.optim, updates)
-        )
-        accelerator.register_for_checkpointing(self.scheduler)
+        self.skipped_in_a_row = 0
+        self.num_updates = config.steps * config.optim.epochs * config.optim.minibatches
 
     @property
     def unwrapped(self) -> PolicyModel:
@@ -88,29 +87,74 @@ class Learner:
                     sample.ref_logprobs = logprobs
 
     def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
-        """Learn from the rollout, ``epochs`` passes of ``minibatches`` optimizer steps each, and return its metrics."""
+        """Learn from the rollout, ``epochs`` passes of ``minibatches`` optimizer steps each, and return its metrics.
+
+        An optimizer step whose loss or gradient norm is not finite on any process is skipped on all. Raises
+        FloatingPointError after ``_MAX_SKIPPED`` of them in a row.
+        """
         optim = self.optim
         totals = LossTotals()
         norms: list[float] = []
+        num_skipped = 0
         drift: list[tuple[Sample, list[float], list[float]]] = []
         self.model.train()
         for epoch in range(optim.epochs):
             seed = derive_seed(self.seed, "minibatches", step, epoch)
             for number, part in enumerate(minibatches(samples, optim.minibatches, seed=seed)):
-                pairs = self.accumulate_gradient(part, totals)
+                own = LossTotals()
+                pairs = self.accumulate_gradient(part, own)
                 if epoch == number == 0:  # the weights are still those that sampled
                     drift = pairs
-                norms.append(float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm)))
-                learning_rate = float(self.scheduler.get_last_lr()[0])
-                self.optimizer.step()
-                self.scheduler.step()
+                norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
+                learning_rate = self._set_learning_rate(
+                    ((step - 1) * optim.epochs + epoch) * optim.minibatches + number
+                )
+                if self._everywhere(math.isfinite(own.loss) and math.isfinite(norm)):
+                    self.optimizer.step()
+                    self.skipped_in_a_row = 0
+                    norms.append(norm)
+                    totals.merge(own)
+                else:
+                    self._skip(step)
+                    num_skipped += 1
                 self.optimizer.zero_grad()
         drifts = drift_metrics(gather_object(drift))
         return (
-            totals.metrics(optim.epochs * optim.minibatches)
+            totals.metrics(len(norms))
             | drifts
-            | {"grad/norm": sum(norms) / len(norms), "optim/lr": learning_rate}
+            | {
+                "grad/norm": fmean(norms) if norms else math.nan,
+                "optim/lr": learning_rate,
+                "optim/skipped": float(num_skipped),
+            }
         )
+
+    @torch.no_grad()
+    def check_finite(self, samples: Sequence[Sample]) -> None:
+        """Raise FloatingPointError unless the weights, their squares and the entropy of some samples are finite.
+
+        All processes call it. Where the squares overflow, a model with RMS norms predicts the same for every prompt.
+        """
+        finite = all(_is_bounded(value) for value in self.model.parameters())
+        if finite and samples:
+            self.model.eval()
+            chunk = next(iter(micro_batches(samples, self.optim.micro_batch_size)))
+            finite = all(bool(entropy.isfinite().all()) for entropy in self.token_stats(self.unwrapped, chunk)[1])
+        if not self._everywhere(finite):
+            raise FloatingPointError("the weights, their squares, or the logits are not finite; training diverged")
+
+    def _everywhere(self, condition: bool) -> bool:
+        """Return whether the condition holds on all processes; all of them call it."""
+        holds = torch.tensor([int(condition)], device=self.accelerator.device)
+        return int(self.accelerator.reduce(holds, reduction="sum")) == self.accelerator.num_processes
+
+    def _skip(self, step: int) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == _MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the loss or the gradient norm was not finite in {_MAX_SKIPPED} optimizer steps in a row, the last of "
+                f"them in step {step}; training diverged"
+            )
 
     def accumulate_gradient(
         self, part: Sequence[Sample], totals: LossTotals
@@ -161,6 +205,13 @@ class Learner:
         with self.accelerator.autocast():
             logprobs, entropy = model(batch.input_ids, batch.attention_mask, stats)
         return unpad(logprobs, batch), unpad(entropy, batch)
+
+    def _set_learning_rate(self, update: int) -> float:
+        """Set and return the rate of an optimizer step (0-based) of the run: no state, so nothing to save."""
+        rate = self.optim.learning_rate * learning_rate_factor(update, self.optim, self.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def _loss_of(self, batch: Batch, normalizers: Normalizers) -> GRPOLossOutput:
         corrects_sampler = self.loss.sampler_ratio_cap is not None
@@ -237,8 +288,19 @@ class LossTotals:
             else:
                 self._sums[name] += float(value)
 
+    @property
+    def loss(self) -> float:
+        """This process's part of the loss."""
+        return self._sums["loss"]
+
+    def merge(self, other: LossTotals) -> None:
+        for name, value in other._sums.items():
+            self._sums[name] += value
+        for name, value in other._maxima.items():
+            self._maxima[name] = max(self._maxima.get(name, 0.0), value)
+
     def metrics(self, optimizer_steps: int) -> dict[str, float]:
-        """Return the named means and maxima. All processes call it."""
+        """Return the named means and maxima, of the loss over so many optimizer steps. All processes call it."""
         sums: defaultdict[str, float] = defaultdict(float)
         maxima: dict[str, float] = {}
         for process_sums, process_maxima in gather_object([(self._sums, self._maxima)]):
@@ -248,7 +310,7 @@ class LossTotals:
                 maxima[name] = max(maxima.get(name, 0.0), value)
         tokens = max(sums["tokens"], 1)
         metrics = {
-            "loss": sums["loss"] / optimizer_steps,
+            "loss": sums["loss"] / optimizer_steps if optimizer_steps else math.nan,
             "clip/low": sums["clip_low"] / tokens,
             "clip/high": sums["clip_high"] / tokens,
             "clip/region": sums["clip_region"] / tokens,
@@ -258,6 +320,11 @@ class LossTotals:
         if "kl_sum" in sums:
             metrics["kl/mean"] = sums["kl_sum"] / tokens
         return metrics
+
+
+def _is_bounded(weight: Tensor) -> bool:
+    low, high = weight.aminmax()
+    return float(low) >= -_LARGEST_WEIGHT and float(high) <= _LARGEST_WEIGHT  # false for NaN
 
 
 def learning_rate_factor(update: int, optim: OptimConfig, updates: int) -> float:

@@ -30,7 +30,10 @@ from edge_grpo.metrics import PhaseTimes, num_generated, peak_bytes, sampler_met
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.run import checkpoint
+from edge_grpo.run.files import write_text
+from edge_grpo.run.folder import claim, discard
 from edge_grpo.run.log import RunLog
+from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.types import Prompt
 
 _KEPT_CHECKPOINTS = 2
@@ -48,18 +51,22 @@ class Summary:
     seconds: float
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Summary:
+def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Summary:
     """Train as ``config`` says and return how it went; the run's folder holds everything else.
 
     With ``resume`` the run continues after its newest checkpoint, with the same next step as if it had not stopped.
-    Raises ``FileNotFoundError`` when there is nothing to resume, ``ValueError`` when the configuration contradicts it.
+    With ``overwrite`` it replaces a run in the same folder, once everything has loaded. Raises ``FileExistsError`` when
+    another process uses the folder, or when it holds a run and neither is asked for; ``FileNotFoundError`` when there
+    is nothing to resume, ``ValueError`` when the configuration contradicts it; and ``Stopped``, a KeyboardInterrupt,
+    after Ctrl-C or SIGTERM, once the step has ended and a checkpoint is saved. A second signal stops at once.
     """
     started = time.perf_counter()
-    trainer = Trainer(config)
-    try:
-        before, after = trainer.run(resume=resume)
-    finally:
-        trainer.close()
+    with claim(Path(config.output), resume=resume, overwrite=overwrite):
+        trainer = Trainer(config)
+        try:
+            before, after = trainer.run(resume=resume)
+        finally:
+            trainer.close()
     return Summary(Path(config.output), before, after, config.steps, time.perf_counter() - started)
 
 
@@ -69,6 +76,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
         self.accelerator = accelerator = Accelerator(
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,
@@ -110,35 +118,69 @@ class Trainer:
         )
 
     def run(self, *, resume: bool) -> tuple[Evaluation | None, Evaluation | None]:
-        """Make all steps; return the evaluations before and after."""
+        """Make all steps; return the evaluations before and after. Unless it resumes, an earlier run is replaced."""
         config, accelerator = self.config, self.accelerator
-        first = self._resume() if resume else 0
+        record = self._resume() if resume else None
+        first = record.step if record else 0
         if accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+            if not resume:
+                discard(self.output)
+            write_text(self.output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         accelerator.wait_for_everyone()
         if config.trackers:
             accelerator.init_trackers("edge-grpo", config=flatten(to_dict(config)))
 
         before = after = None
-        with RunLog(accelerator, self.output, steps=config.steps, resume_step=first) as log:
+        quiet = not accelerator.is_main_process
+        with (
+            StopRequests(quiet=quiet) as stop,
+            RunLog(accelerator, self.output, steps=config.steps, resume_step=first) as log,
+        ):
             if self.eval_prompts and first == 0:
                 before = after = self.evaluate()
                 log.step(0, _evaluation_metrics(before))
-            for step in range(first + 1, config.steps + 1):
-                samples, metrics = self.step(step)
-                last = step == config.steps
-                if self.eval_prompts and (last or (config.eval.every and step % config.eval.every == 0)):
-                    after = self.evaluate()
-                    metrics |= _evaluation_metrics(after)
-                log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
-                log.step(step, metrics)
-                if config.save_every and (step % config.save_every == 0 or last):
-                    checkpoint.save(accelerator, self.output / "checkpoints", step, keep=_KEPT_CHECKPOINTS)
-        checkpoint.save_model(accelerator, self.output / "final", self.learner.model, self.tokenizer)
+            elif record and not record.evaluated and self._is_evaluated(first):
+                after = self.evaluate()
+                log.step(first, _evaluation_metrics(after))
+            try:
+                last_evaluation, received = self._make_steps(first, log, stop)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {self._what_is_left()}") from error
         if config.trackers:
             accelerator.end_training()
-        return before, after
+        if received:
+            raise Stopped(received)
+        return before, last_evaluation or after
+
+    def _make_steps(self, first: int, log: RunLog, stop: StopRequests) -> tuple[Evaluation | None, int]:
+        """Make the steps after ``first`` and save the final model; return the last evaluation, and a signal to stop.
+
+        At a signal, a checkpoint takes the place of evaluation and final model: these can outlast the time that a
+        preempted run is given, and a resumed run makes up for them. Raises FloatingPointError for a policy that is not
+        finite, and leaves it unsaved.
+        """
+        config = self.config
+        after: Evaluation | None = None
+        samples: list[Sample] = []
+        for step in range(first + 1, config.steps + 1):
+            samples, metrics = self.step(step)
+            received = stop.agreed(self.accelerator)
+            if self._is_evaluated(step) and not received:
+                after = self.evaluate()
+                metrics |= _evaluation_metrics(after)
+            log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
+            log.step(step, metrics)
+            if received or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
+                self._save(step, samples, evaluated=not received)
+            if received:
+                return after, received
+        self.learner.check_finite(samples)
+        checkpoint.save_model(self.accelerator, self.output / "final", self.learner.model, self.tokenizer)
+        return after, 0
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(self.eval_prompts) and (step == self.config.steps or (every > 0 and step % every == 0))
 
     def step(self, step: int) -> tuple[list[Sample], dict[str, float]]:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
@@ -204,11 +246,33 @@ class Trainer:
             "correction/rejected_solutions": float(len(self.collector.corrector.rejected_solutions)),
         }
 
-    def _resume(self) -> int:
+    def _resume(self) -> checkpoint.Record:
         checkpoint.check_same_run(self.output, self.config)
-        step = checkpoint.load_latest(self.accelerator, self.output / "checkpoints")
-        self.engine.update_weights(self.learner.model)
-        return step
+        learner = self.learner
+        record = checkpoint.load_latest(self.accelerator, self.checkpoints, learner.model, learner.optimizer)
+        self.engine.update_weights(learner.model)
+        return record
+
+    def _save(self, step: int, samples: Sequence[Sample], *, evaluated: bool) -> None:
+        learner = self.learner
+        learner.check_finite(samples)
+        checkpoint.save(
+            self.accelerator,
+            self.checkpoints,
+            step,
+            learner.model,
+            learner.optimizer,
+            keep=_KEPT_CHECKPOINTS,
+            evaluated=evaluated,
+        )
+
+    def _what_is_left(self) -> str:
+        """The last checkpoint, all of which are finite, and what to do about a run that diverged."""
+        found = checkpoint.steps(self.checkpoints)
+        saved = "no checkpoint had been saved"
+        if found:
+            saved = f"the last finite checkpoint is {checkpoint.path_of(self.checkpoints, found[-1])}"
+        return f"{saved}; a resumed run makes the same steps again, so start one with a lower optim.learning_rate"
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))

@@ -156,10 +156,51 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
                 assert got[key] == value, (expected["step"], key)
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_an_old_run_outlives_a_new_one_that_cannot_start(config, tmp_path):
+    """Whatever is missing: data, held-out data, model, reward function, engine. Then the new one replaces it."""
+    train(replace(config, steps=1, save_every=1))
+    run = tmp_path / "run"
+    before = contents(run)
+    (tmp_path / "empty").mkdir()
+    for broken in (
+        replace(config, data=DataConfig(train=str(tmp_path / "absent.jsonl"))),
+        replace(config, eval=EvalConfig(data=str(tmp_path / "absent.jsonl"))),
+        replace(config, model=ModelConfig(path=str(tmp_path / "empty"))),
+        replace(config, reward=RewardConfig(weights={"accuracy": 1.0, "absent:function": 1.0})),
+        replace(config, optim=replace(config.optim, minibatches=2), rollout=replace(config.rollout, engine="vllm")),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError, ImportError, RuntimeError)):
+            train(broken, overwrite=True)
+        assert contents(run) == before
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(config)
+    assert contents(run) == before
+    train(replace(config, steps=2), overwrite=True)
+    assert [record["step"] for record in records(run)] == [1, 2]
+    assert not (run / "checkpoints").exists()
+    train(
+        replace(config, steps=1, model=ModelConfig(path=str(run / "final"))), overwrite=True
+    )  # the run that it replaces
+    assert len(records(run)) == 1
+
+
 def test_resume_refuses_another_configuration(config, tmp_path):
     train(replace(config, save_every=1, steps=1))
     with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.001, is 0\.5"):
         train(replace(config, optim=replace(config.optim, learning_rate=0.5)), resume=True)
+
+
+def test_resume_refuses_fewer_steps_than_were_made(config, tmp_path):
+    train(replace(config, save_every=1))
+    before = records(tmp_path / "run")
+    with pytest.raises(ValueError, match="2 steps were made, and steps is 1; set steps to at least 2"):
+        train(replace(config, steps=1), resume=True)
+    assert records(tmp_path / "run") == before
 
 
 def test_resume_without_a_checkpoint_is_an_error(config):

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its status.
 
     0; 1 where a strict check found something; 2 for a mistake in the command or the configuration; 3 for an engine that
-    could not generate; 130 for Ctrl-C.
+    could not generate; 130 for Ctrl-C, 143 for a training run that SIGTERM ended.
     """
     command, options, overrides = parse(arguments)
     try:

@@ -6,7 +6,6 @@ Training is ``edge_grpo.trainer``; what is written into the run's folder is ``ed
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any, get_args
 
 from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
 from edge_grpo.config import Method, TrainConfig, keys_help, load_config
+from edge_grpo.run.folder import claim, is_main_process
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.run.report import write_report
 from edge_grpo.text import clock, percent
-
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
 
 
 class _KeysHelp(argparse.Action):
@@ -48,15 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the run in the output folder, with its own configuration unless --recipe or --config is given",
     )
-    again.add_argument("--overwrite", action="store_true", help="delete an earlier run in the output folder first")
+    again.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier run in the output folder, once the new one has loaded",
+    )
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _configuration(options, overrides)
     output = Path(config.output)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    if is_main and not options.resume:
-        _claim(output, overwrite=options.overwrite)
+    is_main = is_main_process()
+    with claim(output, resume=options.resume, overwrite=options.overwrite):
+        pass  # train claims it again; a refusal need not wait until torch is imported
+    earlier = _identity(output) if options.overwrite else None
 
     quieten_loading()
     from edge_grpo.trainer import train
@@ -69,14 +72,14 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
             file=sys.stderr,
         )
     try:
-        summary = train(config, resume=options.resume)
-    except KeyboardInterrupt:
+        summary = train(config, resume=options.resume, overwrite=options.overwrite)
+    except KeyboardInterrupt as stop:
         if is_main:
-            _say_how_to_resume(output)
-        return 130
-    except (RuntimeError, FloatingPointError):
-        if is_main and (output / "config.yaml").is_file():  # else the run has not begun
-            _say_how_to_resume(output)
+            _say_how_to_resume(output, earlier)
+        return getattr(stop, "status", 130)
+    except RuntimeError:
+        if is_main and _identity(output) is not None:  # else the run has not begun
+            _say_how_to_resume(output, earlier)
         raise
     if is_main:
         page = write_report([output])
@@ -119,25 +122,23 @@ def _accuracy(evaluation: Point) -> str:
     return percent(evaluation.accuracy) + error
 
 
-def _claim(output: Path, *, overwrite: bool) -> None:
-    """Make sure that ``output`` holds no run; with ``overwrite`` delete the files of one, and nothing else."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output must be a folder; {output} is a file")
-    present = [output / name for name in _RUN_FILES if (output / name).exists()]
-    if present and not overwrite:
-        raise FileExistsError(
-            f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose another "
-            "folder with --output"
-        )
-    for path in present:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _identity(output: Path) -> tuple[int, int] | None:
+    """What tells the runs begun in a folder apart, each of which writes its own config.yaml; None without one."""
+    try:
+        status = (output / "config.yaml").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
-def _say_how_to_resume(output: Path) -> None:
+def _say_how_to_resume(output: Path, earlier: tuple[int, int] | None) -> None:
+    """Say what is left of an interrupted run; ``earlier`` is the run that it was to overwrite."""
     from edge_grpo.run import checkpoint
 
     found = checkpoint.steps(output / "checkpoints")
-    if found:
+    if earlier is not None and _identity(output) == earlier:
+        remedy = f"the run had not begun; the earlier one in {output} is as it was"
+    elif found:
         remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}"
     else:
         remedy = "no checkpoint had been saved yet; save_every sets the number of steps between them"

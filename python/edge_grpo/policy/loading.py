@@ -86,7 +86,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, **({"gguf_file": gguf_file} if gguf_file else {})
+        name, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
     )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -124,7 +124,7 @@ def _resolve(path: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _load_plain(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
 
 
 def _load_gguf(folder: str, file_name: str, dtype: torch.dtype) -> PreTrainedModel:

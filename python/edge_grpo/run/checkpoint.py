@@ -1,27 +1,35 @@
 """Checkpoints that are either whole or absent, and what a run that resumes from one may change.
 
-``accelerate`` writes model, optimizer, random states and registered objects; this file owns the folder's life cycle:
-checkpoints are written beside their place, then renamed into it.
+This file owns a checkpoint's life cycle: it is written beside its place, renamed into it, and verified before it is
+loaded. What its files hold is ``state``'s.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
 import re
 import shutil
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
-from edge_grpo.run.files import partial_of
+from edge_grpo.run import state
+from edge_grpo.run.files import partial_of, write_json
 
 _NAME = re.compile(r"step-(\d{6,})")
-_STATE = "trainer_state.json"
+_RECORD = "trainer_state.json"
+_WEIGHTS = "model.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 # What a resumed run may change: none of it touches the steps that were already made.
 _MAY_CHANGE_ON_RESUME = {
     "steps",
@@ -37,19 +45,41 @@ _MAY_CHANGE_ON_RESUME = {
 }
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself: after which step, by how many processes, and the hash of each of its files.
+
+    ``evaluated`` is false for one that was saved in place of the evaluation that was due after its step.
+    """
+
+    step: int
+    evaluated: bool
+    processes: int
+    sha256: dict[str, str]
+
+
 def steps(folder: Path) -> list[int]:
     """Return the steps that have a whole checkpoint in ``folder``, in ascending order."""
     if not folder.is_dir():
         return []
     matches = ((_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match, entry in matches if match and (entry / _STATE).is_file())
+    return sorted(int(match[1]) for match, entry in matches if match and (entry / _RECORD).is_file())
 
 
 def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Path:
+def save(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    evaluated: bool = True,
+) -> Path:
     """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it."""
     target = path_of(folder, step)
     partial = partial_of(target)
@@ -57,12 +87,14 @@ def save(accelerator: Accelerator, folder: Path, step: int, *, keep: int) -> Pat
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # accelerate would warn at every save that a head tied to the embedding is stored once; loading ties it again.
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    accelerator.save_state(str(partial))
+    state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
+    if accelerator.is_main_process:
+        state.write_weights(model, partial / _WEIGHTS)
+        state.write_optimizer(optimizer, partial / _OPTIMIZER)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / _STATE).write_text(json.dumps({"step": step}))
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
         _replace(partial, target)
         for old in steps(folder)[:-keep] if keep else []:
             shutil.rmtree(path_of(folder, old))
@@ -81,23 +113,97 @@ def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: An
     accelerator.wait_for_everyone()
 
 
-def load_latest(accelerator: Accelerator, folder: Path) -> int:
-    """Restore the newest whole checkpoint and return its step. Raises ``FileNotFoundError`` when there is none."""
+def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:
+    """Restore the newest whole checkpoint and return its record. All processes call it.
+
+    Raises FileNotFoundError when there is none, and ``UnreadableError``, naming the file and the checkpoint before it,
+    for one that does not hold what was written. Nothing that it reads can run code.
+    """
     found = steps(folder)
     if not found:
         raise FileNotFoundError(
             f"nothing to resume: {folder} holds no whole checkpoint; start the run without --resume, "
             "and set save_every to a smaller number of steps if it ended before the first one"
         )
-    accelerator.load_state(str(path_of(folder, found[-1])))
-    return found[-1]
+    newest = path_of(folder, found[-1])
+    try:
+        record = _verified(accelerator, newest)
+        state.read_weights(model, newest / _WEIGHTS)
+        state.read_optimizer(optimizer, newest / _OPTIMIZER)
+        if record.processes == accelerator.num_processes:
+            state.read_random_state(newest / _random_state(accelerator.process_index), accelerator.device)
+        elif accelerator.is_main_process:
+            print(
+                f"{newest} was saved by {record.processes} processes and is resumed by {accelerator.num_processes}: "
+                "the next steps differ from those that the former would have made",
+                file=sys.stderr,
+            )
+    except state.UnreadableError as error:
+        older = f"to resume from step {found[-2]}" if found[1:] else "and start again: there is no older checkpoint"
+        raise state.UnreadableError(f"{error}; delete {newest} {older}") from error
+    return record
+
+
+def _verified(accelerator: Accelerator, path: Path) -> Record:
+    """The checkpoint's record. The main process compares the files with it, and all processes learn the outcome."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [_verify(path)]
+        except state.UnreadableError as error:
+            outcome = [str(error)]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], str):
+        raise state.UnreadableError(outcome[0])
+    record: Record = outcome[0]
+    return record
+
+
+def _verify(path: Path) -> Record:
+    with state.reading(path / _RECORD):
+        record = Record(**json.loads((path / _RECORD).read_text(encoding="utf-8")))
+        named = _NAME.fullmatch(path.name)
+        random_states = {_random_state(rank) for rank in range(record.processes)}
+        if (
+            named is None
+            or record.step != int(named[1])
+            or record.sha256.keys() != {_WEIGHTS, _OPTIMIZER} | random_states
+        ):
+            raise ValueError("it belongs to another checkpoint")
+    for name, written in record.sha256.items():
+        with state.reading(path / name):
+            if _sha256(path / name) != written:
+                raise ValueError("its content has changed since it was written")
+    return record
+
+
+def _random_state(rank: int) -> str:
+    return f"random_state_{rank}.json"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_same_run(output: Path, config: TrainConfig) -> None:
-    """Raise ValueError, naming the keys, if ``config`` changes what a resumed run in ``output`` may not change."""
+    """Raise ValueError if ``config`` is not for the run in ``output``.
+
+    That is, if it changes what a resumed run may not change, or asks for fewer steps than were made.
+    """
+    made = steps(output / "checkpoints")
+    if made and made[-1] > config.steps:
+        raise ValueError(
+            f"cannot resume {output}: {made[-1]} steps were made, and steps is {config.steps}; set steps to at least "
+            f"{made[-1]}, or start a new run with another output"
+        )
     saved = output / "config.yaml"
     if saved.is_file():
-        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        with state.reading(saved):
+            old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         new = flatten(to_dict(config))
         changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
         if changed:
@@ -115,10 +221,13 @@ def _replace(partial: Path, target: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _sync_directory(partial)
+    replaced = target.with_name(f".replaced-{target.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, replaced)
     os.replace(partial, target)
     _sync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -18,22 +18,36 @@ def partial_of(target: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, replacing an older one as a whole; folders are made as needed.
+    """Write a UTF-8 file, as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, replacing an older one as a whole; folders are made as needed.
 
     Links, pipes and devices, such as /dev/stdout, are written to and not replaced.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
 def write_json(path: Path, tree: Any) -> None:
     """Write an indented JSON file, as ``write_text`` does. Raises ValueError for NaN and infinity (``finite``)."""
     write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of a run's JSONL files: an object with an integer step; None where there is none."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def finite(value: float) -> float | None:

@@ -6,7 +6,6 @@ Drawing it is ``report``'s, writing it ``log``'s.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from edge_grpo.run.files import record_of
 from edge_grpo.types import Outcome, Provenance
 
 MAX_POINTS = 1500  # steps drawn per run
@@ -96,15 +96,11 @@ def _read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{path.name} is missing")
         return []
     records, broken = [], 0
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with path.open("rb") as file:
         for line in file:
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict) and type(record.get("step")) is int:
+            if (record := record_of(line)) is not None:
                 records.append(record)
             else:
                 broken += 1

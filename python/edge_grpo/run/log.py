@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edge_grpo.batching import Sample
-from edge_grpo.run.files import finite, write_text
+from edge_grpo.run.files import finite, record_of, write_bytes
 
 _SHOWN = {
     "eval/accuracy": "held-out",
@@ -53,7 +53,10 @@ class RunLog:
         self._task = self._progress.add_task("train", total=steps, completed=resume_step, figures="")
         if accelerator.is_main_process:
             for path in (self._metrics, self._completions):
-                _keep_until(path, resume_step if resume_step else -1)
+                if broken := _keep_until(path, resume_step if resume_step else -1):
+                    lines = f"line{'s' * (len(broken) > 1)} {', '.join(map(str, broken[:5]))}"
+                    more = f" and {len(broken) - 5} more" if broken[5:] else ""
+                    self._console.print(f"{path}: no record in {lines}{more}; left as it was", soft_wrap=True)
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -72,6 +75,12 @@ class RunLog:
             self._progress.update(self._task, completed=step, figures=figures)
             if not self._console.is_terminal:
                 self._console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+            if skipped := metrics.get("optim/skipped"):
+                self._console.print(
+                    f"step {step}: optimizer steps skipped, because loss or gradient norm was not finite: {skipped:g}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         self._accelerator.log(dict(metrics), step=step)
 
     def completions(self, step: int, samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> None:
@@ -121,16 +130,23 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop a JSONL log's lines after ``step``, and a last line that was not finished."""
+def _keep_until(path: Path, step: int) -> list[int]:
+    """Drop a JSONL log's lines after ``step``, and a last line that was not finished.
+
+    Lines that are no records stay where they are; their numbers are returned.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+        return []
+    kept, broken = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        record = record_of(line)
+        if record is not None and record["step"] > step:
             continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+        if record is None:
+            if number == len(lines):
+                continue
+            broken.append(number)
+        kept.append(line + b"\n")
+    write_bytes(path, b"".join(kept))
+    return broken

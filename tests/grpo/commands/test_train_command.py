@@ -5,6 +5,7 @@ Training itself is replaced by ``FakeTrainer``.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fake_trainer import FakeTrainer
 
 from edge_grpo.commands import main as cli
 from edge_grpo.config import from_dict, load_config, recipe_path
+from edge_grpo.run.stop import Stopped
 
 
 def test_train_reads_recipe_options_and_keys_in_any_order(
@@ -95,6 +97,22 @@ def test_other_processes_of_a_run_neither_claim_nor_print(
     monkeypatch.setenv("RANK", "1")  # the first process may have made the folder already
     assert cli.main(["train", "--output", "out"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_before_an_old_run_is_overwritten(trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--output", "out"]) == 0
+    state = Path("out/checkpoints/step-000020/trainer_state.json")
+    state.parent.mkdir(parents=True)
+    state.write_text('{"step": 20}')
+    trainer.fails_to_load = True
+    assert cli.main(["train", "--output", "out", "--overwrite"]) == 130
+    assert "Interrupted: the run had not begun; the earlier one in out is as it was\n" in capsys.readouterr().err
+    assert state.exists()
+
+
+def test_sigterm_has_a_status_of_its_own(trainer: FakeTrainer) -> None:
+    trainer.error = Stopped(signal.SIGTERM)
+    assert cli.main(["train", "--output", "out"]) == 143
 
 
 def test_ctrl_c_says_how_to_go_on(trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from edge_grpo.batching import Sample
+from edge_grpo.run.history import read_run
 from edge_grpo.run.log import RunLog, completion_record
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
 
@@ -63,3 +64,23 @@ def test_log_keeps_completions_with_line_separators(tmp_path):
         ["injected", "a\u2028b"],
         ["continued", "a\u2028b"],
     ]
+
+
+def test_rows_that_cannot_be_read_are_named_and_stay(tmp_path):
+    rows = [
+        b'{"step": 1}',
+        b"garbage",
+        b'{"loss": 1.0}',
+        b'{"step": 2, "note": "\xff"}',
+        b"[" * 100_000,
+        b'{"step": 3}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows) + b'\n{"step": 3, "un')
+    console = Console(file=StringIO())
+    with RunLog(Accelerator(cpu=True), tmp_path, steps=9, resume_step=2, console=console):
+        pass
+    assert console.file.getvalue().endswith("metrics.jsonl: no record in lines 2, 3, 4, 5; left as it was\n")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(rows[:-1]) + b"\n"
+    (tmp_path / "config.yaml").write_text("steps: 9")
+    notes = read_run(tmp_path).notes
+    assert "metrics.jsonl: 4 unreadable lines were skipped" in notes
