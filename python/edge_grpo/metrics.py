@@ -182,3 +182,12 @@ def _collapsed(rewards: Iterable[tuple[int, Reward]]) -> float:
     for group, reward in rewards:
         groups[group].add(reward.total)
     return _share(len(values) == 1 for values in groups.values())
+
+
+def correction_metrics(counts: Sequence[tuple[int, int]], num_rejected: int) -> dict[str, float]:
+    """Return corrections that did not fit (replaced, cut) over all processes, and the data's rejected solutions."""
+    return {
+        "correction/fallbacks": float(sum(fallbacks for fallbacks, _ in counts)),
+        "correction/truncated": float(sum(truncated for _, truncated in counts)),
+        "correction/rejected_solutions": float(num_rejected),
+    }

@@ -16,17 +16,17 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 
 from edge_grpo.batching import Sample
-from edge_grpo.collect import Collected, Collector, find_rejected_solutions, load_prompts, sampling_of
+from edge_grpo.collect import Collector, check_distribution, find_rejected_solutions, load_prompts, sampling_of
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.credit import assign_advantages
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.learner import Learner
-from edge_grpo.metrics import PhaseTimes, num_generated, peak_bytes, sampler_metrics, step_metrics
+from edge_grpo.metrics import PhaseTimes, correction_metrics, num_generated, peak_bytes, sampler_metrics, step_metrics
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.run import checkpoint
@@ -82,7 +82,7 @@ class Trainer:
             log_with=list(config.trackers) or None,
             project_dir=config.output,
         )
-        _check_distribution(config, accelerator)
+        check_distribution(config, accelerator)
         torch.manual_seed(config.seed)
 
         model, self.tokenizer = load_model(config.model)
@@ -145,7 +145,7 @@ class Trainer:
             try:
                 last_evaluation, received = self._make_steps(first, log, stop)
             except FloatingPointError as error:
-                raise FloatingPointError(f"{error}; {self._what_is_left()}") from error
+                raise FloatingPointError(f"{error}; {checkpoint.what_is_left(self.checkpoints)}") from error
         if config.trackers:
             accelerator.end_training()
         if received:
@@ -202,7 +202,9 @@ class Trainer:
         if self.learner.loss.sampler_ratio_cap is not None:
             metrics |= sampler_metrics(everyone, self.learner.loss)
         metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}
-        metrics |= self._correction_metrics(collected)
+        if self.collector.corrector is not None:
+            counts = gather_object([(collected.fallbacks, collected.num_truncated)])
+            metrics |= correction_metrics(counts, len(self.collector.corrector.rejected_solutions))
         metrics |= {
             "time/total": total,
             "throughput/tokens_per_s": num_generated(everyone) / total,
@@ -235,17 +237,6 @@ class Trainer:
             # accelerate would hold the next run in this process to this one's precision.
             AcceleratorState._reset_state()
 
-    def _correction_metrics(self, collected: Collected) -> dict[str, float]:
-        """Corrections that did not fit (replaced, cut), and the data's rejected solutions, over all processes."""
-        if self.collector.corrector is None:
-            return {}
-        counts = gather_object([(collected.fallbacks, collected.num_truncated)])
-        return {
-            "correction/fallbacks": float(sum(fallbacks for fallbacks, _ in counts)),
-            "correction/truncated": float(sum(truncated for _, truncated in counts)),
-            "correction/rejected_solutions": float(len(self.collector.corrector.rejected_solutions)),
-        }
-
     def _resume(self) -> checkpoint.Record:
         checkpoint.check_same_run(self.output, self.config)
         learner = self.learner
@@ -266,36 +257,8 @@ class Trainer:
             evaluated=evaluated,
         )
 
-    def _what_is_left(self) -> str:
-        """The last checkpoint, all of which are finite, and what to do about a run that diverged."""
-        found = checkpoint.steps(self.checkpoints)
-        saved = "no checkpoint had been saved"
-        if found:
-            saved = f"the last finite checkpoint is {checkpoint.path_of(self.checkpoints, found[-1])}"
-        return f"{saved}; a resumed run makes the same steps again, so start one with a lower optim.learning_rate"
-
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
-
-
-def _check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
-    kind = accelerator.distributed_type
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if kind not in supported:
-        raise ValueError(
-            f"distributed type {kind.value} is not supported: sampling with transformers needs whole parameters on "
-            "every process; launch with accelerate's plain data parallelism (--multi_gpu or --cpu)"
-        )
-    processes, prompts = accelerator.num_processes, config.rollout.num_prompts
-    if processes > 1 and config.rollout.engine == "vllm":
-        raise ValueError(
-            f"rollout.engine='vllm' runs in one process; got {processes}; use 'vllm-server', which they can share"
-        )
-    if prompts % (processes * config.optim.minibatches):
-        raise ValueError(
-            f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "
-            f"{processes} x {config.optim.minibatches}, since groups stay whole"
-        )
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:

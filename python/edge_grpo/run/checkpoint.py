@@ -189,6 +189,13 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def what_is_left(folder: Path) -> str:
+    """Return the last checkpoint in ``folder``, all of which are finite, and what to do about a run that diverged."""
+    found = steps(folder)
+    saved = f"the last finite checkpoint is {path_of(folder, found[-1])}" if found else "no checkpoint had been saved"
+    return f"{saved}; a resumed run makes the same steps again, so start one with a lower optim.learning_rate"
+
+
 def check_same_run(output: Path, config: TrainConfig) -> None:
     """Raise ValueError if ``config`` is not for the run in ``output``.
 
