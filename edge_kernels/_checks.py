@@ -28,7 +28,7 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def check_float(name: str, value: object, *, least_dims: int) -> None:
+def check_float(name: str, value: object, *, least_dims: int, may_be_empty: bool = False) -> None:
     """Require a floating-point tensor of a supported dtype with enough dimensions and a last one that is not empty."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {describe(value)}")
@@ -38,7 +38,7 @@ def check_float(name: str, value: object, *, least_dims: int) -> None:
         )
     if value.dim() < least_dims:
         raise ValueError(f"{name} must have at least {least_dims} dimension(s); got {describe(value)}")
-    if value.shape[-1] == 0:
+    if not may_be_empty and value.shape[-1] == 0:
         raise ValueError(f"the last dimension of {name} must not be empty; got {describe(value)}")
 
 

@@ -89,7 +89,7 @@ def response_entropy(entropy: Tensor, completion_mask: Tensor) -> Tensor:
     entropy, else float32. No gradient. Raises ValueError or TypeError for wrong shapes and dtypes. arXiv:2507.21848,
     eq. 3.
     """
-    check_float("entropy", entropy, least_dims=1)
+    check_float("entropy", entropy, least_dims=1, may_be_empty=True)
     if entropy.dim() != 2:
         raise ValueError(f"entropy must have shape (B, T); got {describe(entropy)}; pass one row per response")
     B, T = entropy.shape
@@ -195,7 +195,7 @@ def entropy_driven_advantages(
     arXiv:2507.21848, eq. 7.
     """
     config = _check_config(config)
-    check_float("entropy", entropy, least_dims=1)
+    check_float("entropy", entropy, least_dims=1, may_be_empty=True)
     remedy = "pass one reward per response"
     check_like("rewards", rewards, {"(B,)": tuple(entropy.shape[:1])}, "floating point", entropy, remedy=remedy)
     advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)

@@ -6,6 +6,7 @@ Names and meanings are TRL's where TRL has the option. Validation happens here, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
@@ -21,12 +22,16 @@ def _one_of(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
-    """Require a real number (infinity allowed, NaN not), strictly above or at least a bound."""
+def _number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, finite: bool = False
+) -> None:
+    """Require a real number (NaN is none, infinity is where it need not be finite), above or at least a bound."""
     bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or value != value
+    bad = isinstance(value, bool) or not isinstance(value, (int, float, Real)) or value != value  # Real: NumPy's too
     if bad or (above is not None and not value > above) or (least is not None and not value >= least):
         raise ValueError(f"{name} must be a number{bound}; got {value!r}")
+    if finite and value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,10 @@ class GRPOLossConfig:
         if self.delta is not None:
             _number("delta", self.delta, above=1)
         _number("beta", self.beta, least=0)
-        _number("temperature", self.temperature, above=0)
+        _number("temperature", self.temperature, above=0, finite=True)
         if self.softcap is not None:
-            _number("softcap", self.softcap, above=0)
-        _number("logit_scale", self.logit_scale)
+            _number("softcap", self.softcap, above=0, finite=True)
+        _number("logit_scale", self.logit_scale, finite=True)
         _number("entropy_coef", self.entropy_coef)
         _number("sft_weight", self.sft_weight, least=0)
         _number("shaped_gamma", self.shaped_gamma, above=0)

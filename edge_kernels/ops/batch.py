@@ -118,7 +118,15 @@ def _entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     """Return the (1 - share) quantile of the masked tokens' entropy, a scalar."""
     if entropy.numel() == 0:
         return entropy.new_zeros(())
-    return entropy.masked_fill(~mask, float("nan")).flatten().nanquantile(1 - share)
+    # torch.nanquantile interpolates alike, but refuses more than 2^24 values.
+    counted = mask & ~entropy.isnan()
+    ordered = entropy.masked_fill(~counted, float("inf")).flatten().sort().values
+    count = counted.sum()
+    position = (count - 1).clamp(min=0).double() * (1 - share)
+    below = position.floor().long()
+    above = torch.minimum(below + 1, (count - 1).clamp(min=0))
+    threshold = torch.lerp(ordered[below].double(), ordered[above].double(), position - below)
+    return torch.where(count == 0, float("nan"), threshold).to(entropy.dtype)
 
 
 def _check_credit(advantages: Tensor | None, rewards: Tensor | None, group_ids: Tensor | None, like: Tensor) -> None:

@@ -276,12 +276,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     if bias is not None:
         check_like("bias", bias, {"(V,)": (V,)}, "floating point", hidden, remedy=remedy)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocasts and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} must have the dtype of hidden, {hidden.dtype}; got {tensor.dtype}; "
-                "convert one of them, or run under torch.autocast"
+                + ("convert one of them" if autocasts else "convert one of them, or run under torch.autocast")
             )
     return hidden.dtype

@@ -14,6 +14,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -248,7 +249,7 @@ class Learner:
                 [value for sample in part if sample.entropy is not None for value in sample.entropy]
             )
             if entropies:
-                threshold = float(torch.quantile(torch.stack(entropies), 1 - self.loss.top_entropy_quantile))
+                threshold = float(np.quantile(torch.stack(entropies).numpy(), 1 - self.loss.top_entropy_quantile))
         return Normalizers(max(tokens, 1), max(sequences, 1), threshold)
 
     def _contributing(self, part: Sequence[Sample]) -> Sequence[Sample]:
