@@ -83,8 +83,8 @@ def test_built_in_model_loads():
     [
         ("edge_grpo:huge", "edge_grpo:tiny"),
         ("models/missing.gguf", "make smollm2"),
-        ("./missing", "no folder"),
-        ("one/two/three", "no folder"),
+        ("./missing", "is not a folder"),
+        ("one/two/three", "is not a folder"),
         ("{empty}", "config.json"),
     ],
 )

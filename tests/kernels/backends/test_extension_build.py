@@ -249,7 +249,7 @@ def test_arguments_are_checked(arguments: dict[str, object], wrong: dict[str, ob
         call(function, **{**arguments, **wrong})
 
 
-RULE = {**LossRule.of(GRPOLossConfig())._asdict(), "max_log_ratio": 80.0}
+RULE = {**LossRule.of(GRPOLossConfig())._asdict(), "max_log_ratio": 80.0, "max_kl_log_ratio": 10.0}
 TENSORS = dict.fromkeys(TokenTerms._fields, 64)
 SWEEP = {
     **{name: value for name, value in FORWARD.items() if not name.startswith("logsumexp")},
