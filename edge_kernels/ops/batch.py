@@ -125,7 +125,8 @@ def _entropy_threshold(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     position = (count - 1).clamp(min=0).double() * (1 - share)
     below = position.floor().long()
     above = torch.minimum(below + 1, (count - 1).clamp(min=0))
-    threshold = torch.lerp(ordered[below].double(), ordered[above].double(), position - below)
+    lower, upper = ordered.index_select(0, torch.stack([below, above])).double().unbind()
+    threshold = torch.lerp(lower, upper, position - below)
     return torch.where(count == 0, float("nan"), threshold).to(entropy.dtype)
 
 
