@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import triton
 from backends import DTYPES
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from edge_kernels.contract import StatsGradients, Transform
 # Statistics are sums in float32. A gradient is rounded to the logits' type; the interpreter truncates where a GPU
 # rounds to nearest, so that two units in the last place of the largest element are allowed.
 STATS_TOLERANCE = 2e-5
+# Before 3.9 the interpreter also rounds the product in a multiply-add, as no GPU does: at logits of 1e4 it costs 3e-5.
+ROUNDS_ONCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -83,7 +86,8 @@ def test_special_rows(multiprocessors: int) -> None:
     for actual, expected in zip(stats, exact, strict=True):
         assert actual.isnan().tolist() == [False, True, True, True, False, False, False]
         # At an offset of 1e4 float32 resolves a logsumexp to 1e-3.
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-7, atol=2e-5, equal_nan=True)
+        tolerance = 2e-5 if ROUNDS_ONCE else 1e-4
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-7, atol=tolerance, equal_nan=True)
     assert 0 <= stats.entropy[6] < 1e-6
     assert all(value[5] == 0 for value in stats)
 
