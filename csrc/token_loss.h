@@ -73,7 +73,8 @@ struct TokenOutcome {
 // The penalty's part, before the token's weight is applied; 0 without a reference.
 struct KlOutcome {
     double estimate;  // of the KL divergence
-    double direct;    // the derivatives of beta times the estimate, as above
+    double loss;      // beta times it, and the derivatives of that, as above: 0 without beta, whatever the estimate
+    double direct;
     double through_ratio;
     bool bounded;
 };
@@ -164,15 +165,23 @@ EDGE_HOST_DEVICE inline KlOutcome kl_outcome(const TokenRule& rule, const TokenT
     const double difference = token.ref_logprob - logprob;
     out.bounded = difference > rule.max_kl_log_ratio;
     const double excess = out.bounded ? difference - rule.max_kl_log_ratio : 0.0;
-    const double ratio_to_ref = std::exp(out.bounded ? rule.max_kl_log_ratio : difference);
+    const double bound = out.bounded ? rule.max_kl_log_ratio : difference;
+    const double ratio_to_ref = std::exp(bound);
     double share = 1.0;
     if (rule.bias_corrects_kl) share = std::exp(log_ratio > rule.max_log_ratio ? rule.max_log_ratio : log_ratio);
-    out.estimate = share * (ratio_to_ref * (1.0 + excess) - difference - 1.0);
+    out.estimate = share * (ratio_to_ref - bound - 1.0 + (ratio_to_ref - 1.0) * excess);
     if (rule.beta > 0) {
+        out.loss = rule.beta * out.estimate;
         out.direct = rule.beta * share * (1.0 - ratio_to_ref);
-        if (rule.bias_corrects_kl && !(log_ratio > rule.max_log_ratio)) out.through_ratio = rule.beta * out.estimate;
+        if (rule.bias_corrects_kl && !(log_ratio > rule.max_log_ratio)) out.through_ratio = out.loss;
     }
     return out;
+}
+
+EDGE_HOST_DEVICE inline void add_penalty(TokenOutcome& out, const KlOutcome& kl) {
+    out.loss += kl.loss;
+    out.direct += kl.direct;
+    out.through_ratio += kl.through_ratio;
 }
 
 // The sum of kl_outcome's two derivatives, in which most of the estimate cancels: the sweep has no registers to spare.
@@ -181,11 +190,12 @@ EDGE_HOST_DEVICE inline double kl_derivative(const TokenRule& rule, const TokenT
     if (!(rule.beta > 0)) return 0.0;
     const double difference = token.ref_logprob - logprob;
     const bool bounded = difference > rule.max_kl_log_ratio;
-    const double ratio_to_ref = std::exp(bounded ? rule.max_kl_log_ratio : difference);
+    const double bound = bounded ? rule.max_kl_log_ratio : difference;
+    const double ratio_to_ref = std::exp(bound);
     if (!rule.bias_corrects_kl) return rule.beta * (1.0 - ratio_to_ref);
     if (log_ratio > rule.max_log_ratio) return rule.beta * std::exp(rule.max_log_ratio) * (1.0 - ratio_to_ref);
     const double excess = bounded ? difference - rule.max_kl_log_ratio : 0.0;
-    return rule.beta * std::exp(log_ratio) * (ratio_to_ref * excess - difference);
+    return rule.beta * std::exp(log_ratio) * ((ratio_to_ref - 1.0) * excess - bound);
 }
 
 // For rules under which a token's derivatives depend on that token alone.

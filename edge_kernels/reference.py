@@ -309,8 +309,9 @@ def k3(ref_logprobs: Tensor, logprobs: Tensor) -> Tensor:
     From d = ``MAX_KL_LOG_RATIO`` on exp(d) is replaced by its tangent there.
     """
     difference = ref_logprobs - logprobs
-    excess = (difference - MAX_KL_LOG_RATIO).clamp(min=0)
-    return difference.clamp(max=MAX_KL_LOG_RATIO).exp() * (1 + excess) - difference - 1
+    bounded, excess = difference.clamp(max=MAX_KL_LOG_RATIO), (difference - MAX_KL_LOG_RATIO).clamp(min=0)
+    ratio = bounded.exp()
+    return (ratio - bounded - 1) + (ratio - 1) * excess  # inf, not NaN, for an infinite difference
 
 
 def tokens_above_quantile(num_items: Tensor | float, share: float) -> Tensor | float:

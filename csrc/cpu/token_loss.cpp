@@ -65,9 +65,7 @@ class Batch {
             }
             TokenOutcome out = token_outcome(rule_, token, logprob, entropy, log_ratio, factor);
             const KlOutcome kl = kl_outcome(rule_, token, logprob, log_ratio);
-            out.loss += rule_.beta * kl.estimate;
-            out.direct += kl.direct;
-            out.through_ratio += kl.through_ratio;
+            add_penalty(out, kl);
             add(token, out, kl, entropy);
             double d_logprob = token.weight * out.direct;
             if (rule_.ratio_of_sequence) {

@@ -126,9 +126,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             }
             TokenOutcome out = token_outcome(rule, token, logprob, entropy, log_ratio, factor);
             const KlOutcome kl = kl_outcome(rule, token, logprob, log_ratio);
-            out.loss += rule.beta * kl.estimate;
-            out.direct += kl.direct;
-            out.through_ratio += kl.through_ratio;
+            add_penalty(out, kl);
 
             sums[kLoss] += token.weight * out.loss;
             if (rule.bonus_weight != 0.0 && out.acting) sums[kLoss] -= rule.bonus_weight * entropy;

@@ -57,15 +57,14 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     mask, A = terms.mask, terms.advantages
     logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
 
-    # The importance ratio; a token without a record has ratio 1 to its own present value.
-    # So has one of log-probability -inf, whose difference to itself would be NaN.
+    # The importance ratio; a token without a record has ratio 1 to its own present value, even where that is -inf.
     has_record = torch.zeros_like(mask) if terms.old_logprobs is None else ~terms.old_logprobs.isnan()
     old = logprobs if terms.old_logprobs is None else torch.where(has_record, terms.old_logprobs, logprobs)
     recorded = mask if terms.old_logprobs is None else mask & has_record
     log_ratio = (logprobs - old).masked_fill(~(mask & has_record), 0)
     lengths = recorded.sum(-1, keepdim=True).clamp(min=1) if rule.ratio_of_sequence else None
     if lengths is not None:
-        log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True) / lengths  # (B, 1)
+        log_ratio = log_ratio.sum(-1, keepdim=True) / lengths  # (B, 1)
     log_ratio = log_ratio.expand_as(mask)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 

@@ -133,9 +133,10 @@ def contribution(terms, rule, low, high, at, own, lp, h, threshold, sequence_log
     if terms.ref_logprobs is not None:
         d = tl.load(terms.ref_logprobs + at, mask=own, other=0.0) - lp
         is_bounded = own & (d > MAX_KL_LOG)
-        power = exp(tl.where(d > MAX_KL_LOG, MAX_KL_LOG, d))  # continued by its tangent
+        bounded = tl.where(d > MAX_KL_LOG, MAX_KL_LOG, d)  # exp continues as its tangent there
+        power = exp(bounded)
         share = ratio if rule.bias_corrects_kl else tl.zeros_like(lp) + 1.0
-        kl = share * (power * (1 + tl.where(d > MAX_KL_LOG, d - MAX_KL_LOG, 0.0)) - d - 1)
+        kl = share * (power - bounded - 1 + (power - 1) * tl.where(d > MAX_KL_LOG, d - MAX_KL_LOG, 0.0))
         if rule.beta is not None:
             term = term + rule.beta * kl
             direct = direct + rule.beta * share * (1 - power)

@@ -62,6 +62,22 @@ def test_without_a_penalty_the_estimate_is_measured_and_finite() -> None:
     assert out.metrics["kl_bounded"] == 1
 
 
+def test_a_measured_estimate_that_is_infinite_is_not_in_the_loss() -> None:
+    """The reference allows a token that the policy forbids: the estimate is inf, and without beta that is all."""
+    logits = torch.zeros(1, 2, 3, dtype=torch.float64)
+    logits[0, 0, 0] = -math.inf
+    logits.requires_grad_()
+    targets, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
+    reference = torch.full((1, 2), -1.0, dtype=torch.float64)
+    advantages = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    out = edge_grpo_loss(logits, targets, mask, advantages=advantages, ref_logprobs=reference)
+    assert out.metrics["kl_sum"] == math.inf
+    assert out.loss.isfinite()
+    out.loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
 @pytest.mark.parametrize("with_old", [True, False])
 def test_a_forbidden_target_without_an_advantage_costs_nothing(loss_type: str, with_old: bool) -> None:
