@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from io import StringIO
+from types import SimpleNamespace
 
+import pytest
 from accelerate import Accelerator
 from rich.console import Console
 
 from edge_grpo.batching import Sample
 from edge_grpo.run.history import read_run
-from edge_grpo.run.log import RunLog, completion_record
+from edge_grpo.run.log import RunLog, completion_record, figures_of
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
 
 SAMPLED, INJECTED, CONTINUED = Provenance.SAMPLED, Provenance.INJECTED, Provenance.CONTINUED
@@ -28,6 +31,73 @@ def test_completion_record_cuts_where_provenance_changes():
     assert (record["step"], record["index"], record["reward_before"], record["reward"]) == (7, 4, 0.0, 1.0)
     assert (record["parts_before"], record["parts"]) == ({"accuracy": 0.0}, {"accuracy": 1.0})
     assert (record["failures"], record["skipped"]) == ({}, False)
+
+
+METRICS = {
+    "eval/accuracy": 0.681,
+    "accuracy/before": 0.25,
+    "accuracy/after": 0.8125,
+    "collapsed/before": 0.5,
+    "collapsed/after": 0.125,
+    "correction/fallbacks": 0.0,
+    "reward/mean": 0.8125,
+    "loss": -0.01234,
+    "grad/norm": 0.5678,
+    "entropy/token_mean": 0.0912,
+    "length/mean": 48.25,
+    "throughput/tokens_per_s": 12345.6,
+}
+
+
+def test_figures_name_what_is_before_and_what_after_correction():
+    assert figures_of(METRICS) == (
+        "held-out 0.681  accuracy 0.25 before correction, 0.812 after  "
+        "collapsed groups 0.5 before correction, 0.125 after  reward 0.812  loss -0.0123  gradient norm 0.568  "
+        "entropy 0.0912  length 48.2  tok/s 12,346"
+    )
+    without = {key: value for key, value in METRICS.items() if key != "correction/fallbacks"}
+    assert "accuracy 0.25  collapsed groups 0.5  reward 0.812" in figures_of(without)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr("edge_grpo.run.log.time.monotonic", lambda: now.seconds)
+    return now
+
+
+def step_twice(log, clock):
+    """An evaluation of 1,000 s, which is no step, then two steps of 40 s: both too slow for rich's own estimate."""
+    clock.seconds += 1000
+    log.step(0, {"eval/accuracy": 0.2})
+    for step in (1, 2):
+        clock.seconds += 40
+        log.step(step, METRICS)
+
+
+def test_a_log_file_has_step_total_elapsed_and_remaining_time(tmp_path, clock):
+    console = Console(file=StringIO())
+    with RunLog(Accelerator(cpu=True), tmp_path, steps=60, resume_step=0, console=console) as log:
+        step_twice(log, clock)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "step 0/60  elapsed 16 min 40 s  left -  held-out 0.2"
+    assert lines[2] == f"step 2/60  elapsed 18 min 0 s  left 38 min 40 s  {figures_of(METRICS)}"
+
+
+# 80 columns are a terminal's default, 60 leave no room for the bar, 200 hold everything in two lines.
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_terminal_keeps_step_total_and_remaining_time(tmp_path, clock, width):
+    console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
+    with RunLog(Accelerator(cpu=True), tmp_path, steps=60, resume_step=0, console=console) as log:
+        step_twice(log, clock)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, shown)) <= width
+    last = max(number for number, line in enumerate(shown) if line.startswith("step 2/60"))
+    assert shown[last].endswith("elapsed 18 min 0 s  left 38 min 40 s")
+    assert ("╸" in shown[last]) == (width > 60)
+    figures = [line.strip() for line in shown[last + 1 :]]
+    assert "  ".join(filter(None, figures)) == figures_of(METRICS)  # whole, and cut between figures only
 
 
 def log_to(folder, resume_step) -> RunLog:
