@@ -235,9 +235,12 @@ def _load_saved(path: Path, split: str | None) -> Sequence[Mapping[str, Any]]:
 def _load_hub(name: str, split: str) -> Sequence[Mapping[str, Any]]:
     from datasets import load_dataset
 
+    from edge_grpo.policy.hub import cached_if_unreachable
+
     hub_id, _, config = name.partition(":")
     try:
-        splits = load_dataset(hub_id, config or None)
+        with cached_if_unreachable():
+            splits = load_dataset(hub_id, config or None)
     except Exception as error:  # network, authentication, a script, a missing configuration: datasets raises each
         raise ValueError(
             f"there is no folder {name}, and loading it from the Hugging Face hub failed with {type(error).__name__}: "

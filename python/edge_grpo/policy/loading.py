@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.resources
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import ModelConfig
+from edge_grpo.policy.hub import cached_if_unreachable
 from edge_grpo.policy.model import check_head, enable_checkpointing, unwrap
 
 BUILT_IN = {"edge_grpo:tiny": "tiny"}  # name -> folder inside this package
@@ -30,16 +33,17 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     The path is a Hub id, a folder written by ``save_pretrained``, a GGUF file (de-quantized), or ``edge_grpo:tiny``.
     The tokenizer has a padding token, padding goes to the left, and both can be saved as an ordinary folder. Raises
-    ValueError when there is nothing to load under that name, or when the head of the architecture is of a form that
-    ``LMHead`` does not describe.
+    ValueError when there is nothing to load under that name, when weights are missing, damaged or not finite, when the
+    tokenizer has more tokens than the model, or when the head of the architecture is of a form that ``LMHead`` does
+    not describe.
     """
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with _resolve(config.path) as (name, gguf_file):
-        try:
-            tokenizer = _load_tokenizer(name, gguf_file, config)
-            model = _load_gguf(name, gguf_file, dtype) if gguf_file else _load_plain(name, dtype)
-        except OSError as error:
-            raise ValueError(f"model.path={config.path!r} could not be loaded: {error}") from error
+        tokenizer = _load_tokenizer(name, gguf_file, config)
+        with _said_of(config, "the model"):
+            model, missing = _load_gguf(name, gguf_file, dtype) if gguf_file else _load_plain(name, dtype)
+    _check_weights(config, model, missing)
+    _check_vocabulary(config, model, tokenizer)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     check_head(model)
@@ -49,10 +53,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer that ``load_model`` would return, without reading the weights where they are elsewhere."""
     with _resolve(config.path) as (name, gguf_file):
-        try:
-            return _load_tokenizer(name, gguf_file, config)
-        except OSError as error:
-            raise ValueError(f"model.path={config.path!r} has no tokenizer to load: {error}") from error
+        return _load_tokenizer(name, gguf_file, config)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -85,9 +86,13 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
-    )
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    if Path(name).is_dir() and not gguf_file and not any(map(_is_of_tokenizer, Path(name).iterdir())):
+        raise ValueError(
+            f"model.path={config.path!r} holds no tokenizer; save the model's own there with tokenizer.save_pretrained"
+        )
+    with _said_of(config, "the tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {config.path!r} has neither a pad nor an eos token; give it one")
@@ -120,15 +125,72 @@ def _resolve(path: str) -> Iterator[tuple[str, str | None]]:
     elif local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or local.exists():
         raise ValueError(f"model.path={path!r} is not a folder, a .gguf file or a Hub id; check the spelling")
     else:
-        yield path, None
+        with cached_if_unreachable():
+            yield path, None
 
 
-def _load_plain(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+@contextmanager
+def _said_of(config: ModelConfig, part: str) -> Iterator[None]:
+    """Turn whatever the libraries raise while they load a part of the model into a sentence."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail anywhere
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"model.path={config.path!r} is a model with Python code of its own (trust_remote_code), which is not "
+                "run here; use an architecture that transformers has"
+            ) from error
+        raise ValueError(
+            f"model.path={config.path!r}: {part} could not be loaded ({type(error).__name__}: {reason[:400]}); check "
+            "the spelling, or fetch the files again"
+        ) from error
 
 
-def _load_gguf(folder: str, file_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return an ordinary model with the file's weights, de-quantized.
+def _is_of_tokenizer(file: Path) -> bool:
+    return file.name.startswith(("tokenizer", "vocab", "spiece")) or file.suffix in (".model", ".tiktoken")
+
+
+def _check_weights(config: ModelConfig, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Refuse weights that the files lack, which transformers would draw at random, and those that are no numbers."""
+    named = list(model.named_parameters())
+    for names, fault in (
+        (sorted(missing), "are not in its files"),
+        (
+            [name for name, weight in named if not math.isfinite(weight.detach().sum(dtype=torch.float32))],
+            "are not finite",
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - 3} others" if names[3:] else ""
+            raise ValueError(
+                f"model.path={config.path!r}: the weights {', '.join(names[:3])}{more} {fault}; fetch or save the "
+                "model again"
+            )
+
+
+def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    rows: int = embeddings.weight.shape[0]
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= rows:
+        raise ValueError(
+            f"model.path={config.path!r}: its tokenizer knows the token {token!r} with id {largest}, but the model has "
+            f"embeddings for the ids below {rows}; use the model's own tokenizer, or resize_token_embeddings"
+        )
+
+
+def _load_plain(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterable[str]]:
+    """Return the model, and the names of the weights that its files lack."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    model, found = loaded
+    return model, found["missing_keys"]
+
+
+def _load_gguf(folder: str, file_name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterable[str]]:
+    """Return an ordinary model with the file's weights, de-quantized, and the names of those that it lacks.
 
     transformers marks what it reads from GGUF as quantized, refuses to save it, and may graft inference-only kernels
     onto it. So the weights move into a fresh model of the same configuration.
@@ -143,4 +205,4 @@ def _load_gguf(folder: str, file_name: str, dtype: torch.dtype) -> PreTrainedMod
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
-    return model.eval()
+    return model.eval(), ()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 
 import pytest
 import torch
 from paths import ROOT
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from edge_grpo.commands.main import is_deliberate
 from edge_grpo.config import ModelConfig
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.policy.model import PolicyModel, hidden_states, lm_head
@@ -92,6 +96,67 @@ def test_a_path_that_leads_nowhere_says_so(path, message, tmp_path):
     path = path.format(empty=tmp_path)
     with pytest.raises(ValueError, match=message):
         load_model(ModelConfig(path=path))
+
+
+def lose(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def change_weights(change):
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def cut(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def lose_tokenizer(folder):
+    for file in [*folder.glob("token*"), *folder.glob("chat*")]:
+        file.unlink()
+
+
+def shrink(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_tokenizer, r"holds no tokenizer; save the model's own there with tokenizer\.save_pretrained"),
+        (overwrite("tokenizer.json", b"{"), r"the tokenizer could not be loaded \(JSONDecodeError"),
+        (overwrite("config.json", b"{"), "not a valid JSON file"),
+        (cut, r"the model could not be loaded \(SafetensorError: .*; check the spelling, or fetch the files again"),
+        (overwrite("model.safetensors", b"weights"), r"the model could not be loaded \(SafetensorError"),
+        (lose("model.safetensors"), r"the model could not be loaded \(OSError: .*no file named model\.safetensors"),
+        (change_weights(lambda w: w.pop(NORM)), r"the weights model\.norm\.weight are not in its files"),
+        (change_weights(lambda w: w[NORM].fill_(torch.nan)), r"the weights model\.norm\.weight are not finite"),
+        (change_weights(lambda w: w[NORM].resize_(3)), r"the model could not be loaded \(RuntimeError"),
+        (shrink, r"the token 'Ń' with id 260, but the model has embeddings for the ids below 100; use"),
+    ],
+)
+def test_a_damaged_model_is_a_sentence(saved, tmp_path, spoil, message):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(ModelConfig(path=str(folder)))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert is_deliberate(caught.value)
 
 
 def test_an_unknown_form_of_head_is_refused(saved, monkeypatch):
