@@ -29,7 +29,7 @@ class NoDenormals {
 };
 
 // exp(d * slope) for d in [-inf, 0] or a little above; the relative error is below 1.6e-7 + 6e-8 |d * slope| (1e-7
-// without fused products), which tests/test_extension.py holds over every exponent. Below 2^-127 the result is exactly
+// without fused products), which test_extension.py holds over every exponent. Below 2^-127 the result is exactly
 // 0, so that a logit of -inf neither makes a NaN (0 * inf) nor leaves a trace. NaN stays NaN. d is replaced by its
 // clamped, finite self.
 //
@@ -67,6 +67,9 @@ class Exponential {
             V q;
             if constexpr (V::kSteps == 32) {
                 q = V::fmadd(f, V::broadcast(0x1.ebfbdep-3f), V::broadcast(0x1.62e584p-1f));
+            } else if constexpr (V::kSteps == 8) {
+                q = V::fmadd(f, V::broadcast(0x1.c6c000p-5f), V::broadcast(0x1.ec0c32p-3f));
+                q = V::fmadd(q, f, V::broadcast(0x1.62e430p-1f));
             } else {
                 q = V::broadcast(0x1.41fbbcp-13f);
                 q = V::fmadd(q, f, V::broadcast(0x1.5f3e54p-10f));
