@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,12 @@ def describe(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reader_has_gone() -> int:
+    """Drop what is still to be printed, of which ``head`` has seen enough; return the status that SIGPIPE gives."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``edge-kernels``; returns the exit status, 1 where the extension or the choice of backend is broken."""
     parser = argparse.ArgumentParser(prog="edge-kernels", description="Fused kernels for EDGE-GRPO.")
@@ -142,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     info = collect()
-    print(json.dumps(info, indent=2) if options.json else describe(info))
+    try:
+        print(json.dumps(info, indent=2) if options.json else describe(info), flush=True)
+    except BrokenPipeError:
+        return reader_has_gone()
     broken = info["extension"]["error"] or info["cpu"]["error"] or info["services_error"]
     return 1 if broken else 0
 

@@ -19,8 +19,8 @@ class Command:
     """A command: its help, its arguments, and what it does.
 
     ``run`` gets the parsed options and the KEY=VALUE arguments, which exist only with ``takes_keys``, and returns the
-    exit status. ``optional`` names a positional argument that may be left out. A command without
-    ``add_help`` adds its own --help.
+    exit status. ``optional`` names a positional argument that may be left out. A command without ``add_help`` adds its
+    own --help. One that ``needs_something`` prints its help when it is given nothing.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Command:
     takes_keys: bool = False
     optional: str | None = None
     add_help: bool = True
+    needs_something: bool = False
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -6,34 +6,53 @@ What a command takes and does is in its own file; its heavy imports come late, s
 from __future__ import annotations
 
 import argparse
+import errno
 import linecache
+import os
+import select
 import sys
 import textwrap
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from edge_grpo.commands import check, compare, info, report, serve, train
 from edge_grpo.commands import eval as evaluate
 from edge_grpo.commands.command import Command
 from edge_grpo.types import RolloutError
-from edge_kernels.info import version_of
+from edge_kernels.info import reader_has_gone, version_of
 
 COMMANDS = {module.COMMAND.name: module.COMMAND for module in (train, evaluate, compare, check, serve, report, info)}
+
+
+# What the machine refuses, and no fault of this package: a full disk, a quota, a folder that may not be written to.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its status.
 
-    0; 1 where a strict check found something; 2 for a mistake in the command or the configuration; 3 for an engine that
-    could not generate; 130 for Ctrl-C, 143 for a training run that SIGTERM ended.
+    0; 1 where a strict check found something; 2 for a mistake in the command or the configuration, and for a file that
+    the machine refuses to write; 3 for an engine that could not generate; 130 for Ctrl-C, 141 where the reader of the
+    output has gone, 143 for a training run that SIGTERM ended.
     """
-    command, options, overrides = parse(arguments)
+    command, options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        return command.run(options, overrides)
+        status = command.run(options, overrides)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not any(map(_reads_nobody, (sys.stdout, sys.stderr))):
+            raise
+        return reader_has_gone()
     except RolloutError as error:
         print(f"edge-grpo {command.name}: {error}", file=sys.stderr)
         return 3
@@ -42,6 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"edge-grpo {command.name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"edge-grpo {command.name}: {where}{os.strerror(error.errno)}", file=sys.stderr)
+        return 2
+
+
+def _reads_nobody(stream: TextIO) -> bool:
+    """Return whether ``stream`` is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def is_deliberate(error: BaseException) -> bool:
@@ -55,7 +87,7 @@ def is_deliberate(error: BaseException) -> bool:
 # ---- Arguments -----------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[Command, argparse.Namespace, list[str]]:
+def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace, list[str]]:
     """Return the command, its options, and the KEY=VALUE arguments; ends the process for help and for mistakes."""
     parser = argparse.ArgumentParser(
         prog="edge-grpo",
@@ -81,7 +113,14 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Command, argparse.Nam
         command.add_arguments(own)
     options, rest = parser.parse_known_args(arguments)
     command = COMMANDS[options.command]
-    return command, options, _overrides(parsers[command.name], command, options, rest)
+    own = parsers[command.name]
+    if command.needs_something and list(arguments) == [command.name]:
+        own.print_help()
+        parser.exit(2)
+    for name, times in Counter(argument.partition("=")[0] for argument in arguments).items():
+        if times > 1 and name.startswith("--"):
+            own.error(f"{name} is given twice")
+    return command, options, _overrides(own, command, options, rest)
 
 
 def _overrides(

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         if is_main:
             _say_how_to_resume(output, earlier)
         return getattr(stop, "status", 130)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         if is_main and _identity(output) is not None:  # else the run has not begun
             _say_how_to_resume(output, earlier)
         raise
@@ -161,4 +161,5 @@ COMMAND = Command(
     run=run,
     takes_keys=True,
     add_help=False,
+    needs_something=True,
 )

@@ -22,6 +22,7 @@ OnError = Literal["fail", "zero", "skip"]
 Scope = Literal["all", "collapsed", "one"]
 LongSolution = Literal["shorter", "truncate", "skip"]
 Kind = Literal["reflect", "answer", "solution"]
+TRACKERS = ("trackio", "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: str | None = None  # held-out data, written as for data.train; null turns evaluation off
+    data: str | None = None  # held-out data, written as for data.train; null turns evaluation off, whatever eval.every
     size: int = 200  # use at most this many held-out examples
     every: int = 0  # steps between evaluations; 0 evaluates before and after only
     generations: int = 1  # responses per example (avg@k): one is greedy, several are sampled at rollout.temperature
@@ -128,7 +129,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
         problems += real(">= 0", tolerance=self.tolerance)
-        problems += real("finite", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
+        problems += real("[-1e38, 1e38]", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
         own = ("accuracy", "format")
         problems += [
             f"weights takes accuracy, format, and functions as package.module:function; got {name!r}"
@@ -231,8 +232,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         problems = whole(1, epochs=self.epochs, minibatches=self.minibatches, micro_batch_size=self.micro_batch_size)
         problems += whole(0, warmup_steps=self.warmup_steps)
-        problems += real("> 0", learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
-        refuse(problems + real(">= 0", weight_decay=self.weight_decay))
+        problems += real("(0, 1e37]", learning_rate=self.learning_rate) + real("> 0", max_grad_norm=self.max_grad_norm)
+        problems += real(">= 0", weight_decay=self.weight_decay)
+        if not problems and not self.learning_rate * self.weight_decay < 1:
+            problems.append(
+                "weight_decay x learning_rate is the share of every weight that a step removes, and must be less than "
+                f"1; got {self.weight_decay} x {self.learning_rate}"
+            )
+        refuse(problems)
 
 
 @dataclass(frozen=True)
@@ -307,6 +314,11 @@ class TrainConfig:
         problems = whole(1, steps=self.steps) + whole(0, seed=self.seed, save_every=self.save_every)
         if not self.output.strip():
             problems.append("output must be the path of a folder; got an empty string")
+        problems += [
+            f"trackers takes {', '.join(TRACKERS)}; got {name!r}{did_you_mean(name, TRACKERS)}"
+            for name in self.trackers
+            if name not in TRACKERS
+        ]
         return problems
 
     def _conflicts(self) -> list[str]:
@@ -326,11 +338,6 @@ class TrainConfig:
                     f"rollout.vllm.{name} = {self.rollout.vllm[name]} starts processes to which rollout.engine vllm "
                     "does not send the weights; set rollout.engine to vllm-server, or leave it at 1"
                 )
-        if self.eval.every and self.eval.data is None:
-            problems.append(
-                f"eval.every = {self.eval.every} needs held-out data, but eval.data is null; set eval.data, or "
-                "eval.every to 0"
-            )
         correction = self.correction_config
         written = fill(correction.answer_text, "answer", "x + 7")
         if self.use_gec and correction.answer and find_answer(written, self.reward.answer) != "x + 7":

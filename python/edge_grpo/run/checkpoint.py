@@ -87,15 +87,17 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
+    with state.writing(partial):
+        state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
+        if accelerator.is_main_process:
+            state.write_weights(model, partial / _WEIGHTS)
+            state.write_optimizer(optimizer, partial / _OPTIMIZER)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+            write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
+            _replace(partial, target)
     if accelerator.is_main_process:
-        state.write_weights(model, partial / _WEIGHTS)
-        state.write_optimizer(optimizer, partial / _OPTIMIZER)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
-        _replace(partial, target)
         for old in steps(folder)[:-keep] if keep else []:
             shutil.rmtree(path_of(folder, old))
     accelerator.wait_for_everyone()
@@ -107,9 +109,10 @@ def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: An
     if accelerator.is_main_process:
         partial = partial_of(target)
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _replace(partial, target)
+        with state.writing(partial):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _replace(partial, target)
     accelerator.wait_for_everyone()
 
 

@@ -6,7 +6,10 @@ Errors name the file. When which file is written and read is ``checkpoint``'s.
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
@@ -32,6 +36,21 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged file can fail anywhere
         raise UnreadableError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def writing(partial: Path) -> Iterator[None]:
+    """Remove the folder ``partial`` if it cannot be written whole: on a full disk its space is needed.
+
+    Of what safetensors raises, the reason of the operating system becomes the OSError that it is.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError) and (reason := re.search(r"\(os error (\d+)\)", str(error))):
+            raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(partial.parent)) from error
+        raise
 
 
 def write_weights(model: nn.Module, path: Path) -> None:

@@ -5,7 +5,9 @@ Training itself is replaced here, except in one test, which runs every command f
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,12 @@ def test_the_examples_in_the_help_are_commands_that_parse() -> None:
         (["train", "optm.learning_rate=1"], "unknown key optm.learning_rate; did you mean optim.learning_rate?"),
         (["train", "--recipe", "tinny"], "no recipe named 'tinny' (--config takes a file); did you mean tiny?"),
         (["train", "--config", "none.yaml"], "no configuration file none.yaml"),
+        (["train", "optim.lr=1"], "override optim.lr=1: unknown key optim.lr; did you mean optim.learning_rate?"),
+        (["train", "optim.learning_rate=1e38"], "learning_rate must be a number in (0, 1e37]; got 1e+38"),
+        (["train", "optim.learning_rate=.inf"], "learning_rate must be a number in (0, 1e37]; got inf"),
+        (["train", "steps=3", "steps=4"], "override steps=4: steps is given twice; first by steps=3"),
+        (["train", "--method", "grpo", "method=edge"], "method is given twice; first by method=edge"),
+        (["train", "trackers=wandbb"], "trackers takes trackio, wandb, "),
         (["report", "nowhere"], "no run folder nowhere"),
         (["eval", "edge_grpo:tiny"], "no data to evaluate on; give --suite DIR, or --data SPEC"),
         (
@@ -140,6 +148,7 @@ def test_a_mistake_gets_one_message(
         (["train", "--stps", "3"], "unrecognized argument: --stps"),
         (["report", "a", "--k=3"], "unrecognized argument: --k=3"),
         (["train", "--resume", "--overwrite"], "not allowed with argument"),
+        (["train", "--output", "a", "--output=b"], "--output is given twice"),
         (["train", "--recipe", "tiny", "--config", "a.yaml"], "not allowed with argument"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -166,6 +175,37 @@ def test_only_what_the_package_raises_on_purpose_is_for_the_user() -> None:
     assert cli.is_deliberate(caught(lambda: recipe_path("?")))
     assert not cli.is_deliberate(caught(lambda: clock(float("nan"))))  # a builtin complained in our code
     assert not cli.is_deliberate(caught(lambda: int("x")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EFBIG])
+def test_what_the_machine_refuses_is_a_sentence(
+    trainer: FakeTrainer, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    trainer.error = OSError(number, os.strerror(number), "out/metrics.jsonl")
+    assert cli.main(["train", "--output", "out"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"\nedge-grpo train: out/metrics.jsonl: {os.strerror(number)}\n")
+    assert "Interrupted: no checkpoint had been saved yet" in said
+    trainer.error = OSError(errno.EBADF, os.strerror(errno.EBADF))  # a bug
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["train", "--resume", "--output", "out"])
+
+
+def test_train_without_anything_prints_its_help() -> None:
+    done = help_of("train")
+    assert (done.returncode, done.stderr) == (2, "heavy:\n")
+    assert done.stdout.startswith("usage: edge-grpo train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["edge_grpo", "edge_kernels.info"])
+def test_a_reader_that_has_seen_enough_is_no_error(module: str) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-m", module, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    writer.stdout.close()
+    assert (writer.communicate()[1], writer.returncode) == ("", 141)
 
 
 # ---- Everything, for real

@@ -219,6 +219,11 @@ def test_what_all_problems_have_in_common_is_said_once(tmp_path: Path) -> None:
     ]
 
 
+def test_evaluation_is_turned_off_by_its_data_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "eval: {every: 5, data: arithmetic}")
+    assert load_config(path, ["eval.data=null"]).eval.data is None
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "source"),
     [
@@ -226,7 +231,6 @@ def test_what_all_problems_have_in_common_is_said_once(tmp_path: Path) -> None:
         ("optim: {minibatches: 4}", ["rollout.num_prompts=6"], "override rollout.num_prompts=6"),
         ("optim: {minibatches: 3}", ["optim.epochs=2"], "{path}"),
         ("", ["optim.minibatches=3", "rollout.num_prompts=4"], "override optim.minibatches=3 rollout.num_prompts=4"),
-        ("eval: {every: 5, data: arithmetic}", ["eval.data=null"], "override eval.data=null"),
         ("rollout: {vllm: {data_parallel_size: 2}}", ["rollout.engine=vllm"], "override rollout.engine=vllm"),
         ("rollout: {vllm: {port: 2}}", ["rollout.vllm.dtype=float32"], "{path}"),
         ("", ["rollout.vllm.port=2", "rollout.vllm.dtype=float32"], "override rollout.vllm.port=2"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -65,6 +67,31 @@ def test_an_unfinished_checkpoint_is_never_loaded(tmp_path, prepared, monkeypatc
     monkeypatch.undo()
     checkpoint.save(accelerator, tmp_path, 2, model, optimizer, keep=2)  # what was left half-written is no obstacle
     assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+@pytest.fixture
+def small_disk():
+    """No file may have more than 10 kB: the operating system refuses as on a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_older_checkpoint_and_no_half_of_a_new_one(tmp_path, prepared, small_disk):
+    accelerator, model, optimizer = prepared
+    with pytest.raises(OSError, match="File too large"):  # the random state alone has 30 kB
+        checkpoint.save(accelerator, tmp_path, 2, model, optimizer, keep=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_as_safetensors_has_it(tmp_path, prepared, small_disk, monkeypatch):
+    accelerator, _, optimizer = prepared
+    monkeypatch.setattr(checkpoint.state, "write_random_state", lambda *_: None)
+    with pytest.raises(OSError, match="File too large") as caught:
+        checkpoint.save(accelerator, tmp_path, 2, torch.nn.Linear(100, 100), optimizer, keep=2)
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_resume_is_said(tmp_path, prepared):
