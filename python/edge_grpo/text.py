@@ -96,6 +96,11 @@ def find_answer(text: str, style: AnswerStyle = "box") -> str | None:
     return found[-1] if found else None
 
 
+def write_answer(answer: str, style: AnswerStyle) -> str:
+    r"""The shortest text that gives an answer in that style: ``\boxed{5}``, ``#### 5``, ``Answer: 5``, ``<answer>``."""
+    return {"box": "\\boxed{%s}", "hash": "#### %s", "line": "Answer: %s", "tag": "<answer>%s</answer>"}[style] % answer
+
+
 def is_reasoning(completion: str, *, prompt: str = "", reasoning: Reasoning = "auto") -> bool:
     """Whether a completion stops within its reasoning, so that nothing in it is an answer yet.
 

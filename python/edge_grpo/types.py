@@ -27,13 +27,19 @@ class Provenance(IntEnum):
 
 @dataclass(frozen=True)
 class Example:
-    """One dataset row. ``extra`` holds the row's other columns, which user reward functions receive by name."""
+    """One dataset row. ``extra`` holds the row's other columns, which user reward functions receive by name.
+
+    Where several answers are right, ``accepted_answers`` holds them all, and ``answer`` is one of them. Where the row
+    is a conversation, ``messages`` holds it, each with a role and a content, and ``problem`` is the last content.
+    """
 
     index: int
     problem: str
     answer: str | None = None
     solution: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    accepted_answers: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,9 @@ class Grader:
 
 
 def accepted_answers(example: Example) -> tuple[str, ...]:
-    """Every answer that counts as right: ``extra["accepted_answers"]`` where a row has several, else its answer."""
-    several = example.extra.get("accepted_answers")
-    if several:
-        return tuple(several)
+    """Every answer that counts as right: the row's ``accepted_answers`` where it has several, else its answer."""
+    if example.accepted_answers:
+        return example.accepted_answers
     return () if example.answer is None else (example.answer,)
 
 

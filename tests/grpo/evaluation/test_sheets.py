@@ -15,7 +15,7 @@ TEMPLATE = TEMPLATES["qwen_math"]
 
 
 def example(index: int, *accepted: str) -> Example:
-    return Example(index, "?", accepted[0] if accepted else None, extra={"accepted_answers": accepted})
+    return Example(index, "?", accepted[0] if accepted else None, accepted_answers=accepted)
 
 
 def test_wrong_answers_are_near_where_they_can_be():

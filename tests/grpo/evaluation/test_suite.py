@@ -103,7 +103,7 @@ def test_the_fingerprint_knows_rows_problems_and_all_accepted_answers():
         Example(1, "p", "1"),
         Example(0, "q", "1"),
         Example(0, "p", "2"),
-        Example(0, "p", "1", extra={"accepted_answers": ("1", "2")}),
+        Example(0, "p", "1", accepted_answers=("1", "2")),
     ]
     assert of(example) == of(Example(0, "p", "1", "a solution", {"difficulty": 3.0}))
     assert len({of(example), of(), of(example, example), *map(of, others)}) == 7
