@@ -20,7 +20,7 @@ from edge_grpo.batching import Sample
 from edge_grpo.config import DataConfig, TrainConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.correction import CorrectionPlan, Corrector
-from edge_grpo.data.check import rejected_solutions
+from edge_grpo.data.check import rejected_solutions, unboxable_answers
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
@@ -150,12 +150,36 @@ def load_prompts(
 
     Raises ValueError for rows that ``rewarder`` cannot grade, before any step is made.
     """
-    examples = load_examples(spec, columns, seed=seed, limit=limit)
+    examples = load_examples(spec, columns, seed=seed, limit=limit, style=rewarder.config.answer)
     prompts, too_long = render_prompts(examples, tokenizer, data)
     if too_long and not quiet:
         print(f"{spec}: left out {too_long} prompts of more than {data.max_prompt_length} tokens", file=sys.stderr)
     rewarder.check(prompts)
     return prompts
+
+
+def check_answers(config: TrainConfig, prompts: list[Prompt], *, quiet: bool = False) -> list[Prompt]:
+    """Return the prompts to train on: without those whose answer no model will give, if ``data.unboxable`` is "drop".
+
+    Raises ValueError for such answers if it is "refuse", and when none is left. Where answers earn nothing and are not
+    injected, all prompts are returned.
+    """
+    if config.data.unboxable == "keep" or not (config.reward.weights.get("accuracy") or config.use_gec):
+        return prompts
+    found = unboxable_answers([prompt.example for prompt in prompts], config)
+    if not found:
+        return prompts
+    position, detail = next(iter(found.items()))
+    count = f"{config.data.train}: {len(found)} of {len(prompts)} answers are none that a model could give"
+    if config.data.unboxable == "refuse" or len(found) == len(prompts):
+        raise ValueError(
+            f"{count} (row {prompts[position].example.index}: {detail}); edge-grpo check lists them; name the "
+            "column of the final answer with data.columns.answer, repair the rows, leave them out with "
+            "data.unboxable=drop, or keep them with data.unboxable=keep"
+        )
+    if not quiet:
+        print(f"{count}: left out", file=sys.stderr)
+    return [prompt for position, prompt in enumerate(prompts) if position not in found]
 
 
 def find_rejected_solutions(

@@ -19,7 +19,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 from edge_grpo.batching import Sample
-from edge_grpo.collect import Collector, check_distribution, find_rejected_solutions, load_prompts, sampling_of
+from edge_grpo.collect import (
+    Collector,
+    check_answers,
+    check_distribution,
+    find_rejected_solutions,
+    load_prompts,
+    sampling_of,
+)
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.credit import assign_advantages
@@ -96,7 +103,7 @@ class Trainer:
             seed=config.seed,
             quiet=quiet,
         )
-        prompts = load(config.data.train, config.data.columns)
+        prompts = check_answers(config, load(config.data.train, config.data.columns), quiet=quiet)
         rejected = find_rejected_solutions(config, prompts, self.rewarder, quiet=quiet)
         self.eval_prompts: list[Prompt] = []
         if config.eval.data is not None:

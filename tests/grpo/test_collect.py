@@ -11,8 +11,8 @@ import torch
 from corrections import ScriptedEngine, decode, encode
 from training import collect
 
-from edge_grpo.collect import Collector
-from edge_grpo.config import CorrectionConfig, DataConfig, RolloutConfig, TrainConfig
+from edge_grpo.collect import Collector, check_answers
+from edge_grpo.config import CorrectionConfig, DataConfig, RewardConfig, RolloutConfig, TrainConfig
 from edge_grpo.metrics import PhaseTimes
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Example, Prompt, Reward
@@ -134,3 +134,37 @@ def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_pa
     ]
     assert kinds[0] - {None} == {"solution"}
     assert kinds[1] - {None} == {"answer"}
+
+
+# ---- Answers that no model gives -----------------------------------------------------------------------------------
+
+
+def test_answers_that_no_model_gives_are_refused_dropped_or_kept(capsys):
+    rationale = "She sold 24 clips in May and 48 in April, so it is 72 in all"
+    prompts = [Prompt(Example(40 + n, "?", answer), "?", (1,)) for n, answer in enumerate(["72", rationale, "5}"])]
+
+    def check(unboxable: str, **values: object) -> list[int]:
+        config = TrainConfig(data=DataConfig(unboxable=unboxable), **values)
+        return [prompt.example.index for prompt in check_answers(config, prompts)]
+
+    with pytest.raises(
+        ValueError, match=r"2 of 3 answers are none .*\(row 41: 1\d words: 'She sold.*data\.unboxable=drop"
+    ):
+        check("refuse")
+    assert check("keep") == [40, 41, 42]
+    assert check("drop") == [40]
+    assert capsys.readouterr().err == "arithmetic: 2 of 3 answers are none that a model could give: left out\n"
+    by_format = RewardConfig(weights={"format": 1.0})
+    assert check("refuse", reward=by_format, method="grpo") == [40, 41, 42]  # nobody compares or injects them
+    with pytest.raises(ValueError, match="2 of 3 answers"):
+        check("refuse", reward=by_format)
+    prompts = prompts[1:]
+    with pytest.raises(ValueError, match="2 of 2 answers"):
+        check("drop")
+
+
+def test_training_on_rationales_ends_before_it_begins(config, tmp_path):
+    rows = [{"problem": "1+1?", "answer": "One and one are two, as everybody has known since school"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"rows\.json: 1 of 1 answers are none that a model could give"):
+        Trainer(replace(config, data=DataConfig(train=str(tmp_path / "rows.json"))))

@@ -40,7 +40,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     from edge_grpo.grading.answers import Grader
 
     spec, columns = config.data.train, config.data.columns
-    examples = load_examples(spec, columns, seed=config.seed, limit=options.size, allow_empty=True)
+    examples = load_examples(
+        spec, columns, seed=config.seed, limit=options.size, allow_empty=True, style=config.reward.answer
+    )
     tokenizer = None
     if has_model:
         from edge_grpo.policy.loading import load_tokenizer
@@ -66,6 +68,7 @@ COMMAND = Command(
         edge-grpo check math.jsonl --model Qwen/Qwen2.5-Math-1.5B    and lengths, with this model's tokenizer
         edge-grpo check --config my.yaml --strict        the data of a configuration; status 1 if anything is found
         edge-grpo check openai/gsm8k:main data.columns.problem=question --json findings.json
+        edge-grpo check "downloads/MATH/train/**/*.json"        one set in many files; the solution's box is the answer
         """,
     add_arguments=add_arguments,
     run=run,

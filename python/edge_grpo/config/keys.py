@@ -21,6 +21,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 OnError = Literal["fail", "zero", "skip"]
 Scope = Literal["all", "collapsed", "one"]
 LongSolution = Literal["shorter", "truncate", "skip"]
+Unboxable = Literal["refuse", "drop", "keep"]
 Kind = Literal["reflect", "answer", "solution"]
 TRACKERS = ("trackio", "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab")
 
@@ -34,11 +35,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = "arithmetic"  # NAME[@SPLIT]: arithmetic[:LEVELS], reasoning_gym:TASK, hub id, file, or saved dataset
+    # NAME[@SPLIT]: arithmetic[:LEVELS], reasoning_gym:TASK, hub id, file (JSON, CSV, Parquet), data/*.jsonl, or folder
+    train: str = "arithmetic"
     columns: dict[str, str] = field(default_factory=dict)  # maps problem, answer, solution to the dataset's columns
     system_prompt: str | None = None  # first message of the chat template
     prompt_template: str = "{problem}"  # user message; must contain {problem}
     max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted in the log
+    unboxable: Unboxable = "refuse"  # training rows whose answer no model will give, such as a sentence: refuse or drop
 
     def __post_init__(self) -> None:
         problems = whole(1, max_prompt_length=self.max_prompt_length)

@@ -5,6 +5,7 @@ Training uses ``rejected_solutions``; ``examine`` looks for everything else too,
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from edge_grpo.config import TrainConfig
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.grading.answers import Grader, accepted_answers, is_literal
 from edge_grpo.grading.normalize import normalize
-from edge_grpo.text import AnswerStyle, bare_answer, fill, find_answer, percent
+from edge_grpo.text import AnswerStyle, bare_answer, fill, find_answer, percent, write_answer
 from edge_grpo.types import Example, Outcome
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Kind = Literal[
     "no answer",
     "unreadable answer",
     "misread answer",
+    "sentence answer",
+    "multi-line answer",
     "rejected solution",
     "long prompt",
     "long solution",
@@ -38,11 +41,15 @@ _CONSEQUENCES: dict[Kind, str] = {
     "repeated problem": "seen more often",
     "no answer": "not judged",
     "unreadable answer": "only equal text counts",
-    "misread answer": "its correction earns nothing",
+    "misread answer": "refused",
+    "sentence answer": "refused",
+    "multi-line answer": "only equal text counts",
     "rejected solution": "not injected",
     "long prompt": "left out",
     "long solution": "not injected whole",
 }
+_SENTENCE_WORDS, _PHRASE_WORDS = 8, 4  # of a sentence; of its longest part between commas, unlike a list's
+_MATH = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\[A-Za-z]+", re.DOTALL)
 # A readable answer that no dataset has.
 _OTHER = r"\frac{1}{7919}"
 _BINS = 12
@@ -122,6 +129,20 @@ def rejected_solutions(examples: Sequence[Example], grader: Grader, style: Answe
     return {position: outcome for (position, *_), outcome in zip(judged, outcomes, strict=True) if outcome != "correct"}
 
 
+def unboxable_answers(examples: Sequence[Example], config: TrainConfig) -> dict[int, str]:
+    """Return, by position, what is wrong with the answers that no model will give: sentences, and misread ones.
+
+    Where a row accepts several answers, one that can be given is enough.
+    """
+    found = {}
+    for position, example in enumerate(examples):
+        faults = [_fault(answer, config) for answer in accepted_answers(example)]
+        refused = [fault[1] for fault in faults if fault is not None and _CONSEQUENCES[fault[0]] == "refused"]
+        if refused and len(refused) == len(faults):
+            found[position] = refused[0]
+    return found
+
+
 def examine(
     examples: Sequence[Example], grader: Grader, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Preflight:
@@ -142,7 +163,12 @@ def examine(
         if example.answer is None:
             findings.append(Finding("no answer", example.index, ""))
     findings += _unreadable_answers(examples, grader)
-    findings += _misread_answers(examples, config)
+    findings += [
+        Finding(fault[0], example.index, fault[1])
+        for example in examples
+        for answer in accepted_answers(example)
+        if (fault := _fault(answer, config)) is not None
+    ]
     style = config.reward.answer
     for position, outcome in rejected_solutions(examples, grader, style).items():
         example = examples[position]
@@ -186,16 +212,20 @@ def _unreadable_answers(examples: Sequence[Example], grader: Grader) -> list[Fin
     ]
 
 
-def _misread_answers(examples: Sequence[Example], config: TrainConfig) -> list[Finding]:
-    """Accepted answers that are not found again where a correction writes them: an open brace, several lines."""
-    findings = []
-    for example in examples:
-        for answer in accepted_answers(example):
-            written = fill(config.correction.answer_text, "answer", bare_answer(answer))
-            found = find_answer(written, config.reward.answer)
-            if found is None or normalize(found) != normalize(answer):
-                findings.append(Finding("misread answer", example.index, f"{_short(answer)} reads as {_short(found)}"))
-    return findings
+def _fault(answer: str, config: TrainConfig) -> tuple[Kind, str] | None:
+    """What keeps a model from giving an accepted answer: it is a sentence, does not read back, or has several lines."""
+    phrases = [len(re.findall(r"[^\W\d_]{2,}", phrase)) for phrase in re.split(r"[,;\n]", _MATH.sub(" ", answer))]
+    if sum(phrases) >= _SENTENCE_WORDS and max(phrases) >= _PHRASE_WORDS:
+        return "sentence answer", f"{sum(phrases)} words: {_short(answer)}"
+    if config.use_gec and config.correction_config.answer:
+        written = fill(config.correction.answer_text, "answer", bare_answer(answer))
+    else:
+        written = write_answer(bare_answer(answer), config.reward.answer)
+    found = find_answer(written, config.reward.answer)
+    if found is None or normalize(found) != normalize(answer):  # an open brace, or lines where an answer is one line
+        return "misread answer", f"{_short(answer)} reads as {_short(found)}"
+    lines = answer.strip().splitlines()
+    return ("multi-line answer", f"{len(lines)} lines: {_short(answer)}") if len(lines) > 1 else None
 
 
 def _short(text: str | None, limit: int = 80) -> str:

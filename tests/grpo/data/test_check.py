@@ -11,7 +11,7 @@ from rich.console import Console
 
 from edge_grpo.commands import main as cli
 from edge_grpo.config import load_config
-from edge_grpo.data.check import Preflight, _bins, examine, rejected_solutions
+from edge_grpo.data.check import Preflight, _bins, examine, rejected_solutions, unboxable_answers
 from edge_grpo.data.sources import load_examples
 from edge_grpo.types import Example
 
@@ -85,6 +85,49 @@ def test_an_answer_must_read_back_from_the_correction_that_injects_it(grader):
     assert found == [("misread answer", 0)]
 
 
+RATIONALE = "In May she sold 24 clips.\nIn all she sold 48+24 = 72 clips, so the answer is 72."
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (RATIONALE, "sentence answer"),
+        ("The answer is the number of all even divisors", "sentence answer"),
+        ("1 0\n0 1", "multi-line answer"),
+        (r"\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \end{pmatrix}", None),
+        ("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday", None),  # a list of words
+        (r"\text{all real numbers } x \text{ with } $f(x) = \text{a number of this kind}$", None),
+        ("Ada Lovelace and Charles Babbage", None),
+    ],
+)
+def test_answers_that_no_model_gives_are_found_and_refused(grader, answer, kind):
+    rows = [Example(7, "?", answer)]
+    found = [
+        f.kind for f in examine(rows, grader, CONFIG).findings if f.kind in ("sentence answer", "multi-line answer")
+    ]
+    assert found == [kind] * (kind is not None)
+    assert list(unboxable_answers(rows, CONFIG)) == [0] * (kind == "sentence answer")
+
+
+def test_one_answer_that_can_be_given_is_enough():
+    several = Example(0, "?", RATIONALE, accepted_answers=(RATIONALE, "72"))
+    assert unboxable_answers([several, Example(1, "?", "5}")], CONFIG) == {1: "'5}' reads as '5'"}
+    hash_style = load_config(None, ["reward.answer=hash", "method=grpo"])  # no correction writes a box
+    assert unboxable_answers([Example(0, "?", "72"), Example(1, "?", "1\n2")], hash_style) == {
+        1: r"'1\n2' reads as '1'"
+    }
+
+
+def test_gsm8k_is_fit_to_train_on_as_it_is(tmp_path, grader):
+    row = {"question": "?", "answer": "48+24 = <<48+24=72>>72 clips.\n#### 72"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    arguments = ["check", str(tmp_path / "train.jsonl"), "data.columns.problem=question", "--strict"]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "reward.answer=hash", "method=grpo"]) == 0
+    (tmp_path / "train.jsonl").write_text(json.dumps(row | {"answer": RATIONALE}))
+    assert cli.main(arguments) == 1
+
+
 def test_lengths_are_those_that_training_counts(found):
     tokenizer = make_tokenizer()
     assert found.prompt_lengths == tuple(len(tokenizer.encode(row["problem"])) for row in ROWS if row["problem"] != " ")
@@ -100,7 +143,7 @@ def test_without_a_tokenizer_lengths_are_left_out(file, grader):
 
 
 def test_a_solution_may_hold_any_accepted_answer(grader):
-    example = Example(0, "?", "0.5", r"\boxed{\frac{1}{4}}", {"accepted_answers": ("0.5", "0.25")})
+    example = Example(0, "?", "0.5", r"\boxed{\frac{1}{4}}", accepted_answers=("0.5", "0.25"))
     assert rejected_solutions([example], grader) == {}
 
 
@@ -191,4 +234,4 @@ def test_the_papers_training_set(grader):
     assert (counts["repeated problem"], counts["empty problem"], counts["no answer"]) == (10, 0, 0)
     assert counts["rejected solution"] == 16  # each gives another answer, or only an option's letter
     assert counts["unreadable answer"] == 5
-    assert counts["misread answer"] == 0
+    assert [counts[kind] for kind in ("misread answer", "sentence answer", "multi-line answer")] == [0, 0, 0]
