@@ -15,7 +15,7 @@ from edge_kernels.backend import kernels
 from edge_kernels.backends.rows import with_unit_stride
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform, new_stats
-from edge_kernels.ops.autograd import hand_out, keep_gradients, wants_gradient
+from edge_kernels.ops.autograd import hand_out, keep_gradients, waits_for_loss_gradient, wants_gradient
 from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
 from edge_kernels.ops.memory import fresh
 from edge_kernels.ops.token_stats import check_writable_rows, inplace_token_stats, token_stats
@@ -162,7 +162,8 @@ def edge_grpo_loss(
 
     One sweep where a token's coefficient is known once its own statistics are: each row is read once, and its gradient
     written while it is in cache, in the forward pass; the backward pass scales and returns it once. Two sweeps,
-    statistics and then the gradient, where ``linear_edge_grpo_loss`` takes two.
+    statistics and then the gradient, where ``linear_edge_grpo_loss`` takes two, and for float16, whose gradient cannot
+    be rounded before a gradient scaler's factor is known.
 
     Returns a scalar loss, float32 (float64 for float64 logits), and detached logprobs and entropy in nats, (B, T), 0
     outside the mask; ``metrics``: see ``GRPOLossOutput``. A batch in which nothing counts has loss 0 and gradient 0. A
@@ -189,7 +190,8 @@ def edge_grpo_loss(
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
-    if batch.advantages is not None and not batch.needs_statistics_first and wants_gradient(logits):
+    takes_one_sweep = not (batch.needs_statistics_first or waits_for_loss_gradient(logits.dtype))
+    if batch.advantages is not None and takes_one_sweep and wants_gradient(logits):
         terms, rule = batch.terms(batch.advantages, None), LossRule.of(batch.config)
         if inplace and not torch.compiler.is_compiling():
             check_writable_rows(logits)

@@ -158,7 +158,7 @@ class HeadGradient:
         if self._bias is not None:
             summed = grad_logits.sum(0, dtype=self._bias.dtype)
             self._bias += summed if scale is None else summed * scale
-        scaled_hidden = hidden if scale is None else hidden * scale.to(hidden.dtype)
+        scaled_hidden = hidden if scale is None else hidden * scale
         hidden_part = torch.empty_like(hidden) if self._hidden is not None else None
         for columns in self._head.columns():
             part = grad_logits[:, columns]

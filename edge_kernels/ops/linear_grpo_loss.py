@@ -21,6 +21,7 @@ from edge_kernels.ops.autograd import (
     keep_gradients,
     none_if_unwanted,
     refuse_second_derivative,
+    waits_for_loss_gradient,
     wants_gradient,
 )
 from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
@@ -297,7 +298,8 @@ def linear_edge_grpo_loss(
 
     A fourth product: for a 16-bit weight and more than one tile, whose weight gradient takes a pass of its own, block
     by block, so that it is summed in float32 without a float32 tensor of its size. Two sweeps and a fourth (there a
-    fifth) product where coefficients depend on other tokens: with rewards instead of advantages; with
+    fifth) product for a float16 batch of more than one tile, whose gradient cannot be rounded before a gradient
+    scaler's factor is known, and where coefficients depend on other tokens: with rewards instead of advantages; with
     ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no old_logprobs; with
     ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. On a GPU
     four at all times: its kernels keep no logits, and make them again. Without gradients there is one product.
@@ -327,12 +329,15 @@ def linear_edge_grpo_loss(
         entropy_threshold=entropy_threshold,
     )
     wanted = [wants_gradient(t) for t in (hidden, weight, bias)]
-    if batch.advantages is None or batch.needs_statistics_first or not any(wanted):
+    # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
+    products = product_dtype(dtype, weight.device)
+    keep_tile = weight.device.type == "cpu" and batch.mask.numel() <= rows_per_tile(weight, products)
+    # The products of a kept tile are taken in the backward pass.
+    rounded = (products,) if keep_tile else (products, hidden.dtype, weight.dtype)
+    takes_one_sweep = not (batch.needs_statistics_first or waits_for_loss_gradient(*rounded))
+    if batch.advantages is None or not takes_one_sweep or not any(wanted):
         stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
         return loss_of_stats(stats, batch)
-    # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
-    height = rows_per_tile(weight, product_dtype(dtype, weight.device))
-    keep_tile = weight.device.type == "cpu" and batch.mask.numel() <= height
     terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)
     inputs = (hidden.flatten(0, 1), weight, bias, batch.targets.flatten())
     records = (batch.transform.pack(), terms.pack(), rule.pack())

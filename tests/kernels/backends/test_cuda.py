@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu import harness
+from scaled_gradients import SCALES, check_logits_gradient, check_overflow
 from torch import Tensor
 
 import edge_kernels
@@ -233,6 +234,15 @@ def test_the_loss_through_the_public_function(name: str, emulated: None) -> None
         torch.testing.assert_close(out.entropy.double(), expected.entropy, rtol=1e-5, atol=1e-6)
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+@needs_harness
+def test_no_factor_is_left_out_before_float16_rounds(emulated: None) -> None:
+    for scale in SCALES:
+        check_logits_gradient(scale, GRPOLossConfig(), inplace=False)
+        check_logits_gradient(scale, GRPOLossConfig(entropy_coef=0.01), inplace=True)
+    check_overflow()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scaled_gradients import SCALES, check_head_gradients, check_logits_gradient, check_overflow
 from torch import Tensor
 
 from edge_kernels import GRPOLossConfig, edge_grpo_loss, use_backend
@@ -153,3 +154,14 @@ def test_entropy_driven_advantages_take_two_sweeps() -> None:
     out = edge_grpo_loss(leaf, targets, mask, rewards=rewards, group_ids=groups)
     torch.testing.assert_close(out.advantages.double(), exact.advantages, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(out.loss, leaf)[0].double(), expected, rtol=0, atol=2e-6)
+
+
+def test_no_factor_is_left_out_before_float16_rounds() -> None:
+    check_logits_gradient(SCALES[0], GRPOLossConfig(), inplace=False)
+    check_logits_gradient(SCALES[1], GRPOLossConfig(entropy_coef=0.01), inplace=True)
+    check_head_gradients(SCALES[0], GRPOLossConfig())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's, at every infinity
+def test_what_is_too_large_for_float16_is_infinite() -> None:
+    check_overflow()
