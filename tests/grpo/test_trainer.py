@@ -18,7 +18,7 @@ import yaml
 from training import records, rollout
 
 from edge_grpo.config import AdvantageConfig, DataConfig, EvalConfig, ModelConfig, RewardConfig, to_dict
-from edge_grpo.run.report import write_report
+from edge_grpo.report.page import write_report
 from edge_grpo.trainer import Trainer, train
 from edge_kernels import GRPOLossConfig
 

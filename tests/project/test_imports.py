@@ -31,7 +31,7 @@ ROOMS = {
         ("correction", "credit", "grading", "policy"),
         ("data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learner"),
-        ("integrations", "trainer"),
+        ("integrations", "report", "trainer"),
         ("commands",),
         ("__init__", "__main__"),
     ),

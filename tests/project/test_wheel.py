@@ -72,7 +72,7 @@ def csrc() -> set[str]:
 
 def package_files() -> set[str]:
     """Every module, type file and data file of the source tree that a wheel must carry."""
-    kinds = ("*.py", "*.pyi", "py.typed", "*.html", "*.yaml", "tiny/*")
+    kinds = ("*.py", "*.pyi", "py.typed", "*.html", "*.css", "*.js", "*.yaml", "tiny/*")
     found = set()
     for folder, name in ((ROOT / "edge_kernels", "edge_kernels"), (ROOT / "python" / "edge_grpo", "edge_grpo")):
         for kind in kinds:

@@ -1,4 +1,4 @@
-"""``edge-grpo report``: the page about one or several runs. Drawing it is ``edge_grpo.run.report``."""
+"""``edge-grpo report``: the page about one or several runs. Drawing it is ``edge_grpo.report``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,44 @@ import argparse
 from pathlib import Path
 
 from edge_grpo.commands.command import Command
-from edge_grpo.run.report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, finished or not")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="where to write the page")
+    parser.add_argument(
+        "--group",
+        metavar="KEYS",
+        help="runs with equal values of these configuration keys (comma-separated) are one group; default: all keys in "
+        "which the runs differ, but for the seed; none: every run by itself",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="GROUP",
+        help="the group that the others are compared with; default: the one of method grpo, else the first",
+    )
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    print(write_report(options.runs, options.output))
+    from edge_grpo.report.page import write_report
+
+    keys = None
+    if options.group is not None:
+        keys = [] if options.group == "none" else [key.strip() for key in options.group.split(",") if key.strip()]
+    print(write_report(options.runs, options.output, group=keys, baseline=options.baseline))
     return 0
 
 
 COMMAND = Command(
     name="report",
-    summary="write an HTML page about one or several runs; it needs no server and no network",
-    usage="RUN [RUN ...] [-o FILE]",
+    summary="write an HTML page about one or several runs, or groups of runs; it needs no server and no network",
+    usage="RUN [RUN ...] [--group KEYS] [--baseline GROUP] [-o FILE]",
     examples="""
         edge-grpo report runs/tiny                       writes runs/tiny/report.html
         edge-grpo report runs/tiny runs/tiny-grpo        both in the same charts: writes runs/report.html
+        edge-grpo report runs/*                          runs that differ in their seed alone become one group: mean and
+                                                         band over seeds, differences to a baseline, paired by seed
+        edge-grpo report runs/* --group method --baseline gec
         """,
     add_arguments=add_arguments,
     run=run,

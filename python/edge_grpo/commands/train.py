@@ -15,7 +15,6 @@ from edge_grpo.commands.command import Command, add_source, quieten_loading, sou
 from edge_grpo.config import Method, TrainConfig, keys_help, load_config
 from edge_grpo.run.folder import claim, is_main_process
 from edge_grpo.run.history import Point, read_run
-from edge_grpo.run.report import write_report
 from edge_grpo.text import clock, percent
 
 
@@ -82,6 +81,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
             _say_how_to_resume(output, earlier)
         raise
     if is_main:
+        from edge_grpo.report.page import write_report
+
         page = write_report([output])
         print()
         if evals := read_run(output).evals:  # from the log: a resumed run was evaluated before it was interrupted

@@ -1,7 +1,7 @@
 """What a run has left in its folder, read for people: curves, held-out evaluations, completions, configuration.
 
 However incomplete a folder is, what it holds is read, thinned to what a page can show, and what is missing is named.
-Drawing it is ``report``'s, writing it ``log``'s.
+Drawing it is ``edge_grpo.report``'s, writing it ``log``'s.
 """
 
 from __future__ import annotations
@@ -10,46 +10,62 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, get_args
 
 import yaml
 
 from edge_grpo.run.files import record_of
-from edge_grpo.types import Outcome, Provenance
+from edge_grpo.run.health import non_finite_steps, signs_of_divergence
+from edge_grpo.types import Correction, Outcome, Provenance
 
-MAX_POINTS = 1500  # steps drawn per run
-MAX_COMPLETIONS = 1000  # completions kept per run, fewer where they are long:
-MAX_CHARACTERS = 2_000_000  # of all of a run's completions together
+MAX_POINTS = 1000  # points that a run's curves are drawn from, each one step or several
+_FEWEST_POINTS = 100  # however many runs share a page
+MAX_COMPLETIONS = 1000  # completions kept, fewer where they are long:
+MAX_CHARACTERS = 2_000_000  # of all completions together
 MAX_TEXT = 6000  # characters of one completion
 _OUTCOMES = get_args(Outcome)
+_CORRECTIONS = get_args(Correction)
 _KINDS = tuple(mark.name.lower() for mark in Provenance)
 _PHASES = ("rollout", "reward", "correction", "score", "update")
 
 
 class Point(NamedTuple):
-    """A held-out evaluation: after which step, after how long, and what it found."""
+    """A held-out evaluation: after which step, minutes and millions of generated tokens, and what it found."""
 
     step: int
     minutes: float
+    tokens: float
     accuracy: float
     stderr: float | None
 
 
 @dataclass
 class Run:
-    """What a run folder holds. ``steps``, ``minutes`` and every column have one entry per training step."""
+    """What a run folder holds. ``steps``, ``minutes``, ``tokens`` and every column have one entry per point.
+
+    A point is a training step, or in a long run ``steps_per_point`` of them: then ``steps`` holds the last of each, the
+    columns their means, and ``lows`` and ``highs`` the smallest and largest values of the columns that vary within a
+    point, so that no spike is lost.
+    """
 
     path: Path
     name: str
     config: dict[str, Any] | None
     steps: list[int] = field(default_factory=list)
     minutes: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)  # generated so far, in millions; empty where it is not logged
     columns: dict[str, list[float | None]] = field(default_factory=dict)
+    lows: dict[str, list[float | None]] = field(default_factory=dict)
+    highs: dict[str, list[float | None]] = field(default_factory=dict)
+    steps_per_point: int = 1
+    non_finite: list[int] = field(default_factory=list)  # steps whose loss or gradient norm was not
     evals: list[Point] = field(default_factory=list)
     unjudged: dict[str, int] = field(default_factory=dict)  # counts of failures in grading, over all steps
     completions: list[dict[str, Any]] = field(default_factory=list)
     prompt: str | None = None
     notes: list[str] = field(default_factory=list)  # what is missing or broken
+    signs: list[str] = field(default_factory=list)  # that the run diverged
     thinned: list[str] = field(default_factory=list)  # what was left out to keep the page small
     total_steps: int = 0
 
@@ -58,9 +74,14 @@ class Run:
         """The method that the run trained with."""
         return str((self.config or {}).get("method", "unknown method"))
 
+    @property
+    def corrects(self) -> bool:
+        """Whether responses were corrected, so that values before and after correction differ."""
+        return any(any(self.columns.get(f"correction/{kind}", [])) for kind in _CORRECTIONS)
 
-def read_run(path: Path, name: str | None = None) -> Run:
-    """Return what a run folder holds, thinned to what a page can show.
+
+def read_run(path: Path, name: str | None = None, *, share: float = 1.0) -> Run:
+    """Return what a run folder holds, thinned to ``share`` of what a page can show.
 
     Raises FileNotFoundError for a folder that is not a run's. Whatever else is missing or broken is in ``Run.notes``,
     and what was left out for its size in ``Run.thinned``.
@@ -71,8 +92,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
         raise FileNotFoundError(f"{path} is not a run folder: it holds neither config.yaml nor metrics.jsonl")
     notes: list[str] = []
     run = Run(path, name or path.resolve().name, _read_config(path / "config.yaml", notes), notes=notes)
-    _read_metrics(run)
-    _read_completions(run)
+    _read_metrics(run, max(_FEWEST_POINTS, int(share * MAX_POINTS)))
+    _read_completions(run, share)
     return run
 
 
@@ -116,31 +137,40 @@ def _number(value: Any) -> float | None:
     return float(f"{value:.5g}") if abs(value) < 1e15 else float(value)
 
 
-def _read_metrics(run: Run) -> None:
+def _read_metrics(run: Run, points: int) -> None:
     by_step: dict[int, dict[str, float | None]] = {}
     for record in _read_jsonl(run.path / "metrics.jsonl", run.notes):
         numbers = {key: _number(value) for key, value in record.items() if key != "step"}
         by_step.setdefault(record["step"], {}).update(numbers)  # repeated after a resume: the later line counts
     rows = [(step, _derive(by_step[step])) for step in sorted(by_step)]
-    elapsed: dict[int, float] = {}
-    seconds = 0.0
+    elapsed: dict[int, tuple[float, float]] = {}  # minutes, and millions of tokens
+    seconds = tokens = 0.0
     for step, row in rows:
         seconds += row.get("time/total") or 0.0
-        elapsed[step] = seconds / 60
+        tokens += (row.get("throughput/tokens_per_s") or 0.0) * (row.get("time/total") or 0.0)
+        elapsed[step] = float(f"{seconds / 60:.5g}"), float(f"{tokens / 1e6:.5g}")
         if (accuracy := row.get("eval/accuracy")) is not None:
-            stderr, minutes = row.get("eval/stderr"), float(f"{elapsed[step]:.5g}")
-            run.evals.append(Point(step, minutes, accuracy, stderr))
+            run.evals.append(Point(step, *elapsed[step], accuracy, row.get("eval/stderr")))
     trained = [(step, row) for step, row in rows if any(not key.startswith("eval/") for key in row)]
     run.total_steps = len(trained)
     counted = {key for _, row in trained for key in row if key.startswith("grading/")}
     run.unjudged = {key: round(sum(row.get(key) or 0.0 for _, row in trained)) for key in counted}
-    if len(trained) > MAX_POINTS:
-        trained = [trained[i] for i in _spread(len(trained), MAX_POINTS)]
-        run.thinned.append(f"the curves show {MAX_POINTS} of {run.total_steps} steps, evenly spaced")
-    run.steps = [step for step, _ in trained]
-    run.minutes = [float(f"{elapsed[step]:.5g}") for step in run.steps]
-    keys = sorted({key for _, row in trained for key, value in row.items() if value is not None})
-    run.columns = {key: [row.get(key) for _, row in trained] for key in keys}
+    run.signs, run.non_finite = signs_of_divergence(rows), non_finite_steps(trained)[:MAX_POINTS]
+    while len(trained) > points * run.steps_per_point:
+        run.steps_per_point *= 2
+    size = run.steps_per_point
+    parts = [trained[i : i + size] for i in range(0, len(trained), size)]
+    if size > 1:
+        run.thinned.append(f"the curves show means of {size} steps, and their smallest and largest values")
+    run.steps = [part[-1][0] for part in parts]
+    run.minutes = [elapsed[step][0] for step in run.steps]
+    run.tokens = [elapsed[step][1] for step in run.steps] if tokens else []
+    for key in sorted({key for _, row in trained for key, value in row.items() if value is not None}):
+        held = [[value for _, row in part if (value := row.get(key)) is not None] for part in parts]
+        run.columns[key] = [_number(fmean(values)) if values else None for values in held]
+        if any(min(values) < max(values) for values in held if values):
+            run.lows[key] = [min(values, default=None) for values in held]
+            run.highs[key] = [max(values, default=None) for values in held]
 
 
 def _derive(row: dict[str, float | None]) -> dict[str, float | None]:
@@ -159,16 +189,17 @@ def _spread(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)}) if wanted > 1 else [count - 1]
 
 
-def _read_completions(run: Run) -> None:
+def _read_completions(run: Run, of_page: float) -> None:
     records = _read_jsonl(run.path / "completions.jsonl", run.notes)
     shown = [_completion(record) for record in records]
     size = sum(len(text) for completion in shown for _, text in completion["segments"])
-    share = min(MAX_COMPLETIONS / max(1, len(records)), MAX_CHARACTERS / max(1, size))
+    most = max(1, int(of_page * MAX_COMPLETIONS))
+    share = min(most / max(1, len(records)), of_page * MAX_CHARACTERS / max(1, size))
     if share < 1:
         # Whole steps, evenly spaced over the run, so that a step's completions can be compared with each other.
         steps = sorted({record["step"] for record in records})
         chosen = {steps[i] for i in _spread(len(steps), max(1, int(share * len(steps))))}
-        shown = [completion for completion in shown if completion["step"] in chosen][:MAX_COMPLETIONS]
+        shown = [completion for completion in shown if completion["step"] in chosen][:most]
         run.thinned.append(f"{len(shown)} of {len(records)} completions are shown, from {len(chosen)} steps")
     run.prompt = next((r["prompt"][:MAX_TEXT] for r in reversed(records) if isinstance(r.get("prompt"), str)), None)
     run.completions = shown

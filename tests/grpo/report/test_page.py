@@ -4,58 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from report_page import HOSTILE, Page
 from run_folder import append, make_run
 
+from edge_grpo.report.page import write_report
 from edge_grpo.run.history import MAX_CHARACTERS, MAX_POINTS, MAX_TEXT
-from edge_grpo.run.report import write_report
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{data}} &amp; \u2028 \\boxed{7}"
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: elements, text outside of scripts, the data, and unbalanced tags."""
-
-    VOID = ("meta", "input", "br", "img", "link")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.script = ""
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self.open == []
-        body = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.DOTALL)
-        assert body is not None
-        self.runs = json.loads(body[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["runs"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.script += data
-        elif not (self.open and self.open[-1] == "style"):
-            self.text += f" {data}"
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
-
 
 # ---- What is on the page
 
@@ -235,9 +192,11 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
     path = write_report([run])
     page = Page(path)
     (data,) = page.runs
-    assert len(data["steps"]) == MAX_POINTS
-    assert (data["steps"][0], data["steps"][-1], data["minutes"][-1]) == (1, steps, steps)
-    assert f"the curves show {MAX_POINTS} of {steps} steps" in page.words
+    assert len(data["steps"]) == MAX_POINTS == steps / 4
+    assert (data["steps"][:2], data["steps"][-1], data["minutes"][-1]) == ([4, 8], steps, steps)
+    assert [data[part]["loss"][0] for part in ("lows", "columns", "highs")] == [1, 2.5, 4]
+    assert "time/total" not in data["lows"]  # it does not vary
+    assert "the curves show means of 4 steps, and their smallest and largest values" in page.words
     chosen = [sample["step"] for sample in data["completions"]]
     assert {chosen.count(step) for step in chosen} == {8}  # steps stay whole
     assert (chosen[0], chosen[-1]) == (1, 200)
@@ -250,40 +209,3 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
 
 def test_a_short_runs_page_is_small(tmp_path: Path) -> None:
     assert write_report([make_run(tmp_path / "run", steps=100)]).stat().st_size < 300_000
-
-
-# ---- In a browser
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on PATH")
-def test_the_script_draws_everything_without_an_error(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "edge", steps=20), make_run(tmp_path / "grpo", steps=8, method="grpo")]
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "custom/one": 2}\n')
-    record = {"step": 99, "problem": HOSTILE, "segments": [["injected", HOSTILE]], "correction": HOSTILE}
-    append(runs[0] / "completions.jsonl", json.dumps(record) + "\n")
-    path = write_report([*runs, bare])
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --window-size=1200,900"
-    flags += " --virtual-time-budget=2000 --enable-logging=stderr --dump-dom"
-    command = [str(BROWSER), *flags.split(), path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    charts = re.findall(r'<div class="card chart">(.*?)<div class="tip"', done.stdout, re.DOTALL)
-    titles = [re.sub(r"<[^>]+>", "", re.findall(r"<h3.*?</h3>", chart)[0]) for chart in charts]
-    for title in (
-        "Accuracy",
-        "Collapsed groups",
-        "Entropy-driven weights",
-        "Drift",
-        "Time per step,  edge",
-        "custom/one",
-    ):
-        assert title in titles
-    assert [title for title, chart in zip(titles, charts, strict=True) if not re.search(r"<path|<circle", chart)] == []
-    assert "Not drawn: KL to the reference (always 0)." in done.stdout
-    assert done.stdout.count('class="card sample"') == 8
-    assert "<img" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
