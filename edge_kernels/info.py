@@ -26,7 +26,8 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the model name of the processor, or its architecture where that is not known."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -62,7 +63,7 @@ def collect() -> dict[str, Any]:
             **(extension.built_with() if extension else {}),
         },
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "features": extension.cpu_features() if extension else {},
             "instruction_sets": extension.instruction_sets() if extension else [],
             "instruction_set": instruction_set,

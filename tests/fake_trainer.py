@@ -20,8 +20,12 @@ class FakeTrainer:
     calls: list[tuple[TrainConfig, bool]] = field(default_factory=list)
     error: BaseException | None = None
     fails_to_load: bool = False
+    accepted: list[bool] = field(default_factory=list)
 
-    def train(self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Any:
+    def train(
+        self, config: TrainConfig, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False
+    ) -> Any:
+        self.accepted.append(accept_changes)
         with claim(Path(config.output), resume=resume, overwrite=overwrite):
             return self._train(config, resume)
 

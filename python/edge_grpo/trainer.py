@@ -6,6 +6,7 @@ whole groups, so that advantages need no communication.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from edge_grpo.learner import Learner
 from edge_grpo.metrics import PhaseTimes, correction_metrics, num_generated, peak_bytes, sampler_metrics, step_metrics
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
-from edge_grpo.run import checkpoint
+from edge_grpo.run import checkpoint, identity
 from edge_grpo.run.files import write_text
 from edge_grpo.run.folder import claim, discard
 from edge_grpo.run.log import RunLog
@@ -58,10 +59,13 @@ class Summary:
     seconds: float
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Summary:
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, accept_changes: bool = False
+) -> Summary:
     """Train as ``config`` says and return how it went; the run's folder holds everything else.
 
     With ``resume`` the run continues after its newest checkpoint, with the same next step as if it had not stopped.
+    It is refused if data, model or reward functions have changed since, unless with ``accept_changes``.
     With ``overwrite`` it replaces a run in the same folder, once everything has loaded. Raises ``FileExistsError`` when
     another process uses the folder, or when it holds a run and neither is asked for; ``FileNotFoundError`` when there
     is nothing to resume, ``ValueError`` when the configuration contradicts it; and ``Stopped``, a KeyboardInterrupt,
@@ -71,7 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
     with claim(Path(config.output), resume=resume, overwrite=overwrite):
         trainer = Trainer(config)
         try:
-            before, after = trainer.run(resume=resume)
+            before, after = trainer.run(resume=resume, accept_changes=accept_changes)
         finally:
             trainer.close()
     return Summary(Path(config.output), before, after, config.steps, time.perf_counter() - started)
@@ -124,15 +128,17 @@ class Trainer:
             processes=accelerator.num_processes,
         )
 
-    def run(self, *, resume: bool) -> tuple[Evaluation | None, Evaluation | None]:
+    def run(self, *, resume: bool, accept_changes: bool = False) -> tuple[Evaluation | None, Evaluation | None]:
         """Make all steps; return the evaluations before and after. Unless it resumes, an earlier run is replaced."""
         config, accelerator = self.config, self.accelerator
-        record = self._resume() if resume else None
+        own = self._identity()
+        record = self._resume(own, accept_changes=accept_changes) if resume else None
         first = record.step if record else 0
         if accelerator.is_main_process:
             if not resume:
                 discard(self.output)
             write_text(self.output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+            identity.record(self.output, own, after_step=first)
         accelerator.wait_for_everyone()
         if config.trackers:
             accelerator.init_trackers("edge-grpo", config=flatten(to_dict(config)))
@@ -244,8 +250,23 @@ class Trainer:
             # accelerate would hold the next run in this process to this one's precision.
             AcceleratorState._reset_state()
 
-    def _resume(self) -> checkpoint.Record:
+    def _identity(self) -> identity.Identity:
+        accelerator = self.accelerator
+        return identity.identify(
+            self.config,
+            self.learner.model,
+            self.tokenizer,
+            self.collector.prompts,
+            self.eval_prompts,
+            device=accelerator.device,
+            processes=accelerator.num_processes,
+        )
+
+    def _resume(self, own: identity.Identity, *, accept_changes: bool) -> checkpoint.Record:
         checkpoint.check_same_run(self.output, self.config)
+        for sentence in identity.compare(self.output, own, accept=accept_changes):
+            if self.accelerator.is_main_process:
+                print(sentence, file=sys.stderr)
         learner = self.learner
         record = checkpoint.load_latest(self.accelerator, self.checkpoints, learner.model, learner.optimizer)
         self.engine.update_weights(learner.model)

@@ -81,6 +81,7 @@ def test_a_run_leaves_its_whole_record(config, tmp_path):
         "completions.jsonl",
         "config.yaml",
         "final",
+        "identity.json",
         "metrics.jsonl",
     ]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000002", "step-000003"]

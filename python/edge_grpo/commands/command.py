@@ -45,6 +45,16 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add --trust, for commands that take a run's folder with its configuration."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="let the configuration in the run's folder run code and reach other machines: its reward functions, "
+        "arguments of vLLM, servers",
+    )
+
+
 def source_of(options: argparse.Namespace) -> Path | None:
     """Return the file that --recipe or --config names, None without either."""
     source: Path | None = recipe_path(options.recipe) if options.recipe else options.config

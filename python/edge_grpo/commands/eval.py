@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
+from edge_grpo.commands.command import Command, add_source, add_trust, quieten_loading, source_of
 from edge_grpo.config import Engine, TrainConfig, load_config
+from edge_grpo.config.trust import refuse_foreign
 
 # The settings of the published evaluations on suites: all problems, however long, and responses of this length.
 _PUBLISHED = {
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "status 1 if an answer is misjudged",
     )
     add_source(parser)
+    add_trust(parser)
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -86,9 +88,10 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> tuple[T
     """The configuration to evaluate with, and the model's name; a run's folder has both."""
     source = source_of(options)
     model = options.model
-    run = Path(model or "")
+    run, foreign = Path(model or ""), None
     if model and (run / "config.yaml").is_file() and not (run / "config.json").is_file():
-        source = source or run / "config.yaml"
+        foreign = None if source else run / "config.yaml"
+        source = source or foreign
         model = str(run / "final")
         if not Path(model).is_dir():
             raise FileNotFoundError(
@@ -109,6 +112,8 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> tuple[T
         chosen = {override.partition("=")[0].strip() for override in overrides}
         overrides += [f"{key}={value}" for key, value in _PUBLISHED.items() if key not in chosen]
     config = load_config(source, overrides)
+    if foreign is not None and not options.trust:
+        refuse_foreign(foreign, config, overrides, trains=False)
     if config.eval.data is None and not options.suite:
         raise ValueError("no data to evaluate on; give --suite DIR, or --data SPEC such as --data arithmetic@test")
     return config, model

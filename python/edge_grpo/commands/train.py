@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from edge_grpo.commands.command import Command, add_source, quieten_loading, source_of
+from edge_grpo.commands.command import Command, add_source, add_trust, quieten_loading, source_of
 from edge_grpo.config import Method, TrainConfig, keys_help, load_config
+from edge_grpo.config.trust import reaching_out, refuse_foreign
 from edge_grpo.run.folder import claim, is_main_process
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.text import clock, percent
@@ -50,9 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier run in the output folder, once the new one has loaded",
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the run's data, model or reward functions have changed",
+    )
+    add_trust(parser)
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.accept_changes and not options.resume:
+        raise ValueError("--accept-changes is for --resume, which compares a run with what it was")
     config = _configuration(options, overrides)
     output = Path(config.output)
     is_main = is_main_process()
@@ -71,14 +80,16 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
             file=sys.stderr,
         )
     try:
-        summary = train(config, resume=options.resume, overwrite=options.overwrite)
+        summary = train(
+            config, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
+        )
     except KeyboardInterrupt as stop:
         if is_main:
-            _say_how_to_resume(output, earlier)
+            _say_how_to_resume(config, earlier)
         return getattr(stop, "status", 130)
     except (RuntimeError, OSError):
         if is_main and _identity(output) is not None:  # else the run has not begun
-            _say_how_to_resume(output, earlier)
+            _say_how_to_resume(config, earlier)
         raise
     if is_main:
         from edge_grpo.report.page import write_report
@@ -111,6 +122,8 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> TrainCo
         source = output / "config.yaml"
         if not source.is_file():
             raise FileNotFoundError(f"nothing to resume: {output} holds no config.yaml of a run")
+        if not options.trust:
+            refuse_foreign(source, load_config(source, overrides), overrides)
     config = load_config(source, overrides)
     if options.method and not has_output and load_config(source).method != options.method:
         # The recipe's folder is for the recipe's method: runs to be compared must not share one.
@@ -132,15 +145,17 @@ def _identity(output: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _say_how_to_resume(output: Path, earlier: tuple[int, int] | None) -> None:
+def _say_how_to_resume(config: TrainConfig, earlier: tuple[int, int] | None) -> None:
     """Say what is left of an interrupted run; ``earlier`` is the run that it was to overwrite."""
     from edge_grpo.run import checkpoint
 
+    output = Path(config.output)
+    trust = " --trust" if reaching_out(config) else ""
     found = checkpoint.steps(output / "checkpoints")
     if earlier is not None and _identity(output) == earlier:
         remedy = f"the run had not begun; the earlier one in {output} is as it was"
     elif found:
-        remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}"
+        remedy = f"step {found[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}{trust}"
     else:
         remedy = "no checkpoint had been saved yet; save_every sets the number of steps between them"
     print(f"\nInterrupted: {remedy}", file=sys.stderr)

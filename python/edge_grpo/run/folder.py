@@ -14,7 +14,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "completions.jsonl", "checkpoints", "final", "report.html")
+RUN_FILES = (
+    "config.yaml",
+    "identity.json",
+    "metrics.jsonl",
+    "completions.jsonl",
+    "checkpoints",
+    "final",
+    "report.html",
+)
 _LOCK = ".lock"
 _REPLACED = ".replaced"
 

@@ -71,7 +71,7 @@ def test_a_suite_is_asked_kept_and_compared(capsys: pytest.CaptureFixture[str]) 
     run("eval", "warm.json", "--k", "3", status=2)
     assert "warm.json is graded again with its own settings; --k cannot change them" in capsys.readouterr().err
 
-    run(*ASK, "--template", "chat", "--sets", "first", "--json", "chat.json")
+    run(*(word.replace("config", "chat") for word in ASK), "--sets", "first", "--json", "chat.json")
     run(*ASK, "--sets", "first", "--json", "plain.json")
     run("compare", "plain.json", "chat.json", status=2)
     assert "results must use the same template; got config" in capsys.readouterr().err
@@ -149,3 +149,20 @@ def test_a_mistake_gets_one_message(arguments: list[str], message: str, capsys: 
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
+
+
+def test_a_run_folder_brings_no_arguments_of_vllm_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is a reward function a reason to ask: an evaluation calls none."""
+    run_folder = tmp_path / "theirs"
+    (run_folder / "final").mkdir(parents=True)
+    settings = "reward: {weights: {accuracy: 1, theirs:f: 1}}\neval: {data: arithmetic@test}\n"
+    (run_folder / "config.yaml").write_text(settings)
+    run("eval", str(run_folder), status=2)
+    assert "is a folder without config.json" in capsys.readouterr().err
+    (run_folder / "config.yaml").write_text(settings + "rollout: {engine: vllm, vllm: {worker_cls: theirs.C}}\n")
+    run("eval", str(run_folder), status=2)
+    assert (
+        "theirs/config.yaml runs code or reaches other machines by rollout.vllm.worker_cls;" in capsys.readouterr().err
+    )
+    run("eval", str(run_folder), "--trust", status=2)
+    assert "is a folder without config.json" in capsys.readouterr().err

@@ -89,6 +89,63 @@ def test_resume_takes_the_runs_own_configuration(trainer: FakeTrainer, capsys: p
     assert "nothing to resume: elsewhere holds no config.yaml of a run" in capsys.readouterr().err
 
 
+VLLM = ["rollout.engine=vllm", "rollout.vllm.dtype=bfloat16", "rollout.vllm.trust_remote_code=true"]
+SERVER = ["rollout.engine=vllm-server", "rollout.server=10.0.0.1:80"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["reward.weights.theirs:f=1.0"], "reward.weights.theirs:f"),
+        (["rollout.engine=vllm", "rollout.vllm.worker_cls=theirs.C"], "rollout.vllm.worker_cls"),
+        (VLLM, "rollout.vllm.trust_remote_code"),
+        (SERVER, "rollout.server"),
+        ([*SERVER[:1], "rollout.server_folder=/theirs"], "rollout.server_folder"),
+    ],
+)
+def test_a_run_folder_runs_nothing_that_its_user_has_not_named(
+    trainer: FakeTrainer, capsys: pytest.CaptureFixture[str], settings: list[str], named: str
+) -> None:
+    """Its config.yaml may come from somebody else, and names what a resumed run imports, calls and talks to."""
+    assert cli.main(["train", "--output", "out", *settings]) == 0
+    resume = ["train", "--resume", "--output", "out"]
+    assert cli.main(resume) == 2
+    said = capsys.readouterr().err
+    assert f"out/config.yaml runs code or reaches other machines by {named}; if you trust" in said
+    assert len(trainer.calls) == 1
+    assert cli.main([*resume, "--trust"]) == 0
+    assert cli.main([*resume, said.rpartition(": ")[2].strip()]) == 0  # as the message says
+    assert cli.main(["train", "--resume", "--config", "out/config.yaml"]) == 0  # the user has named it
+    assert len(trainer.calls) == 4
+
+
+def test_a_run_folder_without_such_settings_needs_no_trust(trainer: FakeTrainer) -> None:
+    assert cli.main(["train", "--output", "out", *VLLM[:2]]) == 0
+    assert cli.main(["train", "--resume", "--output", "out", "steps=200"]) == 0
+
+
+def test_an_interrupted_run_says_what_its_resumption_needs(
+    trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.error = KeyboardInterrupt()
+    state = Path("out/checkpoints/step-000020/trainer_state.json")
+    assert cli.main(["train", "--output", "out", "reward.weights.mine:f=1"]) == 130
+    state.parent.mkdir(parents=True)
+    state.write_text('{"step": 20}')
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--output", "out", "--trust"]) == 130
+    trainer.error = None
+    assert cli.main(capsys.readouterr().err.splitlines()[-1].split()[1:]) == 0
+
+
+def test_changes_are_accepted_of_a_resumed_run_alone(trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--output", "out", "--accept-changes"]) == 2
+    assert "--accept-changes is for --resume" in capsys.readouterr().err
+    assert cli.main(["train", "--output", "out"]) == 0
+    assert cli.main(["train", "--resume", "--output", "out", "--accept-changes"]) == 0
+    assert trainer.accepted == [False, True]
+
+
 def test_other_processes_of_a_run_neither_claim_nor_print(
     trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
