@@ -60,10 +60,13 @@ inline TokenRows token_rows(int dtype, Address logits, std::int64_t row_stride, 
 }
 
 inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_low, double epsilon_high, double delta,
-                          double beta, bool bias_corrects_kl, double sampler_cap, double sampler_floor,
-                          bool sampler_of_sequence, bool sampler_masks, int injected, double sft_weight,
-                          double shaped_gamma, double max_log_ratio, double max_kl_log_ratio) {
-    if (objective < 0 || objective > 1) reject("objective", "0 (clipped) or 1 (cispo)", std::to_string(objective));
+                          double sapo_temperature_pos, double sapo_temperature_neg, double beta, bool bias_corrects_kl,
+                          double sampler_cap, double sampler_floor, bool sampler_of_sequence, bool sampler_masks,
+                          int injected, double sft_weight, double shaped_gamma, double max_log_ratio,
+                          double max_kl_log_ratio) {
+    if (objective < 0 || objective > 2) {
+        reject("objective", "0 (clipped), 1 (cispo) or 2 (sapo)", std::to_string(objective));
+    }
     if (injected < 0 || injected > 2) {
         reject("injected", "0 (none), 1 (sft) or 2 (shaped)", std::to_string(injected));
     }
@@ -72,6 +75,8 @@ inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_
             epsilon_low,
             epsilon_high,
             delta,
+            sapo_temperature_pos,
+            sapo_temperature_neg,
             beta,
             bias_corrects_kl,
             sampler_cap,
@@ -106,9 +111,9 @@ inline void bind_records(py::module_& module) {
              "targets"_a, "ignore_index"_a, "inv_temperature"_a, "softcap"_a, "logit_scale"_a);
     py::class_<LossRule>(module, "LossRule", py::module_local())
         .def(py::init(&loss_rule), py::kw_only(), "objective"_a, "ratio_of_sequence"_a, "epsilon_low"_a,
-             "epsilon_high"_a, "delta"_a, "beta"_a, "bias_corrects_kl"_a, "sampler_cap"_a, "sampler_floor"_a,
-             "sampler_of_sequence"_a, "sampler_masks"_a, "injected"_a, "sft_weight"_a, "shaped_gamma"_a,
-             "max_log_ratio"_a, "max_kl_log_ratio"_a);
+             "epsilon_high"_a, "delta"_a, "sapo_temperature_pos"_a, "sapo_temperature_neg"_a, "beta"_a,
+             "bias_corrects_kl"_a, "sampler_cap"_a, "sampler_floor"_a, "sampler_of_sequence"_a, "sampler_masks"_a,
+             "injected"_a, "sft_weight"_a, "shaped_gamma"_a, "max_log_ratio"_a, "max_kl_log_ratio"_a);
     py::class_<TokenTensors>(module, "TokenTensors", py::module_local())
         .def(py::init(&token_tensors), py::kw_only(), "mask"_a, "weight"_a, "advantages"_a, "old_logprobs"_a,
              "ref_logprobs"_a, "sampler_ratio"_a, "sampling_logprobs"_a, "injected"_a, "entropy_threshold"_a,

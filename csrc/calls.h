@@ -29,7 +29,7 @@ struct TokenRows {
     LogitTransform transform;
 };
 
-enum class Objective : int { kClipped = 0, kCispo = 1 };
+enum class Objective : int { kClipped = 0, kCispo = 1, kSapo = 2 };
 enum class Injected : int { kNone = 0, kSft = 1, kShaped = 2 };
 
 // The part of a loss configuration that acts on one token: LossRule of edge_kernels/contract.py.
@@ -39,6 +39,8 @@ struct LossRule {
     double epsilon_low = 0.2;
     double epsilon_high = 0.2;
     double delta = HUGE_VAL;
+    double sapo_temperature_pos = 1.0;
+    double sapo_temperature_neg = 1.05;
     double beta = 0.0;
     bool bias_corrects_kl = false;
     double sampler_cap = HUGE_VAL;

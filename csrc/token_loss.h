@@ -108,6 +108,29 @@ EDGE_HOST_DEVICE inline double sampler_factor(const TokenRule& rule, double diff
     return factor > rule.sampler_cap ? rule.sampler_cap : factor;
 }
 
+// 1 / x of a number that float32 can hold, to 1e-13: on a GPU a division in float64 is a call, which costs registers.
+EDGE_HOST_DEVICE inline double inverse(double x) {
+#ifdef __CUDA_ARCH__
+    const double first = static_cast<double>(__fdividef(1.0f, static_cast<float>(x)));
+    return first * (2.0 - x * first);
+#else
+    return 1.0 / x;
+#endif
+}
+
+// e^-|x| and the logistic function of |x|; on a GPU to float32's precision, for the same reason.
+struct Gate {
+#ifdef __CUDA_ARCH__
+    using Real = float;
+#else
+    using Real = double;
+#endif
+    double power;
+    double value;
+    EDGE_HOST_DEVICE explicit Gate(double x)
+        : power(static_cast<double>(std::exp(static_cast<Real>(x < 0.0 ? x : -x)))), value(inverse(1.0 + power)) {}
+};
+
 // Without the penalty.
 EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const TokenTerms& token, double logprob,
                                                    double entropy, double log_ratio, double factor) {
@@ -122,6 +145,12 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
         out.direct = -(ratio > rule.epsilon_high ? rule.epsilon_high : ratio) * advantage;
         out.loss = advantage == 0.0 ? 0.0 : out.direct * logprob;  // not 0 * inf where the token is forbidden
         out.clipped_high = ratio > rule.epsilon_high && advantage > 0;
+    } else if (rule.objective == Objective::kSapo) {
+        const double slope = advantage > 0 ? rule.sapo_temperature_pos : rule.sapo_temperature_neg;
+        const double x = slope * (ratio - 1.0);
+        const Gate gate(x);
+        out.loss = -advantage * 4.0 * inverse(slope) * (x < 0.0 ? gate.power * gate.value : gate.value);
+        out.through_ratio = is_bounded ? 0.0 : -advantage * 4.0 * ratio * (gate.power * gate.value * gate.value);
     } else {
         const double floor = 1.0 - rule.epsilon_low;
         const double ceiling = 1.0 + rule.epsilon_high;

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 ImportanceLevel = Literal["token", "sequence"]
 SamplerRatioMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 InjectedTreatment = Literal["credit", "mask", "sft", "shaped"]
@@ -64,9 +64,12 @@ class EDAConfig:
 class GRPOLossConfig:
     """Everything that decides the loss of a token besides the tensors; the formulas are in ``edge_kernels.reference``.
 
-    ``loss_type``                  per-token objective and normalizer: "grpo", "bnpo", "dr_grpo", "dapo", "cispo".
+    ``loss_type``                  per-token objective and normalizer; ``edge_grpo_loss`` has the formulas of each.
     ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself.
-    ``delta``                      upper bound of the unclipped ratio (two-sided clipping), None for none.
+    ``delta``                      upper bound of the unclipped ratio (two-sided clipping), None for none; of the losses
+                                   that clip.
+    ``sapo_temperature_pos, sapo_temperature_neg``  slopes of the gate that "sapo" has instead of clipping, for tokens
+                                   with a positive advantage and for all others (arXiv:2511.20347).
     ``beta, use_bias_correction_kl``  weight of the KL penalty to the reference policy (the k3 estimator), and whether
                                    the estimate is multiplied by the importance ratio, so that its gradient is
                                    that of the KL divergence.
@@ -87,6 +90,8 @@ class GRPOLossConfig:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
     beta: float = 0.0
     use_bias_correction_kl: bool = True
     importance_sampling_level: ImportanceLevel = "token"
@@ -116,6 +121,8 @@ class GRPOLossConfig:
         _number("epsilon_high", self.epsilon_high, least=0)
         if self.delta is not None:
             _number("delta", self.delta, above=1)
+        _number("sapo_temperature_pos", self.sapo_temperature_pos, above=0, finite=True)
+        _number("sapo_temperature_neg", self.sapo_temperature_neg, above=0, finite=True)
         _number("beta", self.beta, least=0)
         _number("temperature", self.temperature, above=0, finite=True)
         if self.softcap is not None:

@@ -95,6 +95,7 @@ class Objective:
 
     CLIPPED = 0
     CISPO = 1
+    SAPO = 2
 
 
 class Injected:
@@ -113,6 +114,8 @@ class LossRule(NamedTuple):
     epsilon_low: float
     epsilon_high: float
     delta: float  # inf for none
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
     beta: float
     bias_corrects_kl: bool  # the KL estimate is multiplied by the ratio
     sampler_cap: float  # inf for none
@@ -126,13 +129,16 @@ class LossRule(NamedTuple):
     @classmethod
     def of(cls, config: GRPOLossConfig) -> LossRule:
         infinity = float("inf")
+        objective = {"cispo": Objective.CISPO, "sapo": Objective.SAPO}
         treatment = {"sft": Injected.SFT, "shaped": Injected.SHAPED}
         return cls(
-            objective=Objective.CISPO if config.loss_type == "cispo" else Objective.CLIPPED,
+            objective=objective.get(config.loss_type, Objective.CLIPPED),
             ratio_of_sequence=config.importance_sampling_level == "sequence",
             epsilon_low=float(config.epsilon_low),
             epsilon_high=float(config.epsilon_high),
             delta=infinity if config.delta is None else float(config.delta),
+            sapo_temperature_pos=float(config.sapo_temperature_pos),
+            sapo_temperature_neg=float(config.sapo_temperature_neg),
             beta=float(config.beta),
             bias_corrects_kl=config.use_bias_correction_kl,
             sampler_cap=infinity if config.sampler_ratio_cap is None else float(config.sampler_ratio_cap),

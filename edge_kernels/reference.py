@@ -236,6 +236,9 @@ def edge_grpo_loss(
 
     if config.loss_type == "cispo":
         per_token = -ratio.clamp(max=config.epsilon_high).detach() * A * logprobs
+    elif config.loss_type == "sapo":
+        slope = torch.full_like(A, config.sapo_temperature_neg).masked_fill(A > 0, config.sapo_temperature_pos)
+        per_token = -(slope * (ratio - 1)).sigmoid() * 4 / slope * A
     else:
         clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
         unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -288,8 +291,10 @@ def _reduced(
     per_token: Tensor, mask: Tensor, config: GRPOLossConfig, items: Tensor | float, sequences: Tensor | float
 ) -> Tensor:
     """Return the loss of the batch from those of its tokens, 0 outside the mask."""
-    if config.loss_type == "grpo":
+    if config.loss_type in ("grpo", "sapo"):
         return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / max(sequences, 1)
+    if config.loss_type == "luspo":
+        return per_token.sum() / max(sequences, 1)
     if config.loss_type == "dr_grpo":
         assert config.max_completion_length is not None
         return per_token.sum() / (max(sequences, 1) * config.max_completion_length)

@@ -113,13 +113,13 @@ def triton_options(architecture: int) -> None:
     bare, sampler = _terms(sampler_ratio=_per_token()), {"sampler_ratio_cap": 2.0, "sampler_ratio_mode": "token_mask"}
     shaped = LossRule.of(GRPOLossConfig(injected="shaped", beta=0.1, **sampler))  # type: ignore[arg-type]
     cispo = LossRule.of(GRPOLossConfig(loss_type="cispo", injected="sft", beta=0.1, **sampler))  # type: ignore[arg-type]
-    plain = LossRule.of(GRPOLossConfig())
+    sapo = LossRule.of(GRPOLossConfig(loss_type="sapo"))
     with _triton_backend() as backend:
         stats = backend.token_stats_forward(logits, None, NEGATIVE)
         backend.token_stats_forward(logits.narrow(0, 0, FEW_ROWS), None, CAPPED)
         backend.token_stats_backward(logits, targets, stats, everything, CAPPED, out=elsewhere)
         backend.token_stats_backward(logits, None, stats, everything._replace(logprobs=None), NEGATIVE, out=logits)
-        for terms, rule, transform in ((full, shaped, CAPPED), (full, cispo, NEGATIVE), (bare, plain, NEGATIVE)):
+        for terms, rule, transform in ((full, shaped, CAPPED), (full, cispo, NEGATIVE), (bare, sapo, NEGATIVE)):
             backend.grpo_sweep(logits, targets, terms, rule, transform, out=logits)
             whole = rule._replace(ratio_of_sequence=True, sampler_of_sequence=True, sampler_masks=True)
             backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(terms), whole)

@@ -75,6 +75,11 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         direct, through_ratio = -capped * A, torch.zeros_like(logprobs)
         policy = torch.where(A == 0, 0, direct * logprobs)  # not 0 * inf where the token is forbidden
         high = (ratio > rule.epsilon_high) & (A > 0)
+    elif rule.objective == Objective.SAPO:
+        slope = torch.full_like(ratio, rule.sapo_temperature_neg).masked_fill(A > 0, rule.sapo_temperature_pos)
+        gate = (slope * (ratio - 1)).sigmoid()
+        policy, direct = -A * gate * 4 / slope, torch.zeros_like(logprobs)
+        through_ratio = (-A * gate * (1 - gate) * 4 * ratio).masked_fill(log_ratio > MAX_LOG_RATIO, 0)
     else:
         policy, through_ratio, low, high = _clipped(ratio, A, rule)
         through_ratio = through_ratio.masked_fill(log_ratio > MAX_LOG_RATIO, 0)

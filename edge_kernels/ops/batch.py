@@ -107,8 +107,10 @@ def _loss_weight(
     sequences = _at_least_one(mask.shape[0] if num_sequences is None else num_sequences)
     items = _at_least_one(mask.sum() if num_items is None else num_items)
     weight = mask.to(dtype)
-    if config.loss_type == "grpo":
+    if config.loss_type in ("grpo", "sapo"):
         return weight / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
+    if config.loss_type == "luspo":
+        return weight / sequences
     if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # the configuration ensures it
         return weight / config.max_completion_length / sequences
     return weight / items

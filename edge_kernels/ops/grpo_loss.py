@@ -116,15 +116,18 @@ def edge_grpo_loss(
 ) -> GRPOLossOutput:
     """Return ``GRPOLossOutput(loss, logprobs, entropy, advantages, metrics)`` of completions, from their logits.
 
-    With r = exp(logprob - old_logprob) and A the advantage, token t of response i has the loss::
+    With A the advantage and r = exp(logprob - old_logprob), or the geometric mean of a response's r under
+    ``importance_sampling_level="sequence"`` (GSPO, and meant for luspo), token t of response i has the loss::
 
-        -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)            grpo, bnpo, dr_grpo, dapo
+        -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)     grpo, bnpo, dr_grpo, dapo, luspo
         -min(r, epsilon_high).detach() A logprob                                         cispo
+        -4 / t A sigmoid(t (r - 1)), t = sapo_temperature_pos or _neg                    sapo
         + beta * (exp(d) - d - 1),  d = ref_logprob - logprob                            where beta > 0
 
     and the batch has, with w the totals below::
 
-        grpo            sum_i mean_t loss / num_sequences
+        grpo sapo       sum_i mean_t loss / num_sequences
+        luspo           sum loss / num_sequences
         dr_grpo         sum loss / (num_sequences * max_completion_length)
         bnpo dapo cispo sum loss / num_items
         - entropy_coef * sum entropy / num_items                                         where entropy_coef != 0

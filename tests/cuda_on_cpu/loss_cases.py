@@ -84,6 +84,7 @@ CONFIGS = {
     "two-sided, KL": GRPOLossConfig(delta=1.3, beta=0.1, epsilon_high=0.28),
     "no records": GRPOLossConfig(epsilon_low=0.3),
     "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=1.2, beta=0.04),
+    "sapo": GRPOLossConfig(loss_type="sapo", sapo_temperature_neg=2.5, beta=0.04),
     "bonus, quantile": GRPOLossConfig(entropy_coef=0.03, top_entropy_quantile=0.8),
     "sft": GRPOLossConfig(injected="sft", sft_weight=0.7, beta=0.1),
     "shaped": GRPOLossConfig(injected="shaped", shaped_gamma=0.2),

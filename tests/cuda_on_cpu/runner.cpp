@@ -164,6 +164,8 @@ edge::LossRule take_rule(Call& call) {
     rule.epsilon_low = call.number();
     rule.epsilon_high = call.number();
     rule.delta = call.number();
+    rule.sapo_temperature_pos = call.number();
+    rule.sapo_temperature_neg = call.number();
     rule.beta = call.number();
     rule.sampler_cap = call.number();
     rule.sampler_floor = call.number();

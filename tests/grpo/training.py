@@ -21,6 +21,8 @@ LOSSES = {
     "bnpo": GRPOLossConfig(loss_type="bnpo", injected="mask"),
     "dr_grpo": GRPOLossConfig(loss_type="dr_grpo", max_completion_length=24),
     "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=5.0, injected="shaped"),
+    "sapo": GRPOLossConfig(loss_type="sapo"),
+    "luspo": GRPOLossConfig(loss_type="luspo", importance_sampling_level="sequence"),
     "gspo": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", injected="sft"),
     "entropy bonus": GRPOLossConfig(entropy_coef=0.1),
     "entropy quantile": GRPOLossConfig(top_entropy_quantile=0.5),

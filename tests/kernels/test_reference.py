@@ -186,6 +186,15 @@ class TestLoss:
         loss = self.loss(1, old_logprobs=self.old(3, 0.5), loss_type="cispo", epsilon_high=2.0)
         assert loss == pytest.approx((2 * LOG2 + 0.5 * LOG4) / 2)
 
+    def test_sapo_gates_softly(self) -> None:
+        # r = 1 + log(3) / t makes the logistic function 3/4 at the slope t, and r = 1 makes it 1/2.
+        old, temperatures = self.old(1 + LOG3 / 2, 1.0), {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 4.0}
+        loss = self.loss(1, old_logprobs=old, loss_type="sapo", **temperatures)
+        assert loss == pytest.approx(-(3 / 4 + 1 / 2) * (4 / 2) / 2)
+        old = self.old(1 + LOG3 / 4, 1 - LOG3 / 4)
+        loss = self.loss(-1, old_logprobs=old, loss_type="sapo", **temperatures)
+        assert loss == pytest.approx((3 / 4 + 1 / 4) * (4 / 4) / 2)
+
     def test_sequence_ratio_is_the_geometric_mean(self) -> None:
         # sqrt(1.21 * 1.0) = 1.1, inside the clipping range.
         loss = self.loss(1, old_logprobs=self.old(1.21, 1.0), importance_sampling_level="sequence")
@@ -225,6 +234,7 @@ class TestLoss:
             ).loss.item()
 
         assert loss("grpo") == pytest.approx((1 + 10) / 2)
+        assert loss("luspo") == pytest.approx((3 + 10) / 2)
         assert loss("dr_grpo") == pytest.approx((3 + 10) / (2 * 5))
         assert loss("bnpo") == loss("dapo") == pytest.approx((3 + 10) / 4)
         assert loss("dapo", num_items=8) == pytest.approx(13 / 8)

@@ -23,6 +23,7 @@ SUMS = tl.constexpr(16)  # room for the loss and the metrics, a power of two
 MAX_RATIO_LOG = tl.constexpr(MAX_LOG_RATIO)
 MAX_KL_LOG = tl.constexpr(MAX_KL_LOG_RATIO)
 CISPO = tl.constexpr(Objective.CISPO)
+SAPO = tl.constexpr(Objective.SAPO)
 SFT = tl.constexpr(Injected.SFT)
 SHAPED = tl.constexpr(Injected.SHAPED)
 
@@ -45,6 +46,15 @@ def policy(log_ratio, A, logprob, low, high, rule):
         never = is_high & (A < 0)
         term = tl.where(A == 0, 0.0, direct * logprob)  # not 0 * inf where the token is forbidden
         return term, direct, tl.zeros_like(direct), ratio, never, is_high
+    elif rule.objective == SAPO:
+        slope = tl.where(A > 0, rule.sapo_temperature_pos, rule.sapo_temperature_neg)
+        x = slope * (ratio - 1)
+        power = exp(-tl.abs(x))
+        gate = 1 / (1 + power)  # of |x|
+        term = -A * 4 / slope * tl.where(x < 0, power * gate, gate)
+        through = tl.where(log_ratio > MAX_RATIO_LOG, 0.0, -A * 4 * ratio * power * gate * gate)
+        never = (A > 0) & (A < 0)
+        return term, tl.zeros_like(term), through, ratio, never, never
     else:
         unclipped = tl.where(ratio > rule.delta, rule.delta, ratio)
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))

@@ -258,7 +258,9 @@ def test_on_policy_every_loss_has_the_gradient_of_reinforce(seed: int, loss_type
     out = edge_grpo_loss(logits, batch.targets, batch.mask, advantages=batch.advantages, config=config)
     (actual,) = torch.autograd.grad(out.loss, logits)
     lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)
-    weight = {"grpo": 1 / (lengths * B), "dr_grpo": 1 / (B * 7)}.get(loss_type, 1 / batch.mask.sum())
+    of_sequence = 1 / (lengths * B)
+    weight = {"grpo": of_sequence, "sapo": of_sequence, "luspo": 1 / B, "dr_grpo": 1 / (B * 7)}
+    weight = weight.get(loss_type, 1 / batch.mask.sum())
     logprobs = token_stats(logits, batch.targets.masked_fill(~batch.mask, -100)).logprobs
     reinforce = -(batch.advantages[:, None] * logprobs * weight).sum()
     torch.testing.assert_close(actual, torch.autograd.grad(reinforce, logits)[0])

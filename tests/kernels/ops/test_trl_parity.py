@@ -6,7 +6,7 @@ which stands in the middle of a function of 400 lines, is cut out of that functi
 side of each comparison is TRL's code, none of it retold here.
 
 Where TRL restricts: its sampler correction always has old log-probabilities (they are passed here too); it has no
-injected tokens; its cispo takes no delta; a mask must have the type of a number.
+injected tokens; its cispo and sapo take no delta; a mask must have the type of a number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROMPT = 2
 TEMPERATURE = 0.7
 MAX_COMPLETION_LENGTH = 16
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +126,11 @@ def trl_loss(logits: Tensor, batch: SimpleNamespace, config: GRPOLossConfig, **i
         _entropy_bonus_enabled=config.entropy_coef != 0,
         accelerator=OneProcess(),
         args=SimpleNamespace(
-            delta=config.delta, use_bias_correction_kl=config.use_bias_correction_kl, steps_per_generation=1
+            delta=config.delta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+            steps_per_generation=1,
+            sapo_temperature_pos=config.sapo_temperature_pos,
+            sapo_temperature_neg=config.sapo_temperature_neg,
         ),
         aux_loss_enabled=False,
         beta=config.beta,
@@ -210,7 +214,7 @@ def assert_metrics_agree(metrics: dict[str, Tensor], logged: dict[str, list[floa
     if config.importance_sampling_level == "token":  # TRL's mean over sequences is not one over tokens
         if config.loss_type == "cispo":
             ours["cispo_clip_ratio"] = per_token["clip_high"]
-        else:
+        elif config.loss_type != "sapo":  # which clips nothing
             ours |= {f"clip_ratio/{side}_mean": per_token[f"clip_{side}"] for side in ("low", "high", "region")}
     for name, value in ours.items():
         assert value == pytest.approx(logged[name][-1], rel=1e-4, abs=1e-6), name
@@ -227,6 +231,8 @@ def config_of(loss_type: str, level: str, **options: Any) -> GRPOLossConfig:
             "epsilon_high": high,
             "temperature": TEMPERATURE,
             "max_completion_length": MAX_COMPLETION_LENGTH,
+            "sapo_temperature_pos": 1.5,  # TRL's defaults are both near 1, which would hide a confusion
+            "sapo_temperature_neg": 0.75,  # TRL rounds them to float32
             **options,
         }
     )
@@ -236,7 +242,7 @@ def config_of(loss_type: str, level: str, **options: Any) -> GRPOLossConfig:
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_variant_with_every_option_in_float64(loss_type: str, level: str) -> None:
     batch = make_batch(0, torch.float64)
-    deltas = (None,) if loss_type == "cispo" else (None, 1.2)
+    deltas = (None,) if loss_type in ("cispo", "sapo") else (None, 1.2)
     # 0.55 and 22 tokens: the quantile falls between two of them, where rounding (TRL's is in float32) decides nothing.
     grid = itertools.product(
         deltas, (0.0, 0.04), (0.0, 0.02), (1.0, 0.55), (False, True), ("per_response", "per_token")
