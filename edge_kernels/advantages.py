@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_kernels._checks import check_float, check_like, describe, stats_dtype
-from edge_kernels.config import EDAConfig
+from edge_kernels.config import EDAConfig, ScaleRewards, scale_of
 from edge_kernels.reference import SCALE_EPSILON
 
 
@@ -49,7 +49,13 @@ def _check_config(config: EDAConfig | None) -> EDAConfig:
     return config or EDAConfig()
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool = True) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    scale_rewards: bool | ScaleRewards = "group",
+    batch_rewards: Tensor | None = None,
+) -> Tensor:
     """Return the group advantage of each response: ``(r - mean(r)) / (std(r) + 1e-4)`` over its group, (B,).
 
     Equivalent, for responses ordered by group: ``r = rewards.view(-1, G);
@@ -57,23 +63,31 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool 
 
     rewards        (B,), floating point. A NaN makes its whole group NaN.
     group_ids      (B,), int64, any numbers in any order; groups may differ in size and must be whole.
-    scale_rewards  False leaves the division out.
+    scale_rewards  whose standard deviation divides: "group" or True, "batch" (one for all rewards), "none" or False.
+    batch_rewards  (any,), floating point: all rewards of the batch where these are a part of it, for "batch".
 
     Exactly 0 throughout a group of equal rewards, and for a group of one response, whose standard deviation is
-    undefined. float64 for float64 rewards, else float32; no gradient. Raises ValueError or TypeError for wrong shapes
-    and dtypes. arXiv:2507.21848, eq. 1.
+    undefined. A NaN makes everything NaN under "batch". float64 for float64 rewards, else float32; no gradient. Raises
+    ValueError or TypeError for wrong shapes and dtypes. arXiv:2507.21848, eq. 1.
     """
     check_like("rewards", rewards, {"(B,)": tuple(rewards.shape[:1])}, "floating point", rewards, remedy="flatten it")
     _check_groups(group_ids, rewards)
-    rewards = rewards.detach().to(stats_dtype(rewards.dtype))
+    scale = scale_of(scale_rewards)
+    everyone = rewards if batch_rewards is None else batch_rewards
+    everyone = everyone.detach().to(stats_dtype(rewards.dtype))
+    rewards = rewards.detach().to(everyone.dtype)
     groups = _groups(group_ids)
     # Relative to the group's minimum, so that equal rewards give exactly 0 however their mean rounds.
     rewards = rewards - groups.least(rewards)
     size = groups.sum(torch.ones_like(rewards))
     centred = rewards - groups.sum(rewards) / size
-    if not scale_rewards:
+    if scale == "none":
         return centred
-    variance = groups.sum(centred.square()) / (size - 1).clamp(min=1)
+    if scale == "batch":
+        count = torch.ones_like(everyone).sum()
+        variance = (everyone - everyone.sum() / count).square().sum() / (count - 1).clamp(min=1)
+    else:
+        variance = groups.sum(centred.square()) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + SCALE_EPSILON)
 
 

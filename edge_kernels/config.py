@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 ImportanceLevel = Literal["token", "sequence"]
 SamplerRatioMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 InjectedTreatment = Literal["credit", "mask", "sft", "shaped"]
 MeanOver = Literal["group", "batch"]
+ScaleRewards = Literal["group", "batch", "none"]
 
 
 def _one_of(name: str, value: object, choices: object) -> None:
@@ -34,6 +35,15 @@ def _number(
         raise ValueError(f"{name} must be finite; got {value!r}")
 
 
+def scale_of(scale_rewards: bool | str) -> ScaleRewards:
+    """Return by whose standard deviation a group advantage is divided; True is the group's, False nobody's."""
+    scale: Any = scale_rewards
+    if isinstance(scale_rewards, bool):
+        scale = "group" if scale_rewards else "none"
+    _one_of("scale_rewards", scale, ScaleRewards)
+    return cast(ScaleRewards, scale)
+
+
 @dataclass(frozen=True)
 class EDAConfig:
     """How an Entropy-Driven Advantage is formed (arXiv:2507.21848, eqs. 3, 6, 7).
@@ -43,16 +53,18 @@ class EDAConfig:
     ``preserve_scale``            rescale the weights of a group so that its mean absolute advantage is unchanged.
     ``mean_over``                 "group": P_hat is relative to the response's own group, as in the paper; "batch":
                                   relative to all responses passed, as in the published code.
-    ``scale_rewards``             divide the group advantage by the group's standard deviation.
+    ``scale_rewards``             whose standard deviation of rewards divides the group advantage: "group", "batch" (all
+                                  responses passed, arXiv:2508.08221) or "none". True is "group", False is "none".
     """
 
     min_ratio: float = 0.1
     max_ratio: float = 10.0
     preserve_scale: bool = False
     mean_over: MeanOver = "group"
-    scale_rewards: bool = True
+    scale_rewards: bool | ScaleRewards = "group"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale_rewards", scale_of(self.scale_rewards))
         _number("min_ratio", self.min_ratio, least=0)
         _number("max_ratio", self.max_ratio, above=0)
         if self.min_ratio > self.max_ratio:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, stats_dtype
-from edge_kernels.config import EDAConfig, GRPOLossConfig
+from edge_kernels.config import EDAConfig, GRPOLossConfig, ScaleRewards, scale_of
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
 SCALE_EPSILON = 1e-4  # what GRPO adds to a group's standard deviation
@@ -128,18 +128,20 @@ def linear_token_stats(
     )
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool | ScaleRewards = "group") -> Tensor:
     """Return A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the responses of the same group, (B,).
 
-    0 throughout a group of one response, or of equal rewards.
+    The standard deviation may be that of all rewards; see ``edge_kernels.group_advantages``. 0 throughout a group of
+    one response, or of equal rewards.
     """
     advantages = torch.zeros_like(rewards)
     for group in group_ids.unique():
         members = group_ids == group
         r = rewards[members]
         if len(r) > 1 and not (r == r[0]).all():
-            centred = r - r.mean()
-            advantages[members] = centred / (r.std(correction=1) + SCALE_EPSILON) if scale_rewards else centred
+            scaled_by = {"group": r, "batch": rewards}.get(scale_of(scale_rewards))
+            scale = 1 if scaled_by is None else scaled_by.std(correction=1) + SCALE_EPSILON
+            advantages[members] = (r - r.mean()) / scale
     return advantages
 
 

@@ -42,27 +42,42 @@ def credit(
     config: EDAConfig | None = None,
     *,
     entropy_driven: bool = True,
+    batch_rewards: Tensor | None = None,
 ) -> Credit:
     """Return the advantages and weights of responses whose groups are whole (eqs. 1, 6, 7).
 
     rewards       (B,), floating point.
     mean_entropy  (B,), what ``mean_entropies`` returns, gathered from all processes that share these groups.
     group_ids     (B,), int64, any numbers in any order.
+    batch_rewards (any,): the rewards of all processes, for ``scale_rewards="batch"``.
 
     Without ``entropy_driven`` these are the group advantages, and weights 1.
     """
     config = config or EDAConfig()
-    advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
+    scale = config.scale_rewards
+    advantages = group_advantages(rewards, group_ids, scale_rewards=scale, batch_rewards=batch_rewards)
     if not entropy_driven:
         return Credit(advantages, torch.ones_like(advantages))
     weights = response_entropy_weights(mean_entropy, group_ids, config, advantages=advantages)
     return Credit(apply_weights(advantages, weights), weights)
 
 
-def assign_advantages(samples: Sequence[Sample], loss: GRPOLossConfig, *, entropy_driven: bool) -> None:
+def counted_rewards(samples: Sequence[Sample]) -> list[float]:
+    """Return the rewards of the responses that take part in advantages."""
+    return [sample.reward.total for sample in samples if not sample.reward.skipped]
+
+
+def assign_advantages(
+    samples: Sequence[Sample],
+    loss: GRPOLossConfig,
+    *,
+    entropy_driven: bool,
+    batch_rewards: Sequence[float] | None = None,
+) -> None:
     """Fill the advantages and weights of samples whose groups are whole and whose entropy is known.
 
-    Skipped responses are in no group: their advantage stays 0, and the others' is as if they were not there.
+    ``batch_rewards`` are the ``counted_rewards`` of all processes, for ``scale_rewards="batch"``. Skipped responses are
+    in no group: their advantage stays 0, and the others' is as if they were not there.
     """
     samples = [sample for sample in samples if not sample.reward.skipped]
     if not samples:
@@ -72,11 +87,12 @@ def assign_advantages(samples: Sequence[Sample], loss: GRPOLossConfig, *, entrop
         [counted_tokens(sample.response, loss.injected) for sample in samples],
     )
     result = credit(
-        torch.tensor([sample.reward.total for sample in samples]),
+        torch.tensor(counted_rewards(samples)),
         means,
         torch.tensor([sample.group for sample in samples]),
         loss.eda,
         entropy_driven=entropy_driven,
+        batch_rewards=None if batch_rewards is None else torch.tensor(batch_rewards),
     )
     for sample, advantage, weight in zip(samples, result.advantages.tolist(), result.weights.tolist(), strict=True):
         sample.advantage, sample.weight = advantage, weight

@@ -30,7 +30,7 @@ from edge_grpo.collect import (
 )
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.credit import assign_advantages
+from edge_grpo.credit import assign_advantages, counted_rewards
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.learner import Learner
@@ -204,7 +204,7 @@ class Trainer:
         self.engine.sleep()
         with timed("score"):
             self.learner.score(samples)
-        assign_advantages(samples, self.learner.loss, entropy_driven=self.config.use_eda)
+        self._assign_advantages(samples)
         with timed("update"):
             update_metrics = self.learner.update(samples, step)
             self.engine.update_weights(self.learner.model)
@@ -224,6 +224,12 @@ class Trainer:
             "memory/peak_bytes": float(peak_bytes()),
         }
         return everyone, metrics
+
+    def _assign_advantages(self, samples: Sequence[Sample]) -> None:
+        loss, everyone = self.learner.loss, None
+        if loss.eda.scale_rewards == "batch":
+            everyone = gather_object(counted_rewards(samples))
+        assign_advantages(samples, loss, entropy_driven=self.config.use_eda, batch_rewards=everyone)
 
     def evaluate(self) -> Evaluation:
         """Return held-out accuracy with the run's evaluation settings; every process takes a share of the prompts."""

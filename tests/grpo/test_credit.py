@@ -43,6 +43,21 @@ def test_without_entropy_it_is_the_group_advantage():
     torch.testing.assert_close(unscaled.advantages, group_advantages(REWARDS, GROUPS, scale_rewards=False))
 
 
+def test_one_scale_for_the_whole_batch_over_processes():
+    """Two processes, three responses each: the deviation is that of all six, whose mean is 2/3."""
+    config, plain = EDAConfig(scale_rewards="batch"), torch.tensor([0.5, -2 / 3, -0.5, 1 / 3, 1 / 3, 0.0])
+    groups = torch.tensor([5, 2, 5, 2, 2, 9])
+    deviation = (6 * 2 / 9 / 5) ** 0.5 + 1e-4
+    whole = credit(REWARDS, torch.zeros(6), groups, config, entropy_driven=False)
+    torch.testing.assert_close(whole.advantages, plain / deviation)
+    for group in (5, 2, 9):
+        own = groups == group
+        part = credit(
+            REWARDS[own], torch.zeros(6)[own], groups[own], config, entropy_driven=False, batch_rewards=REWARDS
+        )
+        torch.testing.assert_close(part.advantages, whole.advantages[own])
+
+
 @pytest.mark.parametrize("config", [EDAConfig(), EDAConfig(preserve_scale=True), EDAConfig(mean_over="batch")])
 def test_gathered_means_give_what_all_tokens_together_give(config):
     """Three processes of two responses each, whose groups span them: each sends two numbers."""

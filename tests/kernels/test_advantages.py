@@ -46,7 +46,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @given(batches())
 def test_everything_agrees_with_the_loop_over_groups(batch: tuple[Tensor, ...]) -> None:
     rewards, entropy, mask, groups = batch
-    for scale in (True, False):
+    for scale in (True, "batch", False):
         actual = group_advantages(rewards, groups, scale_rewards=scale)
         torch.testing.assert_close(actual, reference.group_advantages(rewards, groups, scale_rewards=scale))
     for config in CONFIGS:

@@ -131,6 +131,12 @@ class TestAdvantages:
         unscaled = reference.group_advantages(tensor(1, 0, 0, 0), torch.tensor([7, 7, 7, 7]), scale_rewards=False)
         torch.testing.assert_close(unscaled, tensor(0.75, -0.25, -0.25, -0.25))
 
+    def test_scaled_by_the_whole_batch(self) -> None:
+        # All four rewards have the mean 1 and the variance (1 + 1) / 3.
+        groups = torch.tensor([0, 0, 1, 1])
+        advantages = reference.group_advantages(tensor(0, 2, 1, 1), groups, scale_rewards="batch")
+        torch.testing.assert_close(advantages, tensor(-1, 1, 0, 0) / (math.sqrt(2 / 3) + 1e-4))
+
     def test_groups_of_one_or_of_equal_rewards_teach_nothing(self) -> None:
         assert reference.group_advantages(tensor(1, 0.1, 0.1, 0.1), torch.tensor([0, 5, 5, 5])).tolist() == [0] * 4
 

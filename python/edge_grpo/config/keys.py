@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
 from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
-from edge_kernels.config import EDAConfig, GRPOLossConfig, MeanOver
+from edge_kernels.config import EDAConfig, GRPOLossConfig, MeanOver, ScaleRewards, scale_of
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
@@ -215,9 +215,12 @@ class AdvantageConfig:
     clip: float = 10.0  # bounds P_hat, a response's relative entropy, to [1/clip, clip]; .inf for no bound
     preserve_scale: bool = False  # rescale the weights of a group so that its mean absolute advantage is unchanged
     mean_over: MeanOver = "group"  # P_hat is relative to the response's group (paper), or to the batch (published code)
-    scale_rewards: bool = True  # divide the group advantage by the group's standard deviation
+    # whose standard deviation divides the group advantage: the group's (true), the whole batch's, or none (false)
+    scale_rewards: bool | ScaleRewards = "group"
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            object.__setattr__(self, "scale_rewards", scale_of(self.scale_rewards))
         refuse(real(">= 1", clip=self.clip))
 
 
