@@ -236,15 +236,7 @@ def edge_grpo_loss(
         log_ratio = log_ratio / recorded.sum(-1, keepdim=True).clamp(min=1)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()  # (B, T) or (B, 1)
 
-    if config.loss_type == "cispo":
-        per_token = -ratio.clamp(max=config.epsilon_high).detach() * A * logprobs
-    elif config.loss_type == "sapo":
-        slope = torch.full_like(A, config.sapo_temperature_neg).masked_fill(A > 0, config.sapo_temperature_pos)
-        per_token = -(slope * (ratio - 1)).sigmoid() * 4 / slope * A
-    else:
-        clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-        unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        per_token = -torch.minimum(unclipped * A, clipped * A)
+    per_token = _policy_term(ratio, A, logprobs, config)
     if config.injected == "shaped":
         p = logprobs.exp()
         per_token = torch.where(injected, -A * p / (p + config.shaped_gamma), per_token)
@@ -275,6 +267,18 @@ def edge_grpo_loss(
         bonus_items = acting.sum() if num_items is None else tokens_above_quantile(items, config.top_entropy_quantile)
         loss = loss - config.entropy_coef * entropy.masked_fill(~acting, 0).sum() / max(bonus_items, 1)
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, {})
+
+
+def _policy_term(ratio: Tensor, A: Tensor, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:
+    """Return each token's loss before any factor, penalty or mask."""
+    if config.loss_type == "cispo":
+        return -ratio.clamp(max=config.epsilon_high).detach() * A * logprobs
+    if config.loss_type == "sapo":
+        slope = torch.full_like(A, config.sapo_temperature_neg).masked_fill(A > 0, config.sapo_temperature_pos)
+        return -(slope * (ratio - 1)).sigmoid() * 4 / slope * A
+    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    return -torch.minimum(unclipped * A, clipped * A)
 
 
 def _sampler_correction(old: Tensor, sampling: Tensor, mask: Tensor, config: GRPOLossConfig) -> Tensor:
