@@ -20,7 +20,10 @@ Total = Tensor | float | None
 
 
 class Batch(NamedTuple):
-    """Checked arguments, in the statistics' dtype; ``mask`` is where a loss is taken."""
+    """Checked arguments, in the statistics' dtype; ``mask`` is where a loss is taken.
+
+    It has methods and no properties: torch.compile of torch 2.9 takes a property of a named tuple for a tensor.
+    """
 
     config: GRPOLossConfig
     dtype: torch.dtype
@@ -38,13 +41,11 @@ class Batch(NamedTuple):
     num_sequences: Total
     entropy_threshold: Tensor | None
 
-    @property
     def transform(self) -> Transform:
         config = self.config
         softcap = None if config.softcap is None else float(config.softcap)
         return Transform(float(config.temperature), softcap, float(config.logit_scale), IGNORE_INDEX)
 
-    @property
     def needs_statistics_first(self) -> bool:
         """Whether some token's coefficient depends on other tokens' statistics, so that one sweep is not enough."""
         config = self.config

@@ -193,18 +193,18 @@ def edge_grpo_loss(
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
-    takes_one_sweep = not (batch.needs_statistics_first or waits_for_loss_gradient(logits.dtype))
+    takes_one_sweep = not (batch.needs_statistics_first() or waits_for_loss_gradient(logits.dtype))
     if batch.advantages is not None and takes_one_sweep and wants_gradient(logits):
         terms, rule = batch.terms(batch.advantages, None), LossRule.of(batch.config)
         if inplace and not torch.compiler.is_compiling():
             check_writable_rows(logits)
-            results = _InplaceLoss.apply(logits, batch.targets, batch.transform, terms, rule)
+            results = _InplaceLoss.apply(logits, batch.targets, batch.transform(), terms, rule)
         else:
-            results = grpo_loss_op(logits, batch.targets, batch.transform.pack(), terms.pack(), rule.pack())
+            results = grpo_loss_op(logits, batch.targets, batch.transform().pack(), terms.pack(), rule.pack())
         loss, metrics, logprobs, entropy, *_ = results
         return output_of(loss, metrics, logprobs, entropy, batch.advantages, batch)
     if inplace:
-        stats = inplace_token_stats(logits, batch.targets, batch.transform)
+        stats = inplace_token_stats(logits, batch.targets, batch.transform())
     else:
-        stats = token_stats(logits, batch.targets, **batch.transform._asdict())
+        stats = token_stats(logits, batch.targets, **batch.transform()._asdict())
     return loss_of_stats(stats, batch)

@@ -264,6 +264,11 @@ def fake_head_gradient(
     return like[0], like[1], like[2]
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.9 does not trace what it calls
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """Require hidden states, weight and bias to fit together; return the dtype of their products."""
     check_float("hidden", hidden, least_dims=2)
@@ -276,7 +281,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     if bias is not None:
         check_like("bias", bias, {"(V,)": (V,)}, "floating point", hidden, remedy=remedy)
     device = hidden.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocasts = _has_autocast(device) and torch.is_autocast_enabled(device)
     if autocasts and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     for name, tensor in (("weight", weight), ("bias", bias)):

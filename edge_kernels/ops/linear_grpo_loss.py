@@ -334,13 +334,13 @@ def linear_edge_grpo_loss(
     keep_tile = weight.device.type == "cpu" and batch.mask.numel() <= rows_per_tile(weight, products)
     # The products of a kept tile are taken in the backward pass.
     rounded = (products,) if keep_tile else (products, hidden.dtype, weight.dtype)
-    takes_one_sweep = not (batch.needs_statistics_first or waits_for_loss_gradient(*rounded))
+    takes_one_sweep = not (batch.needs_statistics_first() or waits_for_loss_gradient(*rounded))
     if batch.advantages is None or not takes_one_sweep or not any(wanted):
-        stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform._asdict())
+        stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform()._asdict())
         return loss_of_stats(stats, batch)
     terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)
     inputs = (hidden.flatten(0, 1), weight, bias, batch.targets.flatten())
-    records = (batch.transform.pack(), terms.pack(), rule.pack())
+    records = (batch.transform().pack(), terms.pack(), rule.pack())
     loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(*inputs, wanted, keep_tile, dtype, *records)
     shape = batch.mask.shape
     return output_of(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)
