@@ -25,6 +25,7 @@ from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, min
 from edge_grpo.config import OptimConfig, TrainConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.metrics import drift_metrics
+from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, lm_head
 from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss, linear_token_stats
@@ -47,13 +48,12 @@ class Learner:
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
-        if config.loss.beta:
+        if config.loss.beta and not adds_nothing(model):
             frozen = copy.deepcopy(model).requires_grad_(False).eval()
             self.reference = PolicyModel(frozen).to(accelerator.device)
         policy = PolicyModel(model)
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay
-        )
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay)
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.skipped_in_a_row = 0
         self.num_updates = config.steps * config.optim.epochs * config.optim.minibatches
@@ -82,9 +82,15 @@ class Learner:
         for chunk in micro_batches(unscored, self.optim.micro_batch_size):
             for sample, logprobs, entropy in zip(chunk, *self.token_stats(self.unwrapped, chunk), strict=True):
                 sample.logprobs, sample.entropy = logprobs, entropy
-        if self.reference is not None:
+        if self.loss.beta:
+            self._score_by_reference(samples)
+
+    def _score_by_reference(self, samples: Sequence[Sample]) -> None:
+        """Fill the logprobs of the policy as training began: of a copy, or of the base model under fresh adapters."""
+        model = self.unwrapped if self.reference is None else self.reference
+        with contextlib.nullcontext() if self.reference else disabled(self.model):
             for chunk in micro_batches(samples, self.optim.micro_batch_size):
-                for sample, logprobs in zip(chunk, self.token_stats(self.reference, chunk)[0], strict=True):
+                for sample, logprobs in zip(chunk, self.token_stats(model, chunk)[0], strict=True):
                     sample.ref_logprobs = logprobs
 
     def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:

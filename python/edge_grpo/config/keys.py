@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
+from edge_grpo.config.model import ModelConfig
 from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
 from edge_kernels.config import EDAConfig, GRPOLossConfig, MeanOver, ScaleRewards, scale_of
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
-Precision = Literal["float32", "bfloat16", "mixed"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnError = Literal["fail", "zero", "skip"]
 Scope = Literal["all", "collapsed", "one"]
@@ -24,13 +24,6 @@ LongSolution = Literal["shorter", "truncate", "skip"]
 Unboxable = Literal["refuse", "drop", "keep"]
 Kind = Literal["reflect", "answer", "solution"]
 TRACKERS = ("trackio", "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    path: str = "edge_grpo:tiny"  # hub id, folder, .gguf file, or edge_grpo:tiny, the model shipped in the package
-    precision: Precision = "float32"  # of parameters; mixed: float32 parameters under bfloat16 autocast
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
 
 
 @dataclass(frozen=True)
@@ -344,6 +337,11 @@ class TrainConfig:
                     f"rollout.vllm.{name} = {self.rollout.vllm[name]} starts processes to which rollout.engine vllm "
                     "does not send the weights; set rollout.engine to vllm-server, or leave it at 1"
                 )
+        if self.model.load_in_4bit and self.rollout.engine != "transformers":
+            problems.append(
+                f"model.load_in_4bit and rollout.engine = {self.rollout.engine} cannot be combined: vLLM gets merged "
+                "weights, and 4 bits cannot hold them; set rollout.engine to transformers"
+            )
         correction = self.correction_config
         written = fill(correction.answer_text, "answer", "x + 7")
         if self.use_gec and correction.answer and find_answer(written, self.reward.answer) != "x + 7":

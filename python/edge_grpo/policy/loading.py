@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.resources
+import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import ModelConfig
+from edge_grpo.policy.adapters import CONFIG_FILE, add_lora, base_of, load_lora
 from edge_grpo.policy.hub import cached_if_unreachable
 from edge_grpo.policy.model import check_head, enable_checkpointing, unwrap
 
@@ -31,19 +34,31 @@ _ASSISTANT_TEXT = "EDGE"  # any text that a chat template passes through unchang
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and tokenizer that ``config.path`` names, on the CPU and in evaluation mode.
 
-    The path is a Hub id, a folder written by ``save_pretrained``, a GGUF file (de-quantized), or ``edge_grpo:tiny``.
+    The path is a Hub id, a folder written by ``save_pretrained``, a GGUF file (de-quantized), ``edge_grpo:tiny``, or
+    the folder of an adapter, whose base model is loaded under it. With ``config.lora`` fresh adapters are put in. Where
+    there are adapters, all else is frozen.
     The tokenizer has a padding token, padding goes to the left, and both can be saved as an ordinary folder. Raises
     ValueError when there is nothing to load under that name, when weights are missing, damaged or not finite, when the
     tokenizer has more tokens than the model, or when the head of the architecture is of a form that ``LMHead`` does
     not describe.
     """
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    with _resolve(config.path) as (name, gguf_file):
-        tokenizer = _load_tokenizer(name, gguf_file, config)
-        with _said_of(config, "the model"):
-            model, missing = _load_gguf(name, gguf_file, dtype) if gguf_file else _load_plain(name, dtype)
+    adapter = _adapter_folder(config)
+    base = config if adapter is None else replace(config, path=base_of(adapter))
+    with _resolve(base.path) as (name, gguf_file):
+        tokenizer = load_tokenizer(config)
+        with _said_of(base, "the model"):
+            if gguf_file:
+                model, missing = _load_gguf(name, gguf_file, dtype)
+            else:
+                model, missing = _load_plain(name, dtype, _quantization(config))
+    if adapter is not None:
+        with _said_of(config, "the adapter"):
+            load_lora(model, adapter)
     _check_weights(config, model, missing)
     _check_vocabulary(config, model, tokenizer)
+    if config.lora:
+        add_lora(model, config.lora, base=config.path)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     check_head(model)
@@ -52,6 +67,11 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer that ``load_model`` would return, without reading the weights where they are elsewhere."""
+    adapter = _adapter_folder(config)
+    if adapter is not None:
+        if any(map(_is_of_tokenizer, adapter.iterdir())):
+            return _load_tokenizer(str(adapter), None, config)
+        return load_tokenizer(replace(config, path=base_of(adapter)))
     with _resolve(config.path) as (name, gguf_file):
         return _load_tokenizer(name, gguf_file, config)
 
@@ -99,6 +119,27 @@ def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> Pr
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _adapter_folder(config: ModelConfig) -> Path | None:
+    """Return the folder that ``config.path`` names, if an adapter is all that it holds."""
+    folder = Path(config.path).expanduser()
+    is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    return folder if is_adapter else None
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs for 4-bit weights, or nothing; ValueError where they cannot be had."""
+    if not config.load_in_4bit:
+        return {}
+    if not torch.cuda.is_available():
+        raise ValueError("model.load_in_4bit needs a CUDA GPU, and there is none; model.lora alone works without one")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("model.load_in_4bit needs bitsandbytes, which is missing; pip install bitsandbytes")
+    compute = torch.float32 if config.precision == "float32" else torch.bfloat16
+    options: Any = transformers.BitsAndBytesConfig
+    quantization = options(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
 @contextmanager
@@ -180,10 +221,10 @@ def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: Pr
         )
 
 
-def _load_plain(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterable[str]]:
+def _load_plain(name: str, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Iterable[str]]:
     """Return the model, and the names of the weights that its files lack."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
     )
     model, found = loaded
     return model, found["missing_keys"]

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
+from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
 from edge_grpo.rollout.wire import (
@@ -27,7 +28,6 @@ from edge_grpo.rollout.wire import (
     engine_arguments,
     export,
     max_length_of,
-    named_weights,
     requests_of,
     response_of,
     verify,
@@ -107,8 +107,8 @@ class VLLMEngine:
         """Load ``model``'s parameters into the engine; wakes it."""
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        weights = named_weights(unwrap(model))
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        weights = merged_weights(unwrap(model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -170,7 +170,7 @@ class NCCLChannel:
                 return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                return iter(named_weights(model).items())
+                return merged_weights(model)
 
         address, port = _own_address(url)
         self._transfer = WeightTransferTrainerFactory.trainer_init(

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
+from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.rollout.transformers import check_request
 from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
@@ -181,17 +181,12 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the parameters by their names in a checkpoint, shared ones under each of their names."""
-    return {name: value.detach() for name, value in model.state_dict().items()}
-
-
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights into ``folder``, made for them, as a checkpoint that vLLM loads; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     tensors = {}
-    for name, value in named_weights(model).items():
+    for name, value in merged_weights(model):
         is_shared = value.data_ptr() in seen
         seen.add(value.data_ptr())
         tensors[name] = value.cpu().clone() if is_shared else value.cpu().contiguous()  # one that is shared is refused

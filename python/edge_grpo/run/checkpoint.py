@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
+from edge_grpo.policy.adapters import is_adapted, save_lora
 from edge_grpo.run import state
 from edge_grpo.run.files import partial_of, write_json
 
@@ -105,12 +106,15 @@ def save(
 
 
 def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer as a folder that ``from_pretrained`` loads, in place of an older one."""
+    """Write model, or its adapter as peft does, and tokenizer as a folder to load, in place of an older one."""
     if accelerator.is_main_process:
         partial = partial_of(target)
         shutil.rmtree(partial, ignore_errors=True)
         with state.writing(partial):
-            model.save_pretrained(partial)
+            if is_adapted(model):
+                save_lora(model, partial)
+            else:
+                model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             _replace(partial, target)
     accelerator.wait_for_everyone()

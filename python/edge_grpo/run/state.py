@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from edge_grpo.policy.adapters import is_adapted
+
 _OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -54,12 +56,30 @@ def writing(partial: Path) -> Iterator[None]:
 
 
 def write_weights(model: nn.Module, path: Path) -> None:
-    save_model(model, str(path))
+    """Write the weights; of a model with adapters, what is trained, since the rest is the base model's files."""
+    if is_adapted(model):
+        save_file({name: value.detach().contiguous() for name, value in _trained(model).items()}, path)
+    else:
+        save_model(model, str(path))
 
 
 def read_weights(model: nn.Module, path: Path) -> None:
     with reading(path):
-        load_model(model, path)
+        if not is_adapted(model):
+            load_model(model, path)
+            return
+        saved, trained = load_file(path), _trained(model)
+        if saved.keys() != trained.keys():
+            raise ValueError(f"{min(saved.keys() ^ trained.keys())} is not in both file and model: other adapters")
+        with torch.no_grad():
+            for name, value in trained.items():
+                if value.shape != saved[name].shape:
+                    raise ValueError(f"{name} has shape {tuple(saved[name].shape)}, not {tuple(value.shape)}")
+                value.copy_(saved[name])
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def write_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -276,6 +276,24 @@ def test_a_push_changes_what_is_sampled_to_the_trained_weights(restored):
     verify(engine, model, seed=0)
 
 
+def test_a_push_of_adapters_changes_what_is_sampled(restored):
+    """The engine, which was built from the base model, gets each adapter merged into its layer's weight."""
+    engine, eos = restored.engine, eos_token_ids(restored.model, restored.tokenizer)
+    adapted, _ = load_model(replace(restored.config.model, lora={"rank": 4}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in adapted.parameters():
+            if value.requires_grad:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
+    given = [prompt.token_ids for prompt in prompts(restored, 4)]
+    old = [greedy(restored.model, prompt, eos, 12) for prompt in given]
+    new = [greedy(adapted, prompt, eos, 12) for prompt in given]
+    assert all(a != b for a, b in zip(old, new, strict=True)), "change the adapters more"
+    engine.update_weights(adapted)
+    assert [response.token_ids for response in engine.generate(given, GREEDY, seed=0)] == new
+    verify(engine, adapted, seed=0)
+
+
 def test_what_does_not_fit_is_refused(sampler):
     longest = 64 + 24 + 96
     assert sampler.engine.generate([[5] * (longest - 12)], GREEDY, seed=0)

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from edge_grpo.config import CorrectionConfig, DataConfig, ModelConfig, RolloutConfig, TrainConfig
+from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.wire import (
     engine_arguments,
     export,
     max_length_of,
-    named_weights,
     requests_of,
     response_of,
     save_weights,
@@ -132,7 +132,7 @@ def test_exported_models_have_an_output_layer_of_their_own(make_model, tiny_toke
     ids = torch.arange(5, 20)[None]
     torch.testing.assert_close(alone(input_ids=ids).logits, model(input_ids=ids).logits)
     stored = load_file(tmp_path / "model.safetensors")
-    assert stored.keys() == named_weights(model).keys() >= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert stored.keys() == dict(merged_weights(model)).keys() >= {"lm_head.weight", "model.embed_tokens.weight"}
 
 
 def test_verify_tells_other_weights_from_the_engines(make_model, tiny_tokenizer):
