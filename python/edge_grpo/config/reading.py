@@ -62,6 +62,15 @@ def from_dict(tree: Mapping[str, Any]) -> TrainConfig:
     return _accept(config, [_Problem("", text) for text in problems])
 
 
+def section_from_dict(cls: type[Config], tree: Mapping[str, Any], name: str) -> Config:
+    """Return one section's dataclass from a mapping, as strict as ``from_dict``; ``name`` is the section's."""
+    problems: list[str] = []
+    section = _build(cls, tree, f"{name}.", problems)
+    if section is None:
+        raise ValueError("\n".join(problems))
+    return section
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as nested dicts of plain values that YAML and JSON can hold; tuples become lists."""
 

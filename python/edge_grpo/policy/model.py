@@ -86,7 +86,9 @@ def check_head(model: nn.Module) -> None:
     input_ids = torch.arange(4, device=inner.device)[None] % inner.config.get_text_config().vocab_size
     mask = torch.ones_like(input_ids)
     expected = inner(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()
-    error = (lm_head(inner).logits(hidden_states(inner, input_ids, mask)).float() - expected).abs().max()
+    head = lm_head(inner)
+    hidden = hidden_states(inner, input_ids, mask).to(head.weight.dtype)  # a head may be kept in float32
+    error = (head.logits(hidden).float() - expected).abs().max()
     if not error <= 0.02 * expected.abs().max() + 1e-6:  # NaN fails too; bfloat16 rounds to 0.4 %
         raise ValueError(
             f"{type(inner).__name__} computes logits in a way that edge_grpo does not know: its head gives values off "
