@@ -87,12 +87,12 @@ def assign_advantages(
         [counted_tokens(sample.response, loss.injected) for sample in samples],
     )
     result = credit(
-        torch.tensor(counted_rewards(samples)),
+        torch.tensor(counted_rewards(samples), dtype=torch.float64),
         means,
         torch.tensor([sample.group for sample in samples]),
         loss.eda,
         entropy_driven=entropy_driven,
-        batch_rewards=None if batch_rewards is None else torch.tensor(batch_rewards),
+        batch_rewards=None if batch_rewards is None else torch.tensor(batch_rewards, dtype=torch.float64),
     )
     for sample, advantage, weight in zip(samples, result.advantages.tolist(), result.weights.tolist(), strict=True):
         sample.advantage, sample.weight = advantage, weight

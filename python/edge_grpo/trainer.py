@@ -31,6 +31,7 @@ from edge_grpo.collect import (
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.credit import assign_advantages, counted_rewards
+from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.learner import Learner
@@ -42,6 +43,8 @@ from edge_grpo.run.files import write_text
 from edge_grpo.run.folder import claim, discard
 from edge_grpo.run.log import RunLog
 from edge_grpo.run.stop import Stopped, StopRequests
+from edge_grpo.run.trackers import check_trackers, start_trackers
+from edge_grpo.run.watch import RewardWatch
 from edge_grpo.types import Prompt
 
 _KEPT_CHECKPOINTS = 2
@@ -88,6 +91,7 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
+        check_trackers(config.trackers)
         self.accelerator = accelerator = Accelerator(
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,
@@ -113,6 +117,8 @@ class Trainer:
         if config.eval.data is not None:
             columns = {name: column for name, column in config.data.columns.items() if name != "solution"}
             self.eval_prompts = load(config.eval.data, columns, limit=config.eval.size)
+        for doubt in doubts(config, prompts, self.eval_prompts, self.tokenizer):
+            self._say(doubt)
 
         self.learner = Learner(config, model, accelerator, pad_token_id=self.tokenizer.pad_token_id)
         self.engine = build_engine(config, model, self.tokenizer)
@@ -134,14 +140,14 @@ class Trainer:
         own = self._identity()
         record = self._resume(own, accept_changes=accept_changes) if resume else None
         first = record.step if record else 0
+        if config.trackers:
+            start_trackers(accelerator, flatten(to_dict(config)))
         if accelerator.is_main_process:
             if not resume:
                 discard(self.output)
             write_text(self.output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
             identity.record(self.output, own, after_step=first)
         accelerator.wait_for_everyone()
-        if config.trackers:
-            accelerator.init_trackers("edge-grpo", config=flatten(to_dict(config)))
 
         before = after = None
         quiet = not accelerator.is_main_process
@@ -175,6 +181,7 @@ class Trainer:
         config = self.config
         after: Evaluation | None = None
         samples: list[Sample] = []
+        watch = RewardWatch(config.reward.weights)
         for step in range(first + 1, config.steps + 1):
             samples, metrics = self.step(step)
             received = stop.agreed(self.accelerator)
@@ -183,6 +190,8 @@ class Trainer:
                 metrics |= _evaluation_metrics(after)
             log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
             log.step(step, metrics)
+            for sentence in watch.see(step, samples):
+                self._say(sentence)
             if received or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
                 self._save(step, samples, evaluated=not received)
             if received:
@@ -271,8 +280,7 @@ class Trainer:
     def _resume(self, own: identity.Identity, *, accept_changes: bool) -> checkpoint.Record:
         checkpoint.check_same_run(self.output, self.config)
         for sentence in identity.compare(self.output, own, accept=accept_changes):
-            if self.accelerator.is_main_process:
-                print(sentence, file=sys.stderr)
+            self._say(sentence)
         learner = self.learner
         record = checkpoint.load_latest(self.accelerator, self.checkpoints, learner.model, learner.optimizer)
         self.engine.update_weights(learner.model)
@@ -290,6 +298,10 @@ class Trainer:
             keep=_KEPT_CHECKPOINTS,
             evaluated=evaluated,
         )
+
+    def _say(self, sentence: str) -> None:
+        if self.accelerator.is_main_process:
+            print(sentence, file=sys.stderr)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))

@@ -45,7 +45,7 @@ def real(bound: str, **values: object) -> list[str]:
         ">= 1": lambda x: x >= 1,
         "(0, 1e6]": lambda x: 0 < x <= 1e6,  # seconds: a timeout cannot be infinite
         "(0, 1e37]": lambda x: 0 < x <= 1e37,  # AdamW's first step divides the rate by 1 - 0.9, in float32
-        "[-1e38, 1e38]": lambda x: -1e38 <= x <= 1e38,  # in float32 too
+        "[-1e30, 1e30]": lambda x: -1e30 <= x <= 1e30,  # rewards: sums of them, times a weight, in float32
     }[bound]
     kind = "a finite number" if bound == "finite" else f"a number {'in ' if bound[0] in '([' else ''}{bound}"
     return [

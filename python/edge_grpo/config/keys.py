@@ -125,7 +125,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
         problems += real(">= 0", tolerance=self.tolerance)
-        problems += real("[-1e38, 1e38]", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
+        problems += real("[-1e30, 1e30]", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
         own = ("accuracy", "format")
         problems += [
             f"weights takes accuracy, format, and functions as package.module:function; got {name!r}"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 Columns = Mapping[str, Sequence[Any]]
-# One entry per completion: a number, or how something that is none looks; or a sentence about a broken contract.
-Reply = list[float | str] | str
+# One entry per completion: a number, None, or how what is neither looks; or a sentence about a broken contract.
+Reply = list[float | str | None] | str
+LARGEST = 1e30  # of a reward: what becomes of it is float32
 
 
 def load(path: str) -> Callable[[Columns], Reply]:
@@ -49,13 +50,13 @@ def _checked(values: Any, count: int) -> Reply:
         return f"must return a list with a number per completion; got {type(values).__name__}"
     if len(values) != count:
         return f"must return a number per completion; got {len(values)} for {count}"
-    reply: list[float | str] = []
+    reply: list[float | str | None] = []
     for value in values:
         try:
-            number = 0.0 if value is None else float(value)
-        except (TypeError, ValueError):
+            number = None if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        reply.append(number if math.isfinite(number) else repr(value)[:200])
+        reply.append(number if number is None or abs(number) <= LARGEST else repr(value)[:200])
     return reply
 
 

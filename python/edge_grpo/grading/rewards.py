@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from edge_grpo.grading.workers import Failure, WorkerPool
 from edge_grpo.text import AnswerStyle, after_reasoning, find_answer, find_answers
 from edge_grpo.types import Prompt, Reward
 
+_LARGEST = 1e30  # of a reward, as in ``functions``: what becomes of it is float32
+_BATCHES_OF_NONE = 3
 _BOX = re.compile(r"\\boxed\s*\{")
 _log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Rewarder:
         self.grader = Grader(timeout=config.timeout, tolerance=config.tolerance)
         self._functions: dict[str, WorkerPool] = {}
         self._warned: set[tuple[str, str]] = set()
+        self._without_a_number: Counter[str] = Counter()  # batches in which a function gave None alone
         try:
             for path in config.functions:
                 self._functions[path] = WorkerPool(
@@ -106,6 +110,11 @@ class Rewarder:
             parts = {"accuracy": float(outcome == "correct"), "format": float(has_good_format(conclusion, style))}
             parts |= {path: 0.0 if isinstance(result, Failure) else result for path, result in results.items()}
             total = math.fsum(self.config.weights.get(name, 0.0) * value for name, value in parts.items())
+            if not abs(total) <= _LARGEST:
+                raise ValueError(
+                    f"the reward of {_sample(index, prompts, completions)} is {total:g}, and must lie from "
+                    f"-{_LARGEST:g} to {_LARGEST:g}; lower reward.weights, or what a function returns"
+                )
             skipped = bool(failures) and self.config.on_error == "skip"
             rewards.append(Reward(total, parts, outcome, failures, skipped))
         return rewards
@@ -121,7 +130,9 @@ class Rewarder:
         columns = _columns(prompts, completions)
         [reply] = self._functions[path].map([(columns,)])
         if not isinstance(reply, Failure):
-            return [self._result(path, value, i, prompts, completions) for i, value in enumerate(_valid(path, reply))]
+            values = _valid(path, reply)
+            self._note_none(path, values)
+            return [self._result(path, value, i, prompts, completions) for i, value in enumerate(values)]
         results: list[float | Failure] = []
         for index in range(len(prompts)):
             [alone] = self._functions[path].map([({name: [values[index]] for name, values in columns.items()},)])
@@ -136,13 +147,33 @@ class Rewarder:
             self._warn(path, "batch", f"{message}\nWhat it gives each completion alone is used.")
         return results
 
+    def _note_none(self, path: str, values: Sequence[float | str | None]) -> None:
+        """Warn of a function that has given None alone in its first batches."""
+        batches = self._without_a_number
+        if any(value is not None for value in values):
+            batches[path] = _BATCHES_OF_NONE
+        batches[path] += 1
+        if batches[path] == _BATCHES_OF_NONE:
+            _log.warning(
+                "reward function %r has returned None for each of its first %d completions, which counts as 0; it must "
+                "return a number for those that it applies to",
+                path,
+                _BATCHES_OF_NONE * len(values),
+            )
+
     def _result(
-        self, path: str, value: float | str | Failure, index: int, prompts: Sequence[Prompt], completions: Sequence[str]
+        self,
+        path: str,
+        value: float | str | Failure | None,
+        index: int,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
     ) -> float | Failure:
         """A function's value for one completion; a failure is raised, or told once, as ``on_error`` says."""
-        if isinstance(value, float):
-            return value
-        failure = value if isinstance(value, Failure) else Failure("raised", f"returned {value}, not a finite number")
+        if value is None or isinstance(value, float):
+            return value or 0.0
+        wrong = f"returned {value}, not a number from -{_LARGEST:g} to {_LARGEST:g}"
+        failure = value if isinstance(value, Failure) else Failure("raised", wrong)
         message = f"reward function {path!r} failed on {_sample(index, prompts, completions)}: {failure.message}"
         if self.config.on_error == "fail":
             raise RuntimeError(message)
@@ -174,7 +205,7 @@ def _columns(prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str,
     return columns | {"prompts": [prompt.text for prompt in prompts], "completions": list(completions)}
 
 
-def _valid(path: str, reply: list[float | str] | str) -> list[float | str]:
+def _valid(path: str, reply: list[float | str | None] | str) -> list[float | str | None]:
     if isinstance(reply, str):
         raise ValueError(f"reward function {path!r} {reply}")
     return reply

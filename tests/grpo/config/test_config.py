@@ -44,7 +44,7 @@ from edge_kernels.config import EDAConfig, GRPOLossConfig
         ("rollout.temperature=0", "rollout.temperature must be a number > 0; got 0.0; greedy responses"),
         ("rollout.num_generations=1", "rollout.num_generations must be a whole number of at least 2; got 1"),
         ("optim.minibatches=3", "rollout.num_prompts must be a multiple of optim.minibatches"),
-        ("reward.weights.accuracy=1e300", "must be a number in [-1e38, 1e38]; got 1e+300"),
+        ("reward.weights.accuracy=1e300", "must be a number in [-1e30, 1e30]; got 1e+300"),
         (
             "optim.weight_decay=1e7",
             "weight_decay x learning_rate is the share of every weight that a step removes, and",

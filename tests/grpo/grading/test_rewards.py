@@ -267,8 +267,12 @@ def test_a_broken_contract_is_an_error_whatever_the_policy(call, name, message, 
 
 
 FAILURES = [
-    ("not_a_number", r"sample 1 \(row 41\), completion '': returned nan, not a finite number", "raised"),
-    ("words", r"sample 1 \(row 41\), completion '': returned 'bad', not a finite number", "raised"),
+    (
+        "not_a_number",
+        r"sample 1 \(row 41\), completion '': returned nan, not a number from -1e\+30 to 1e\+30",
+        "raised",
+    ),
+    ("words", r"sample 1 \(row 41\), completion '': returned 'bad', not a number from -1e\+30", "raised"),
     (
         "divides",
         r"sample 1 \(row 41\), completion '': Traceback .*in divides\n.*ZeroDivisionError: division by",
@@ -344,10 +348,10 @@ def test_functions_in_the_working_directory_are_found(make, tmp_path, monkeypatc
     [
         ({"weights": {"accuracy": 0}}, "weights must not all be 0: there would be nothing to learn"),
         ({"weights": {}}, "nothing to learn"),
-        ({"weights": {"accuracy": float("nan")}}, r"weights\['accuracy'\] must be a finite number"),
+        ({"weights": {"accuracy": float("nan")}}, r"weights\['accuracy'\] must be a number in \[-1e30, 1e30\]"),
         ({"weights": {"a.b": 1.0}}, "package.module:function; got 'a.b'"),
         ({"weights": {"acuracy": 1.0}}, "package.module:function; got 'acuracy'; did you mean accuracy?"),
-        ({"weights": {"a:b": float("inf")}}, r"weights\['a:b'\] must be a finite number"),
+        ({"weights": {"a:b": float("inf")}}, r"weights\['a:b'\] must be a number in \[-1e30, 1e30\]"),
         ({"tolerance": -0.1}, "tolerance must be a number >= 0"),
         ({"timeout": 0}, "timeout must be a number in \\(0, 1e6\\]"),
         ({"function_timeout": -1.0}, "function_timeout must be a number in \\(0, 1e6\\]"),
