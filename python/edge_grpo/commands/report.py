@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         metavar="GROUP",
-        help="the group that the others are compared with; default: the one of method grpo, else the first",
+        help="the group that the others are compared with, or part of its name; default: that of method grpo, else the "
+        "first",
     )
 
 

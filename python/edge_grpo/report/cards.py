@@ -6,7 +6,7 @@ Markup only: figures are ``groups``'s, curves are drawn in the browser.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from statistics import fmean, median, stdev
 
@@ -41,7 +41,7 @@ def card(group: Group, index: int) -> str:
     warnings = [f"{run.name}: {text}" if several else text for run in group.runs for text in warnings_of(run)]
     if len(warnings) > _WARNINGS:
         warnings[_WARNINGS:] = [f"and {len(warnings) - _WARNINGS} more"]
-    notes = list(dict.fromkeys(text for run in group.runs for text in run.thinned))
+    notes = [] if several else list(group.runs[0].thinned)
     if group.varies:
         notes.insert(0, f"not only the seed differs among these runs: {', '.join(group.varies)}")
     methods = sorted({run.method for run in group.runs})
@@ -138,7 +138,7 @@ def _headline(group: Group) -> str:
         note += "; the difference is within its error"
     return (
         f'<span class="figure">{figures[0]}<span class="arrow"> → </span>{figures[1]}</span>'
-        f'<span class="gain {tone(gain, 1)}">{100 * value:+.1f} points</span>'
+        f'<span class="gain {tone(gain, 1)}">{_signed(100 * value)} points</span>'
         f'<span class="note">{note}</span>'
     )
 
@@ -165,7 +165,7 @@ def _runs_of(group: Group) -> str:
     for run in group.runs:
         accuracy = f"{percent(run.evals[0].accuracy)} → {percent(run.evals[-1].accuracy)}" if run.evals else "–"
         seed, done = (run.config or {}).get("seed", "–"), run.steps[-1] if run.steps else 0
-        state = "; ".join(warnings_of(run)) or "sound"
+        state = "; ".join([*(warnings_of(run) or ["sound"]), *run.thinned])
         cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in (seed, done, accuracy, state))
         rows.append(f'<tr><th scope="row">{escape(run.name)}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Run", "Seed", "Steps", "Held-out", "State"))
@@ -221,17 +221,18 @@ def _how(cards: Sequence[tuple[Quantity, Sequence[Row]]]) -> str:
 def _quantity(quantity: Quantity, rows: Sequence[Row], groups: Sequence[Group]) -> str:
     edges = [edge for row in rows if row.difference for edge in row.difference.estimate if not math.isnan(edge)]
     reach = max((abs(edge) for edge in edges), default=0.0) or 1.0
+    write, unit = _format_of(quantity, rows), "%" if quantity.is_share else ""
     lines = []
     for row in rows:
         index = groups.index(row.group)
         mean, *_ = row.estimate
         width = (row.estimate.high - row.estimate.low) / 2
-        error = "" if math.isnan(width) else f' <span class="error">± {_number(quantity, width, unit="")}</span>'
+        error = "" if math.isnan(width) else f' <span class="error">± {write(width)}</span>'
         name = f'<span class="swatch" style="--run: var(--c{index % 8})"></span> {escape(row.group.name)}'
         several = f' <span class="muted">({row.count})</span>' if row.count > 1 else ""
         lines.append(
-            f'<tr><th scope="row">{name}{several}</th><td>{_number(quantity, mean)}{error}</td>'
-            f"{_difference(quantity, row.difference, reach)}</tr>"
+            f'<tr><th scope="row">{name}{several}</th><td>{write(mean)}{unit}{error}</td>'
+            f"{_difference(quantity, row.difference, reach, write)}</tr>"
         )
     note = f'<p class="note">{escape(quantity.note)}</p>' if quantity.note else ""
     return (
@@ -241,12 +242,12 @@ def _quantity(quantity: Quantity, rows: Sequence[Row], groups: Sequence[Group]) 
     )
 
 
-def _difference(quantity: Quantity, difference: Difference | None, reach: float) -> str:
+def _difference(quantity: Quantity, difference: Difference | None, reach: float, write: Callable[..., str]) -> str:
     if difference is None:
         return '<td class="muted">baseline</td>'
     value, low, high = difference.estimate
     shade = tone(difference, quantity.better)
-    shown = [_number(quantity, edge, sign="+", unit="") for edge in (value, low, high)]
+    shown = [write(edge, "+") for edge in (value, low, high)]
     left, middle, right = (50 + 48 * edge / reach for edge in (low, value, high))
     text, bar = f'<span class="gain {shade}">{shown[0]}</span>', ""
     if not math.isnan(low):
@@ -260,6 +261,16 @@ def _difference(quantity: Quantity, difference: Difference | None, reach: float)
     )
 
 
-def _number(quantity: Quantity, value: float, *, sign: str = "", unit: str = "%") -> str:
-    text = f"{100 * value:{sign}.1f}{unit}" if quantity.is_share else f"{value:{sign}.3g}"
-    return text.replace("-", "−")
+def _format_of(quantity: Quantity, rows: Sequence[Row]) -> Callable[..., str]:
+    """How a table writes its numbers: shares in percent, others with three digits of the largest mean."""
+    largest = max(abs(row.estimate.value) for row in rows)
+    digits = 1 if quantity.is_share else max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 2
+
+    def write(value: float, sign: str = "") -> str:
+        return f"{100 * value if quantity.is_share else value:{sign}.{digits}f}".replace("-", "−")
+
+    return write
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")

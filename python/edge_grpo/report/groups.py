@@ -78,8 +78,10 @@ def make_groups(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[
     no two runs are alike, or ``keys`` is empty, each run is a group of its own name. Raises ValueError for a key that
     no configuration has.
     """
-    settings = [flatten(run.config) if run.config else {} for run in runs]
-    different = [key for key in _in_order(settings) if len({repr(each.get(key)) for each in settings}) > 1]
+    defaults = flatten(to_dict(TrainConfig()))  # an older run's configuration lacks the keys of today
+    settings = [defaults | flatten(run.config) if run.config else {} for run in runs]
+    present = [each for each in settings if each]
+    different = [key for key in _in_order(present) if len({repr(each.get(key)) for each in present}) > 1]
     if keys is None:
         chosen = [key for key in different if key not in _NO_DIFFERENCE]
     else:
@@ -90,22 +92,37 @@ def make_groups(runs: Sequence[Run], keys: Sequence[str] | None = None) -> list[
                 f"--group names keys of the runs' configuration; got {', '.join(unknown)}; the runs differ in: "
                 f"{', '.join(different) or 'nothing'}"
             )
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, ...] | None, list[int]] = {}
     for index, each in enumerate(settings):
-        label = ", ".join(_label(key, each.get(key), chosen) for key in chosen) if each else "no configuration"
-        found.setdefault(label, []).append(index)
+        found.setdefault(tuple(repr(each.get(key)) for key in chosen) if each else None, []).append(index)
     if (keys is None and len(found) == len(runs)) or (keys is not None and not chosen) or len(runs) == 1:
         return [Group(run.name, [run]) for run in runs]
+    named = _telling(chosen, [values for values in found if values is not None]) if keys is None else chosen
     groups = []
-    for label, members in found.items():
+    for members in found.values():
+        each = settings[members[0]]
+        label = ", ".join(_label(key, each.get(key), named) for key in named) if each else "no configuration"
         inside = [settings[index] for index in members]
         varies = [key for key in different if key not in _NO_DIFFERENCE and len({repr(e.get(key)) for e in inside}) > 1]
         groups.append(Group(label or "all runs", [runs[index] for index in members], varies))
     return groups
 
 
+def _telling(keys: Sequence[str], groups: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a few of the keys, the most telling first, that tell the groups of values apart: what their names need."""
+    order = sorted(range(len(keys)), key=lambda i: (keys[i] != "method", keys[i] == "steps"))
+    taken: list[int] = []
+
+    def kinds(of: Sequence[int]) -> int:
+        return len({tuple(values[i] for i in of) for values in groups})
+
+    while kinds(taken) < len(groups):
+        taken.append(max((i for i in order if i not in taken), key=lambda i: (keys[i] == "method", kinds([*taken, i]))))
+    return [keys[i] for i in order if i in taken]
+
+
 def _in_order(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys([*flatten(to_dict(TrainConfig())), *(key for each in settings for key in each)]))
+    return list(dict.fromkeys(key for each in settings for key in each))
 
 
 def _label(key: str, value: Any, keys: Sequence[str]) -> str:
@@ -119,7 +136,7 @@ def _label(key: str, value: Any, keys: Sequence[str]) -> str:
 
 
 def find_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
-    """Return the group of that name; by default the only group of plain GRPO, or else the first.
+    """Return the group of that name; by default that of plain GRPO with the most runs, or else the first.
 
     Part of a name will do where it fits one group alone. Raises ValueError where none or several fit.
     """
@@ -132,7 +149,7 @@ def find_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
             f"{', '.join(group.name for group in groups)}"
         )
     plain = [group for group in groups if all(run.method == "grpo" for run in group.runs)]
-    return plain[0] if len(plain) == 1 else groups[0]
+    return max(plain or groups[:1], key=lambda group: len(group.runs))
 
 
 # ---- Quantities ----------------------------------------------------------------------------------------------------

@@ -48,7 +48,10 @@ def write_report(
         output = (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
     found = [read_run(path, name, share=1 / len(paths)) for path, name in zip(paths, _names(paths), strict=True)]
     groups = make_groups(found, group)
-    write_text(output, _page(found, groups, find_baseline(groups, baseline)))
+    standard = find_baseline(groups, baseline)
+    if len(groups) < len(found):
+        groups.sort(key=lambda group: group is not standard)  # the baseline comes first; a lone run keeps its place
+    write_text(output, _page(found, groups, standard))
     return output
 
 

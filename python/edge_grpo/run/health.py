@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, variance
 
 from edge_grpo.text import percent
 
 SPIKE = 100  # times the median gradient norm: a spike that is said
-_FEWEST = 20  # steps, below which a median or a tenth of the run says little
-_CLEAR = 3  # standard errors that held-out accuracy must have lost, and the factor by which training accuracy must
+_FEWEST = 20  # steps, below which their median says little
+_FEWEST_TO_SPLIT = 50  # steps, below which a tenth of them says little
+_LEAST_FALL = 0.2  # of training accuracy
+_CLEAR = 3  # standard errors that accuracy must have lost, and the factor by which training accuracy must have fallen
 
 Row = tuple[int, Mapping[str, float | None]]  # a step and its metrics; None where the number was not finite
 
@@ -55,16 +57,18 @@ def _has_accuracy(row: Mapping[str, float | None]) -> bool:
 
 
 def _training_loss(rows: Sequence[Row]) -> list[str]:
-    """Accuracy of the first attempts, in tenths of the run: the last one far below the best."""
+    """Accuracy of the first attempts, in tenths of the run: the last one far below the best, beyond their noise."""
     values = [value for _, row in rows if (value := row.get("accuracy/before")) is not None]
-    if len(values) < _FEWEST:
+    if len(values) < _FEWEST_TO_SPLIT:
         return []
     size = len(values) // 10
-    tenths = [fmean(values[i : i + size]) for i in range(0, size * 10, size)]
-    best, last = max(tenths), tenths[-1]
-    if best - last < 0.2 or last > best / _CLEAR:
+    tenths = [values[i : i + size] for i in range(0, size * 10, size)]
+    best, last = max(tenths, key=fmean), tenths[-1]
+    fall, error = fmean(best) - fmean(last), math.sqrt((variance(best) + variance(last)) / size)
+    if fall <= max(_LEAST_FALL, _CLEAR * error) or fmean(last) > fmean(best) / _CLEAR:
         return []
-    return [f"training accuracy fell from {percent(best)} to {percent(last)} (means over tenths of the run)"]
+    share = f"from {percent(fmean(best))} to {percent(fmean(last))}"
+    return [f"training accuracy fell {share} (means over tenths of the run)"]
 
 
 def _spike(rows: Sequence[Row]) -> list[str]:
@@ -75,4 +79,5 @@ def _spike(rows: Sequence[Row]) -> list[str]:
     largest, step = max(norms)
     if largest < SPIKE * usual:
         return []
-    return [f"gradient norm {largest:.3g} in step {step}, {largest / usual:,.0f} times the median"]
+    shown = f"{largest:,.0f}" if 1000 <= largest < 1e9 else f"{largest:.3g}"
+    return [f"gradient norm {shown} in step {step}, {largest / usual:,.0f} times the median"]

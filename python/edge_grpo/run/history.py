@@ -19,8 +19,9 @@ from edge_grpo.run.files import record_of
 from edge_grpo.run.health import non_finite_steps, signs_of_divergence
 from edge_grpo.types import Correction, Outcome, Provenance
 
-MAX_POINTS = 1000  # points that a run's curves are drawn from, each one step or several
-_FEWEST_POINTS = 100  # however many runs share a page
+MAX_POINTS = 1000  # points of a run's curves, each of one step or several
+_PAGE_POINTS = 4000  # of all runs on a page together,
+_FEWEST_POINTS = 100  # but for these, however many there are
 MAX_COMPLETIONS = 1000  # completions kept, fewer where they are long:
 MAX_CHARACTERS = 2_000_000  # of all completions together
 MAX_TEXT = 6000  # characters of one completion
@@ -92,7 +93,7 @@ def read_run(path: Path, name: str | None = None, *, share: float = 1.0) -> Run:
         raise FileNotFoundError(f"{path} is not a run folder: it holds neither config.yaml nor metrics.jsonl")
     notes: list[str] = []
     run = Run(path, name or path.resolve().name, _read_config(path / "config.yaml", notes), notes=notes)
-    _read_metrics(run, max(_FEWEST_POINTS, int(share * MAX_POINTS)))
+    _read_metrics(run, min(MAX_POINTS, max(_FEWEST_POINTS, int(share * _PAGE_POINTS))))
     _read_completions(run, share)
     return run
 

@@ -12,6 +12,7 @@ import yaml
 from report_page import Page
 from run_folder import make_run
 
+from edge_grpo.config import TrainConfig
 from edge_grpo.report.cards import tone
 from edge_grpo.report.groups import (
     BOOTSTRAPPED,
@@ -55,8 +56,25 @@ def test_runs_of_which_no_two_are_alike_stay_alone() -> None:
     assert names(make_groups(runs)) == {"grpo-0": ["grpo-0"], "edge-1": ["edge-1"]}
     alike = [run_of("grpo", 0), run_of("grpo", 1)]
     assert names(make_groups(alike, [])) == {"grpo-0": ["grpo-0"], "grpo-1": ["grpo-1"]}
+    older = run_of("grpo", 2, steps=TrainConfig().steps)  # which is what the others mean
+    assert list(names(make_groups([*alike, older, run_of("edge", 0)]))) == ["grpo", "edge"]
     lost = Run(Path(), "lost", None)
-    assert names(make_groups([*alike, lost])) == {"grpo": ["grpo-0", "grpo-1"], "no configuration": ["lost"]}
+    assert names(make_groups([*alike, lost])) == {"all runs": ["grpo-0", "grpo-1"], "no configuration": ["lost"]}
+
+
+def test_names_take_the_keys_that_tell_groups_apart() -> None:
+    """Three keys differ; method and learning rate are enough, because the number of steps goes with the rate."""
+    runs = [
+        run_of(method, seed, steps=steps, optim={"learning_rate": rate})
+        for method in ("grpo", "edge")
+        for steps, rate in ((10, 1e-4), (20, 3e-4))
+        for seed in (0, 1)
+    ]
+    assert len(make_groups(runs)) == 4
+    named = [group.name for group in make_groups(runs)]
+    assert named[:2] == ["grpo, learning_rate 0.0001", "grpo, learning_rate 0.0003"]
+    assert named[2:] == ["edge, learning_rate 0.0001", "edge, learning_rate 0.0003"]
+    assert [group.name for group in make_groups(runs[:4])] == ["learning_rate 0.0001", "learning_rate 0.0003"]
 
 
 def test_keys_make_the_groups_and_what_else_varies_is_said() -> None:
@@ -75,6 +93,8 @@ def test_the_baseline() -> None:
     groups = make_groups([run_of("edge", 0), run_of("grpo", 0), run_of("gec", 0)])
     assert find_baseline(groups).name == "grpo-0"  # plain GRPO
     assert find_baseline(groups[::2]).name == "edge-0"  # without it, the first
+    plain = [Group("b", [run_of("grpo", 0)]), Group("c", [run_of("grpo", i) for i in (1, 2)])]
+    assert find_baseline([*groups[::2], *plain]).name == "c"  # of two, the one with more runs
     assert find_baseline(groups, "gec").name == "gec-0"
     with pytest.raises(ValueError, match=r"--baseline must name one group; got 'g', which fits 3; .*: edge-0, grpo-0"):
         find_baseline(groups, "g")

@@ -6,13 +6,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from report_page import HOSTILE, Page
 from run_folder import append, make_run
 
+from edge_grpo.report import page as page_module
 from edge_grpo.report.page import write_report
 from edge_grpo.run.history import MAX_CHARACTERS, MAX_POINTS, MAX_TEXT
+
+STYLES = Path(page_module.__file__).with_name("page")
 
 # ---- What is on the page
 
@@ -209,3 +213,51 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
 
 def test_a_short_runs_page_is_small(tmp_path: Path) -> None:
     assert write_report([make_run(tmp_path / "run", steps=100)]).stat().st_size < 300_000
+
+
+# ---- Colours and dashes
+
+# Linear RGB as people without one kind of cone see it (Machado, Oliveira and Fernandes 2009, severity 1).
+SIGHT = {
+    "all cones": np.eye(3),
+    "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "no green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "no blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+TO_LMS = [[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]]
+TO_OKLAB = [[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]]
+
+
+def linear(colour: str) -> np.ndarray:
+    encoded = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (a, b))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_can_be_told_apart(sight: str) -> None:
+    """Two colours that differ by 0.02 in OKLab are just told apart; on the card each has the contrast of a graphic."""
+    css = (STYLES / "style.css").read_text()
+    cards, palettes = re.findall(r"--card: (#\w{6})", css), re.findall(r"--c0: .*", css)
+    assert len(cards) == len(palettes) == 2  # light and dark
+    for card, line in zip(cards, palettes, strict=True):
+        colours = re.findall(r"#\w{6}", line)
+        assert len(colours) == 8
+        assert min(contrast(colour, card) for colour in colours) >= 2.95
+        seen = [TO_OKLAB @ np.cbrt(TO_LMS @ np.clip(SIGHT[sight] @ linear(colour), 0, 1)) for colour in colours]
+        distances = [float(np.linalg.norm(a - b)) for i, a in enumerate(seen) for b in seen[:i]]
+        assert min(distances) >= 0.05
+
+
+def test_no_two_series_of_a_chart_share_a_dash() -> None:
+    dashes = re.search(r"const DASHES = (\[.*?\]);", (STYLES / "series.js").read_text())
+    assert dashes is not None
+    patterns = json.loads(dashes[1])
+    panels = re.findall(r"series: (\[\[.*?\]\])", (STYLES / "panels.js").read_text(), re.DOTALL)
+    most = max(len(json.loads(series)) for series in panels)
+    assert most == 6  # the times of a step; corrections are five
+    assert len(patterns) == len(set(patterns)) == 8 >= most

@@ -38,8 +38,11 @@ def test_accuracy_that_fell() -> None:
         for step, accuracy in ((0, 0.2), (20, 0.68), (40, 0.02))
     ]
     assert signs_of_divergence(evals) == ["held-out accuracy fell from 68.0% in step 20 to 2.0% in step 40"]
-    rows = [(i, {"accuracy/before": 0.6 if i <= 20 else 0.1}) for i in range(1, 41)]
+    rows = [(i, {"accuracy/before": 0.6 if i <= 20 else 0.1}) for i in range(1, 61)]
     assert signs_of_divergence(rows) == ["training accuracy fell from 60.0% to 10.0% (means over tenths of the run)"]
+    noise = [(i, {"accuracy/before": float(i % 4 == 0 or i in (5, 6, 7))}) for i in range(1, 61)]
+    noise[-6:] = [(i, {"accuracy/before": float(i == 55)}) for i in range(55, 61)]  # 67 % to 17 %, of six steps each
+    assert signs_of_divergence(noise) == []
 
 
 def test_a_spike_of_the_gradient_norm() -> None:

@@ -130,15 +130,18 @@ function draw(chart) {
   let first = all.length ? Math.min(...all) : 0, last = all.length ? Math.max(...all) : 1;
   if (first === last) { first -= .5; last += .5; }
   const level = v => panel.log ? (Math.log(v) - Math.log(low)) / (Math.log(high) - Math.log(low)) : (v - low) / (high - low);
-  const X = v => box.left + (v - first) / (last - first) * (box.right - box.left), Y = v => box.bottom - level(v) * (box.bottom - box.top);
-  Object.assign(chart, { lines, box, first, last, X });
+  const inset = (panel.evals || panel.differences) && shown.length > 1 ? Math.min(18, 4 * shown.length) : 0;  // for whiskers side by side
+  const X = v => box.left + inset + (v - first) / (last - first) * (box.right - box.left - 2 * inset), Y = v => box.bottom - level(v) * (box.bottom - box.top);
+  Object.assign(chart, { lines, first, last, X, left: box.left + inset, right: box.right - inset });
 
   for (const v of marks) {
     svg("line", { x1: box.left, x2: box.right, y1: Y(v), y2: Y(v), stroke: panel.differences && v === 0 ? "var(--muted)" : "var(--grid)" }, plot);
     svg("text", { x: box.left - 7, y: Y(v) + 4, "text-anchor": "end", class: "mark" }, plot).textContent = number(v, panel.unit);
   }
-  for (const v of ticks(first, last, tickStep(last - first, Math.max(2, Math.floor(width / 62)))).filter(v => axis !== "step" || Number.isInteger(v)))
-    svg("text", { x: X(v), y: height - 6, "text-anchor": X(v) > width - 22 ? "end" : "middle" }, plot).textContent = axis === "tokens" ? `${number(v)}${v ? "M" : ""}` : number(v);
+  for (const v of ticks(first, last, tickStep(last - first, Math.max(2, Math.floor(width / 62)))).filter(v => axis !== "step" || Number.isInteger(v))) {
+    const text = axis === "tokens" && v ? `${number(v)}M` : number(v);
+    svg("text", { x: X(v), y: height - 6, "text-anchor": X(v) + 3.3 * text.length > width - 2 ? "end" : "middle" }, plot).textContent = text;
+  }
   svg("line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, stroke: "var(--line)" }, plot);
 
   const clip = svg("clipPath", { id: chart.id }, plot);
@@ -154,11 +157,11 @@ function draw(chart) {
     else if (upper.length) svg("path", { d: `M${trace([upper[0], lower[0]])}`, stroke: line.stroke, "stroke-width": panel.stacked ? 14 : 1.5, "stroke-opacity": .6 }, layer);
   }
   if (!panel.stacked) {
-    for (const line of lines) drawNoise(line, layer, { path, trace, area, X, Y, usable });
+    for (const line of lines) drawNoise(line, lines.length > 1 ? .08 : .14, layer, { path, trace, area, X, Y, usable });
     for (const line of lines) {
       const soft = path(line.x, line.soft), thick = panel.series.length > 1 && groups.length > 1 && line.s ? 1.6 : 2.2;
       if (soft.length > 1) {
-        svg("path", { d: `M${trace(soft)}`, stroke: "var(--card)", "stroke-width": thick + 2, "stroke-opacity": .75 }, layer);
+        if (line.noisy) svg("path", { d: `M${trace(soft)}`, stroke: "var(--card)", "stroke-width": thick + 2, "stroke-opacity": .75 }, layer);
         svg("path", { d: `M${trace(soft)}`, stroke: line.stroke, "stroke-width": thick, "stroke-dasharray": line.dash, class: "curve" }, layer);
       }
       if (longest <= 12 || soft.length === 1) for (const [cx, cy] of soft) svg("circle", { cx, cy, r: 2.5, fill: line.stroke }, layer);
@@ -175,7 +178,7 @@ function draw(chart) {
 }
 
 // Unsmoothed values behind a curve: a thin line, or where points are too dense for one, the area between their extremes.
-function drawNoise(line, layer, { path, trace, area, X, Y, usable }) {
+function drawNoise(line, opacity, layer, { path, trace, area, X, Y, usable }) {
   if (!line.group.alone) {
     if (state.band === "lines") for (const member of line.members) {
       const points = path(member.x, member.y);
@@ -198,7 +201,7 @@ function drawNoise(line, layer, { path, trace, area, X, Y, usable }) {
     columns.set(at, [Math.min(held[0], lows[i]), Math.max(held[1], highs[i])]);
   });
   const ends = which => [...columns].map(([x, held]) => [x, Y(held[which])]);
-  if (columns.size > 1) area(ends(1), ends(0), { fill: line.stroke, "fill-opacity": .16, stroke: line.stroke, "stroke-opacity": .16, "stroke-width": 1, class: "extremes" });
+  if (columns.size > 1) area(ends(1), ends(0), { fill: line.stroke, "fill-opacity": opacity, stroke: line.stroke, "stroke-opacity": opacity, "stroke-width": 1, class: "extremes" });
 }
 
 // Values beyond the axis: a mark at its edge, the farthest of each curve with its value.
@@ -247,8 +250,8 @@ function point(x) {  // the dashed line, in every chart
   }
 }
 function hover(chart, event) {
-  if (!chart.box) return;
-  const { panel, tip } = chart, unit = panel.unit, rect = chart.plot.getBoundingClientRect(), { left, right } = chart.box;
+  if (!chart.X) return;
+  const { panel, tip, left, right } = chart, unit = panel.unit, rect = chart.plot.getBoundingClientRect();
   const at = chart.first + Math.min(1, Math.max(0, (event.clientX - rect.left - left) / (right - left))) * (chart.last - chart.first);
   tip.replaceChildren();
   const shown = chart.only ? [chart.only] : visible();
