@@ -43,7 +43,8 @@ OPS = (
     "entropy_driven_advantages",
 )
 
-# On a GPU these have kernels of their own, in Triton; other backends make tiles of logits between matrix products.
+# On a GPU these have kernels of their own, in Triton, beside tiles of logits between the library's matrix products, in
+# which the sweep of any backend works; ops/head_plan.py chooses by the sizes.
 HEAD_OPS = frozenset({"linear_token_stats", "linear_edge_grpo_loss"})
 
 # O(B) and O(N) arithmetic: a few PyTorch calls on any device, which no kernel would speed up.
@@ -170,8 +171,8 @@ def default_backend(device: str, dtype: torch.dtype | None = None, *, op: str = 
     """Return the backend for tensors of a device type when none was forced.
 
     CPU tensors go to "cpu". Those of CUDA and ROCm devices go to "cuda" where it is compiled, else to "triton"; a
-    linear head goes to "triton", which alone makes its logits in a kernel, where that is installed. For float64 there,
-    and for other devices, "reference" is the only backend there is.
+    linear head goes to "triton", which alone makes its logits in a kernel, where that is installed (and where tiles are
+    not faster: ops/head_plan.py). For float64 there, and for other devices, "reference" is the only backend there is.
     """
     if device == "cpu":
         return "cpu"
@@ -264,7 +265,9 @@ def _why_not(backend: str, op: str, wanted: str, device: str, forced: tuple[str,
     if backend == "reference" and device != "cpu":
         return f"{wanted!r} is the default and faster; float64 comes here"
     if op in HEAD_OPS and wanted == "triton":
-        return "'triton' is the default: it alone makes the logits in a kernel"
+        return (
+            "'triton' is the default: it alone makes the logits in a kernel; where tiles are faster, this sweeps them"
+        )
     return f"{wanted!r} is the default and faster"
 
 

@@ -192,7 +192,7 @@ class TokenTerms(NamedTuple):
         assert advantages is not None
         return cls(mask, weight, advantages, *others)
 
-    def select(self, rows: Tensor) -> TokenTerms:
+    def select(self, rows: Tensor | slice) -> TokenTerms:
         """Return the terms of some rows, where the per-token tensors have shape (N,)."""
         return self._map(lambda value: value[rows])
 

@@ -1,6 +1,8 @@
 """The head's matrix products and tiles: logits exist as one tile of some rows by V at a time.
 
-Both ops with a head walk these tiles; what happens inside one is the backends' business.
+Both ops with a head walk these tiles; what happens inside one is the backends' business. On a CPU a tile holds rows
+that count. On a GPU it holds all rows of a span, since the host does not know which count and must not wait to learn
+it; there head_plan.py says how high a tile is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from torch import Tensor
 from edge_kernels._checks import check_float, check_like, describe, stats_dtype
 from edge_kernels.backend import extension, get_backend, kernels, unavailable
 from edge_kernels.contract import KernelStats, StatsGradients, Transform
+from edge_kernels.ops import head_plan
+from edge_kernels.ops.head_plan import COLUMNS, Plan, row_elements
 from edge_kernels.ops.memory import fresh
 
 Wanted = Sequence[bool]  # whether hidden states, weight and bias receive a gradient
@@ -45,8 +49,14 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Head:
     """The linear map whose outputs are logits: weight (V, D), bias (V,) or None; products in the dtype ``products``."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.products = product_dtype(dtype, weight.device)
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, plan: Plan | None = None, tile_bytes: int = 0
+    ) -> None:
+        """``plan``: a GPU's; without one a tile of logits has at most ``tile_bytes`` (0: the default)."""
+        self.products = dtype if plan is not None else product_dtype(dtype, weight.device)
+        self.plan = plan
+        self.height = rows_per_tile(weight, self.products, tile_bytes) if plan is None else plan.height
+        self.block_bytes = BLOCK_BYTES if plan is None else head_plan.BLOCK_BYTES
         self._weight = weight
         self._bias = None if bias is None else self.convert(bias)
         self._block: Tensor | None = None
@@ -59,7 +69,7 @@ class Head:
         V, D = self._weight.shape
         if self._weight.dtype == self.products:
             return [slice(0, V)]
-        return self.blocks(max(1, BLOCK_BYTES // (D * self.products.itemsize)))
+        return self.blocks(max(1, self.block_bytes // (D * self.products.itemsize)))
 
     def blocks(self, size: int) -> list[slice]:
         V = self._weight.shape[0]
@@ -83,6 +93,40 @@ class Head:
             else:
                 torch.addmm(self._bias[part], hidden, self.part(part).t(), out=target)
 
+    def count(self, active: Tensor) -> int:
+        """Return how many rows the tiles of the rows where ``active`` (N,) holds have."""
+        return int(active.sum()) if self.plan is None else len(active)
+
+    def rows(self, active: Tensor, height: int) -> Iterator[Tensor | slice]:
+        """Yield the rows of equal tiles of at most ``height`` rows: the active ones, or with a plan spans of all."""
+        if self.plan is not None:
+            for start in range(0, len(active), height):
+                yield slice(start, min(start + height, len(active)))
+            return
+        rows = active.nonzero()[:, 0]
+        if len(rows):
+            num_tiles = -(-len(rows) // height)
+            yield from rows.split(-(-len(rows) // num_tiles))
+
+    def hidden_of(self, hidden: Tensor, rows: Tensor | slice, active: Tensor) -> Tensor:
+        """Return the hidden states of some rows in the dtype of the products; 0 where a row is not active.
+
+        Such a row's gradient of logits is 0, and 0 times a NaN would reach the whole weight's.
+        """
+        part = self.convert(hidden[rows])
+        return part if self.plan is None else part.masked_fill(~active[rows, None], 0)
+
+    def needs_column_pass(self, num_rows: int) -> bool:
+        """Whether the weight's gradient takes a pass of its own, by columns instead of tiles of rows.
+
+        A 16-bit gradient cannot be summed over tiles in place without losing digits to each rounding. On a CPU a
+        float32 tensor of its size is more than all other memory together; on a GPU the plan weighs that.
+        """
+        if self.plan is not None:
+            return self.plan.way == COLUMNS
+        is_short = self._weight.dtype in (torch.bfloat16, torch.float16)
+        return is_short and num_rows > self.height and get_backend(self._weight) == "cpu"
+
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
@@ -90,35 +134,35 @@ class Head:
 class Tile(NamedTuple):
     """Some rows of the batch. ``logits`` is a buffer that the next tile uses again; the gradient may overwrite it."""
 
-    rows: Tensor  # (n,), int64: positions of the tile's rows in the batch
+    rows: Tensor | slice  # (n,), int64, or a span: positions of the tile's rows in the batch
     hidden: Tensor  # (n, D)
     logits: Tensor  # (n, V)
 
 
-def rows_per_tile(weight: Tensor, products: torch.dtype) -> int:
-    return max(1, TILE_BYTES // (weight.shape[0] * products.itemsize))
+def rows_per_tile(weight: Tensor, products: torch.dtype, tile_bytes: int = 0) -> int:
+    return max(1, (tile_bytes or TILE_BYTES) // (weight.shape[0] * products.itemsize))
 
 
 def tile_buffer(weight: Tensor, head: Head, num_rows: int) -> Tensor:
     """Return memory for the logits of one of the tiles that ``num_rows`` rows take: few, and as even as they come."""
-    num_tiles = max(1, -(-num_rows // rows_per_tile(weight, head.products)))
-    return fresh((-(-num_rows // num_tiles), weight.shape[0]), weight, head.products)
+    V = weight.shape[0]
+    if head.plan is not None:
+        shape = min(head.height, num_rows), row_elements(V, head.products.itemsize)
+        return fresh(shape, weight, head.products)[:, :V]
+    num_tiles = max(1, -(-num_rows // head.height))
+    return fresh((-(-num_rows // num_tiles), V), weight, head.products)
 
 
 def tiles(hidden: Tensor, head: Head, active: Tensor, buffer: Tensor) -> Iterator[Tile]:
-    """Yield the rows of ``hidden`` (N, D) where ``active`` (N,) holds, in equal tiles; others are not touched.
+    """Yield the rows of ``hidden`` (N, D) where ``active`` (N,) holds, in tiles; others are not read, or have logits 0.
 
     The logits of each tile are the first rows of ``buffer``, (n, V).
     """
-    rows = active.nonzero()[:, 0]
-    if len(rows) == 0:
-        return
-    num_tiles = -(-len(rows) // len(buffer))
-    for tile_rows in rows.split(-(-len(rows) // num_tiles)):
-        tile_hidden = head.convert(hidden[tile_rows])
-        logits = buffer[: len(tile_rows)]
+    for rows in head.rows(active, max(1, len(buffer))):
+        tile_hidden = head.hidden_of(hidden, rows, active)
+        logits = buffer[: len(tile_hidden)]
         head.multiply(tile_hidden, out=logits)
-        yield Tile(tile_rows, tile_hidden, logits)
+        yield Tile(rows, tile_hidden, logits)
 
 
 class HeadGradient:
@@ -142,14 +186,15 @@ class HeadGradient:
         self._inputs = (hidden, weight, weight if bias is None else bias)
         self._head = head
         self._hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
+        sums = weight.dtype if is_one_tile else stats_dtype(weight.dtype)
         self._into = into
+        self._sums_apart = into is None or (head.plan is not None and sums != into.dtype)
         self._weight = into
-        if into is None and wanted[1]:
+        if self._sums_apart and wanted[1]:
             # Not zeroed: the first tile writes it, so that its pages are touched once.
-            sums = weight.dtype if is_one_tile else stats_dtype(weight.dtype)
             self._weight = fresh(weight.shape, weight, sums)
         self._bias = weight.new_zeros(weight.shape[0], dtype=stats_dtype(weight.dtype)) if wanted[2] else None
-        self._has_weight = into is not None
+        self._has_weight = not self._sums_apart
         self._block: Tensor | None = None
 
     def add(self, tile: Tile, scale: Tensor | None = None) -> None:
@@ -176,6 +221,9 @@ class HeadGradient:
         if total.dtype == hidden.dtype:
             total.addmm_(grad_logits, hidden, beta=beta)
             return
+        if self._head.plan is not None:
+            add_product(total, grad_logits, hidden, beta)
+            return
         if self._block is None:  # of the first part, which no other exceeds
             self._block = torch.empty(total.shape, dtype=hidden.dtype, device=total.device)
         block = self._block[: len(total)]
@@ -194,20 +242,28 @@ class HeadGradient:
         """Return the gradients of hidden states, weight and bias in the dtypes of these."""
         if not self._has_weight and self._weight is not None:
             self._weight.zero_()
+        if self._into is not None and self._sums_apart and self._weight is not None:
+            self._into.add_(self._weight)
         weight = None if self._into is not None else self._weight
         parts = zip((self._hidden, weight, self._bias), self._inputs, strict=True)
         hidden, weight, bias = (like.new_empty(0) if part is None else part.to(like.dtype) for part, like in parts)
         return hidden, weight, bias
 
 
-def needs_column_pass(weight: Tensor, products: torch.dtype, num_rows: int) -> bool:
-    """Whether the weight's gradient takes a pass of its own, by columns instead of tiles of rows.
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """Write ``beta * total + a @ b`` into ``total``, whose dtype is that of the operands or float32.
 
-    A 16-bit gradient cannot be summed over tiles in place without losing digits to each rounding, and a float32 tensor
-    of its size is more than all other memory together.
+    Where torch cannot add a product of 16-bit operands to a float32 matrix, it is rounded to 16 bits before.
     """
-    is_short = weight.dtype in (torch.bfloat16, torch.float16)
-    return is_short and num_rows > rows_per_tile(weight, products) and get_backend(weight) == "cpu"
+    if total.dtype == b.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif head_plan.sums_in_place(b.device.type, b.dtype):
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        height = max(1, head_plan.BLOCK_BYTES // (b.shape[1] * b.itemsize))
+        for part, rows in zip(total.split(height), a.split(height), strict=True):
+            product = torch.mm(rows, b)
+            _ = part.copy_(product) if beta == 0 else part.add_(product)
 
 
 def weight_gradient_by_columns(
@@ -220,39 +276,41 @@ def weight_gradient_by_columns(
     gradients: StatsGradients,
     transform: Transform,
     workspace: Tensor,  # for logits
+    into: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the weight, each block of its rows summed over the whole batch and written once.
 
     The logits are made once more, a block of columns at a time: an element's gradient needs its row's statistics only.
+    Where ``into`` is given, the gradient is added to it, and an empty tensor is returned.
     """
     D = weight.shape[1]
     backend = kernels(weight)
-    rows = active.nonzero()[:, 0]
-    out = fresh(weight.shape, weight)
-    width = max(1, BLOCK_BYTES // (D * 4))
+    out = fresh(weight.shape, weight) if into is None else into
+    width = max(1, BLOCK_BYTES // (D * 4)) if head.plan is None else head.plan.width
     width = min(width, weight.shape[0], max(1, workspace.numel() // 64))  # a shorter block before fewer than 64 rows
     height = max(1, workspace.numel() // width)
-    workspace = workspace.view(-1)
+    workspace = workspace.as_strided((workspace.numel(),), (1,))
+    chunks = list(head.rows(active, height))
     sums = torch.empty(width, D, dtype=stats_dtype(head.products), device=weight.device)
     for columns in head.blocks(width):
         num_columns = columns.stop - columns.start
         total = sums[:num_columns].zero_()
         elsewhere = num_columns if transform.ignore_index != num_columns else num_columns + 1
-        for chunk in rows.split(height):
-            chunk_hidden = head.convert(hidden[chunk])
-            logits = workspace[: len(chunk) * num_columns].view(len(chunk), num_columns)
+        for chunk in chunks:
+            chunk_hidden = head.hidden_of(hidden, chunk, active)
+            logits = workspace[: len(chunk_hidden) * num_columns].view(len(chunk_hidden), num_columns)
             head.multiply(chunk_hidden, logits, columns)
             in_block = targets[chunk] - columns.start
             in_block = in_block.masked_fill((in_block < 0) | (in_block >= num_columns), elsewhere)
             parts = StatsGradients(*(None if gradient is None else gradient[chunk] for gradient in gradients))
             chunk_stats = KernelStats(*(value[chunk] for value in stats))
             backend.token_stats_backward(logits, in_block, chunk_stats, parts, transform, out=logits)
-            if total.dtype == logits.dtype:
-                total.addmm_(logits.t(), chunk_hidden)
-            else:
-                total += torch.mm(logits.t(), chunk_hidden)
-        out[columns] = total
-    return out
+            add_product(total, logits.t(), chunk_hidden, 1)
+        if into is None:
+            out[columns] = total
+        else:
+            out[columns] += total
+    return out if into is None else out.new_empty(0)
 
 
 def fake_head_gradient(
@@ -291,3 +349,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
                 + ("convert one of them" if autocasts else "convert one of them, or run under torch.autocast")
             )
     return hidden.dtype
+
+
+def check_memory_budget(memory_budget: int | None) -> int:
+    """Require a positive number of bytes or None; return it as an op's argument, 0 for None."""
+    if memory_budget is None:
+        return 0
+    is_number = isinstance(memory_budget, int | torch.SymInt) and not isinstance(memory_budget, bool)
+    if not is_number or memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes; got {memory_budget!r}; or leave it out")
+    return memory_budget

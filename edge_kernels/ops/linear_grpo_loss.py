@@ -31,14 +31,15 @@ from edge_kernels.ops.head import (
     Tile,
     Wanted,
     check_head,
+    check_memory_budget,
     fake_head_gradient,
-    needs_column_pass,
     product_dtype,
     rows_per_tile,
     tile_buffer,
     tiles,
     weight_gradient_by_columns,
 )
+from edge_kernels.ops.head_plan import FUSED, plan_of, selects_rows
 from edge_kernels.ops.linear_token_stats import linear_token_stats
 from edge_kernels.ops.memory import fresh
 from edge_kernels.types import GRPOLossOutput
@@ -95,24 +96,28 @@ def _by_kernels(call: _Call, fused: HeadKernels) -> _Swept:
     return _Swept(total.loss, total.metrics, *per_token, *gradients, tile, call.terms.mask.new_empty(0))
 
 
-def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
-    """Return loss and gradients, or the one tile they are made from, in a sweep over tiles of logits."""
+def _by_tiles(call: _Call, head: Head, keep_tile: bool) -> _Swept:
+    """Return loss and gradients, or the one tile they are made from, in a sweep over tiles of logits.
+
+    Nothing waits for the device where the head has a plan: tiles hold all rows, those without a gradient too.
+    """
     hidden, weight, bias, targets, wanted, dtype, transform, terms, rule = call
-    head, backend, learning = Head(weight, bias, dtype), kernels(weight), call.learning
+    backend = kernels(weight)
+    learning = call.learning if head.plan is None else terms.mask
     stats = KernelStats(*(targets.new_zeros(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
-    num_rows = int(learning.sum())
-    by_columns = wanted[1] and not keep_tile and needs_column_pass(weight, head.products, num_rows)
+    num_rows = head.count(learning)
+    by_columns = wanted[1] and not keep_tile and head.needs_column_pass(num_rows)
     in_tiles = (
         wanted[0] and not keep_tile,
         wanted[1] and not keep_tile and not by_columns,
         wanted[2] and not keep_tile,
     )
-    is_one_tile = num_rows <= rows_per_tile(weight, head.products)
-    gradient = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile)
+    gradient = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=num_rows <= head.height)
+    others = None if head.plan is not None else terms.mask & ~learning
     if keep_tile:
         buffer = fresh((len(targets), weight.shape[0]), weight, head.products)
     else:
-        buffer = tile_buffer(weight, head, max(num_rows, int(terms.mask.sum()) - num_rows))
+        buffer = tile_buffer(weight, head, num_rows if others is None else max(num_rows, head.count(others)))
     for tile in tiles(hidden, head, learning, buffer):
         tile_terms, tile_targets = terms.select(tile.rows), targets[tile.rows]
         if not by_columns:
@@ -130,7 +135,8 @@ def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
         if any(in_tiles):
             gradient.add(tile)
     # The others have a loss and metrics: they need their statistics.
-    for tile in tiles(hidden, head, terms.mask & ~learning, buffer[num_rows:] if keep_tile else buffer):
+    rest = buffer[num_rows:] if keep_tile else buffer
+    for tile in tiles(hidden, head, others, rest) if others is not None else ():
         tile_stats = backend.token_stats_forward(tile.logits, targets[tile.rows], transform)
         stats.logprobs[tile.rows], stats.entropy[tile.rows] = tile_stats.logprobs, tile_stats.entropy
 
@@ -147,6 +153,15 @@ def _by_tiles(call: _Call, keep_tile: bool) -> _Swept:
     return _Swept(total.loss, total.metrics, stats.logprobs, stats.entropy, d_hidden, d_weight, d_bias, *kept)
 
 
+def _sweep(call: _Call, keep_tile: bool, memory_budget: int) -> _Swept:
+    hidden, weight, bias, _, wanted, dtype, *_ = call
+    plan = plan_of(hidden, weight, dtype, memory_budget, advantages_known=True, wants_weight=wanted[1])
+    fused = None if keep_tile or (plan is not None and plan.way != FUSED) else fused_head(hidden)
+    if fused is not None:
+        return _by_kernels(call, fused)
+    return _by_tiles(call, Head(weight, bias, dtype, plan, memory_budget), keep_tile)
+
+
 @torch.library.custom_op("edge_kernels::linear_grpo_loss", mutates_args=())
 def linear_grpo_loss_op(
     hidden: Tensor,
@@ -156,6 +171,7 @@ def linear_grpo_loss_op(
     wanted: list[bool],
     keep_tile: bool,
     dtype: torch.dtype,
+    memory_budget: int,
     transform: Tensor,
     terms: list[Tensor | None],
     rule: Tensor,
@@ -164,8 +180,7 @@ def linear_grpo_loss_op(
     records = (Transform.unpack(transform), TokenTerms.unpack(terms), LossRule.unpack(rule))
     call = _Call(hidden, weight, bias, targets, wanted, dtype, *records)
     check_targets_in_range(targets, weight.shape[0], call.transform.ignore_index)
-    fused = None if keep_tile else fused_head(hidden)
-    return _by_tiles(call, keep_tile) if fused is None else _by_kernels(call, fused)
+    return _sweep(call, keep_tile, memory_budget)
 
 
 @linear_grpo_loss_op.register_fake
@@ -281,6 +296,7 @@ def linear_edge_grpo_loss(
     num_sequences: Total = None,
     entropy_threshold: Total = None,
     config: GRPOLossConfig | None = None,
+    memory_budget: int | None = None,
 ) -> GRPOLossOutput:
     """Return ``edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, ...)`` without all the logits.
 
@@ -288,7 +304,7 @@ def linear_edge_grpo_loss(
     weight  (V, D), and bias (V,) or None, in the dtype of ``hidden`` (under autocast in any).
 
     Everything else as ``edge_grpo_loss``; hidden, weight and bias receive gradients, each only if it requires one.
-    Masked rows are left out before the first product.
+    Masked rows are left out before the first product (not from tiles on a GPU).
 
     One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
     own statistics are. On a CPU a batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
@@ -296,17 +312,23 @@ def linear_edge_grpo_loss(
     larger batch is made in the forward pass, scaled by the incoming one in the backward pass, and returned once
     (``retain_graph`` for a second pass raises).
 
-    A fourth product: for a 16-bit weight and more than one tile, whose weight gradient takes a pass of its own, block
-    by block, so that it is summed in float32 without a float32 tensor of its size. Two sweeps and a fourth (there a
-    fifth) product for a float16 batch of more than one tile, whose gradient cannot be rounded before a gradient
-    scaler's factor is known, and where coefficients depend on other tokens: with rewards instead of advantages; with
-    ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no old_logprobs; with
-    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. On a GPU
-    four at all times: its kernels keep no logits, and make them again. Without gradients there is one product.
+    A fourth product, on a CPU: for a 16-bit weight and more than one tile, whose weight gradient takes a pass of its
+    own, block by block, so that it is summed in float32 without a float32 tensor of its size. Two sweeps and a fourth
+    (there a fifth) product for a float16 batch of more than one tile (on a GPU for any), whose gradient cannot be
+    rounded before a gradient scaler's factor is known, and where coefficients depend on other tokens: with rewards
+    instead of advantages; with ``importance_sampling_level="sequence"``; with a sequence-level sampler ratio but no
+    old_logprobs; with
+    ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. Without
+    gradients there is one product.
 
-    Extra memory: one tile of logits (``TILE_BYTES``, 80 MiB) and O(N), besides the gradients. Products are in the
-    inputs' dtype, under ``torch.autocast`` in its; 16-bit ones on a CPU without instructions for them are made in
-    float32, the weight being converted block by block.
+    memory_budget  bytes that the op may have in use besides its inputs and results. On a CPU it bounds the tile of
+                   logits (None: 80 MiB). On a GPU (None: 3 GiB) it decides, with the sizes, between tiles by the
+                   library's products and the fused kernels, which keep no logits and take four products: head_plan.py.
+                   There a ValueError says how much is needed if nothing fits, and rows that do not count take part in
+                   the tiles' products, because the host does not know which they are and does not wait to learn it.
+
+    Extra memory is O(N) besides. Products are in the inputs' dtype, under ``torch.autocast`` in its; 16-bit ones on a
+    CPU without instructions for them are made in float32, the weight being converted block by block.
     """
     dtype = check_head(hidden, weight, bias)
     if hidden.dim() != 3:
@@ -329,18 +351,18 @@ def linear_edge_grpo_loss(
         entropy_threshold=entropy_threshold,
     )
     wanted = [wants_gradient(t) for t in (hidden, weight, bias)]
-    # A GPU has kernels that make no tile, and selecting rows for one would wait for it.
-    products = product_dtype(dtype, weight.device)
-    keep_tile = weight.device.type == "cpu" and batch.mask.numel() <= rows_per_tile(weight, products)
+    products, budget = product_dtype(dtype, weight.device), check_memory_budget(memory_budget)
+    keep_tile = selects_rows(weight) and batch.mask.numel() <= rows_per_tile(weight, products, budget)
     # The products of a kept tile are taken in the backward pass.
     rounded = (products,) if keep_tile else (products, hidden.dtype, weight.dtype)
     takes_one_sweep = not (batch.needs_statistics_first() or waits_for_loss_gradient(*rounded))
     if batch.advantages is None or not takes_one_sweep or not any(wanted):
-        stats = linear_token_stats(hidden, weight, batch.targets, bias, **batch.transform()._asdict())
+        options = batch.transform()._asdict() | {"memory_budget": memory_budget}
+        stats = linear_token_stats(hidden, weight, batch.targets, bias, **options)
         return loss_of_stats(stats, batch)
     terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)
     inputs = (hidden.flatten(0, 1), weight, bias, batch.targets.flatten())
     records = (batch.transform().pack(), terms.pack(), rule.pack())
-    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(*inputs, wanted, keep_tile, dtype, *records)
+    loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(*inputs, wanted, keep_tile, dtype, budget, *records)
     shape = batch.mask.shape
     return output_of(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)

@@ -12,24 +12,33 @@ from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, check_like, check_targets_in_range, check_transform, stats_dtype
 from edge_kernels.backend import fused_head, kernels
-from edge_kernels.contract import KernelStats, StatsGradients, Transform
+from edge_kernels.contract import HeadKernels, KernelStats, StatsGradients, Transform
 from edge_kernels.ops.autograd import grad_to_add_to, none_if_unwanted, refuse_second_derivative
 from edge_kernels.ops.head import (
     Head,
     HeadGradient,
     Wanted,
     check_head,
+    check_memory_budget,
     fake_head_gradient,
-    needs_column_pass,
-    rows_per_tile,
     tile_buffer,
     tiles,
     weight_gradient_by_columns,
 )
+from edge_kernels.ops.head_plan import FUSED, plan_of
 from edge_kernels.ops.token_stats import stats_for_backward
 from edge_kernels.types import TokenStats
 
 # --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def _way(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int
+) -> HeadKernels | Head:
+    """Return the kernels that make the logits themselves, or the head whose tiles are to be made."""
+    plan = plan_of(hidden, weight, dtype, memory_budget, advantages_known=False)
+    fused = fused_head(hidden) if plan is None or plan.way == FUSED else None
+    return fused or Head(weight, bias, dtype, plan, memory_budget)
 
 
 @torch.library.custom_op("edge_kernels::linear_token_stats", mutates_args=())
@@ -39,17 +48,24 @@ def linear_token_stats_op(
     bias: Tensor | None,
     targets: Tensor,
     dtype: torch.dtype,
+    memory_budget: int,
     transform: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unpacked = Transform.unpack(transform)
     check_targets_in_range(targets, weight.shape[0], unpacked.ignore_index)
-    if (fused := fused_head(hidden)) is not None:
-        return fused.linear_forward(hidden, weight, bias, targets, dtype, unpacked)
-    out = KernelStats(*(targets.new_zeros(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields))
-    head, active, backend = Head(weight, bias, dtype), targets != unpacked.ignore_index, kernels(weight)
-    buffer = tile_buffer(weight, head, int(active.sum()))
+    head = _way(hidden, weight, bias, dtype, memory_budget)
+    if not isinstance(head, Head):
+        return head.linear_forward(hidden, weight, bias, targets, dtype, unpacked)
+    return _forward(hidden, weight, targets, head, unpacked)
+
+
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, head: Head, transform: Transform) -> KernelStats:
+    dtype = stats_dtype(head.products)
+    out = KernelStats(*(targets.new_zeros(targets.shape, dtype=dtype) for _ in KernelStats._fields))
+    active, backend = targets != transform.ignore_index, kernels(weight)
+    buffer = tile_buffer(weight, head, head.count(active))
     for tile in tiles(hidden, head, active, buffer):
-        parts = backend.token_stats_forward(tile.logits, targets[tile.rows], unpacked)
+        parts = backend.token_stats_forward(tile.logits, targets[tile.rows], transform)
         for whole, part in zip(out, parts, strict=True):
             whole[tile.rows] = part
     return out
@@ -72,25 +88,43 @@ def _gradient(
     gradients: StatsGradients,
     wanted: Wanted,
     dtype: torch.dtype,
+    memory_budget: int,
     transform: Transform,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden states, weight and bias; the weight's is added to ``into`` where that is given."""
-    if (fused := fused_head(hidden)) is not None:
-        inputs = (hidden, weight, bias, targets)
-        return fused.linear_backward(*inputs, stats, gradients, wanted, dtype, transform, into)
-    head, backend = Head(weight, bias, dtype), kernels(weight)
+    inputs = (hidden, weight, bias, targets)
+    head = _way(hidden, weight, bias, dtype, memory_budget)
+    if not isinstance(head, Head):
+        return head.linear_backward(*inputs, stats, gradients, wanted, dtype, transform, into)
+    return _by_tiles(*inputs, stats, gradients, wanted, head, transform, into)
+
+
+def _by_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: KernelStats,
+    gradients: StatsGradients,
+    wanted: Wanted,
+    head: Head,
+    transform: Transform,
+    into: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = kernels(weight)
     # Besides ignored rows, those without a gradient are left out: clipped tokens, and groups of equal rewards.
     active = torch.zeros_like(targets, dtype=torch.bool)
     for gradient in gradients:
         if gradient is not None:
             active |= gradient != 0
     active &= targets != transform.ignore_index
-    num_rows = int(active.sum())
-    by_columns = wanted[1] and into is None and needs_column_pass(weight, head.products, num_rows)
+    num_rows = head.count(active)
+    by_columns = wanted[1] and (into is None or head.plan is not None) and head.needs_column_pass(num_rows)
     in_tiles = (wanted[0], wanted[1] and not by_columns, wanted[2])
-    is_one_tile = num_rows <= rows_per_tile(weight, head.products)
-    total = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile, into=into)
+    is_one_tile = num_rows <= head.height
+    into_tiles = None if by_columns else into
+    total = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile, into=into_tiles)
     buffer = tile_buffer(weight, head, num_rows)
     for tile in tiles(hidden, head, active, buffer) if any(in_tiles) else ():
         parts = StatsGradients(*(None if gradient is None else gradient[tile.rows] for gradient in gradients))
@@ -100,7 +134,7 @@ def _gradient(
     d_hidden, d_weight, d_bias = total.result()
     if by_columns:
         d_weight = weight_gradient_by_columns(
-            hidden, weight, head, active, targets, stats, gradients, transform, buffer
+            hidden, weight, head, active, targets, stats, gradients, transform, buffer, into
         )
     return d_hidden, d_weight, d_bias
 
@@ -115,10 +149,11 @@ def linear_token_stats_backward_op(
     gradients: list[Tensor | None],
     wanted: list[bool],
     dtype: torch.dtype,
+    memory_budget: int,
     transform: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    records = (stats_for_backward(stats), StatsGradients(*gradients))
-    return _gradient(hidden, weight, bias, targets, *records, wanted, dtype, Transform.unpack(transform))
+    inputs, kept, given = (hidden, weight, bias, targets), stats_for_backward(stats), StatsGradients(*gradients)
+    return _gradient(*inputs, kept, given, wanted, dtype, memory_budget, Transform.unpack(transform))
 
 
 @linear_token_stats_backward_op.register_fake
@@ -132,14 +167,14 @@ linear_token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.dtype, transform = inputs
+    *tensors, ctx.dtype, ctx.memory_budget, transform = inputs
     ctx.save_for_backward(*tensors, transform, *output[1:])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 6
+    none = (None,) * 7
     if all(g is None for g in grads[:3]):
         return none
     hidden, weight, bias, targets, transform, *stats = (
@@ -149,10 +184,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs, gradients = (hidden, weight, bias, targets), list(grads[:3])
     into = grad_to_add_to(weight) if wanted[1] else None
     if into is None:
-        parts = linear_token_stats_backward_op(*inputs, stats, gradients, wanted, ctx.dtype, transform)
+        options = (ctx.dtype, ctx.memory_budget, transform)
+        parts = linear_token_stats_backward_op(*inputs, stats, gradients, wanted, *options)
     else:
-        records = (stats_for_backward(stats), StatsGradients(*gradients))
-        parts = _gradient(*inputs, *records, wanted, ctx.dtype, Transform.unpack(transform), into)
+        kept, given, unpacked = stats_for_backward(stats), StatsGradients(*gradients), Transform.unpack(transform)
+        parts = _gradient(*inputs, kept, given, wanted, ctx.dtype, ctx.memory_budget, unpacked, into)
         wanted[1] = False
     return *none_if_unwanted(parts, wanted), *none[3:]
 
@@ -172,6 +208,7 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
+    memory_budget: int | None = None,
 ) -> TokenStats:
     """Return ``token_stats(F.linear(hidden, weight, bias), targets, ...)`` without ever holding all the logits.
 
@@ -186,7 +223,10 @@ def linear_token_stats(
     summed in float32 at least; for a 16-bit weight and more than one tile by a pass of its own (a fifth product)
     instead of in a float32 tensor of the weight's size.
 
-    Extra memory: one tile of logits (``TILE_BYTES``, 80 MiB) and O(N). Products are in the inputs' dtype, under
+    memory_budget  bytes in use besides inputs and results, as in ``linear_edge_grpo_loss``; None: 80 MiB for the tile
+                   of logits on a CPU, 3 GiB on a GPU, where it and the sizes decide between tiles and fused kernels.
+
+    Extra memory is O(N) besides. Products are in the inputs' dtype, under
     autocast in autocast's, as ``F.linear``'s; 16-bit ones on a CPU without instructions for them are made in float32,
     from blocks of the weight converted on the fly, and their logits are not rounded. Raises TypeError or ValueError for
     wrong dtypes, shapes and targets.
@@ -196,5 +236,6 @@ def linear_token_stats(
     check_like("targets", targets, {"hidden.shape[:-1]": tuple(hidden.shape[:-1])}, "int64", hidden, remedy=remedy)
     check_transform(temperature, softcap)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
-    stats = linear_token_stats_op(hidden.flatten(0, -2), weight, bias, targets.flatten(), dtype, transform.pack())
+    inputs = (hidden.flatten(0, -2), weight, bias, targets.flatten())
+    stats = linear_token_stats_op(*inputs, dtype, check_memory_budget(memory_budget), transform.pack())
     return TokenStats(*(value.view(targets.shape) for value in stats[:3]))

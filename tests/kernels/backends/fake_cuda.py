@@ -73,7 +73,7 @@ def check_gradients(dtype: torch.dtype) -> None:
     assert (
         describe(
             linear_token_stats_backward_op(
-                hidden, weight, bias, targets, [row] * 3, [row, row, None], wanted, dtype, TRANSFORM.pack()
+                hidden, weight, bias, targets, [row] * 3, [row, row, None], wanted, dtype, 0, TRANSFORM.pack()
             )
         )
         == head
@@ -88,9 +88,9 @@ def check_gradients(dtype: torch.dtype) -> None:
     stats = [((N,), torch.float32)] * 2
     assert describe(token_loss_op(row, row, *records)) == [*loss, *stats]
     assert describe(grpo_loss_op(logits, targets, TRANSFORM.pack(), *records)) == [*loss, *stats, ((N, V), dtype)]
-    made = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, False, dtype, TRANSFORM.pack(), *records)
+    made = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, False, dtype, 0, TRANSFORM.pack(), *records)
     assert describe(made[:7]) == [*loss, *stats, *head]
-    kept = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, True, dtype, TRANSFORM.pack(), *records)
+    kept = linear_grpo_loss_op(hidden, weight, bias, targets, wanted, True, dtype, 0, TRANSFORM.pack(), *records)
     assert describe(kept[7:]) == [((N, V), dtype), ((N,), torch.bool)]
     assert describe(linear_grpo_loss_backward_op(kept[0], hidden, weight, bias, *kept[7:], wanted, dtype)) == head
 

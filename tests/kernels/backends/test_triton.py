@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def test_under_the_interpreter() -> None:
-    """The statistics pass the very tests that the other backends pass; the rest has tests of its own."""
+    """The statistics and the head's tiles pass the tests of the other backends; the rest has tests of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -39,6 +39,7 @@ def test_under_the_interpreter() -> None:
         "no:cacheprovider",
         "tests/kernels/ops/test_token_stats.py",
         "tests/kernels/ops/test_token_stats_machinery.py",
+        "tests/kernels/ops/test_head_tiles.py",
         "tests/kernels/backends/interpreted",
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -174,7 +174,7 @@ def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backen
         (token_stats_backward_op, (of(B, T, V), targets, stats, gradients, transform)),
         (token_loss_op, (leaf(B, T), leaf(B, T), terms, rule)),
         (grpo_loss_op, (leaf(B, T, V), targets, transform, terms, rule)),
-        (linear_token_stats_op, (*head, column(targets), torch.float32, transform)),
+        (linear_token_stats_op, (*head, column(targets), torch.float32, 0, transform)),
         (
             linear_token_stats_backward_op,
             (
@@ -184,11 +184,12 @@ def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backen
                 [column(gradients[0]), None, None],
                 wanted,
                 torch.float32,
+                0,
                 transform,
             ),
         ),
-        (linear_grpo_loss_op, (*head, column(targets), wanted, False, torch.float32, transform, rows, rule)),
-        (linear_grpo_loss_op, (*head, column(targets), wanted, True, torch.float32, transform, rows, rule)),
+        (linear_grpo_loss_op, (*head, column(targets), wanted, False, torch.float32, 0, transform, rows, rule)),
+        (linear_grpo_loss_op, (*head, column(targets), wanted, True, torch.float32, 0, transform, rows, rule)),
         (
             linear_grpo_loss_backward_op,
             (torch.tensor(2.0), *plain, of(B, V), column(mask), wanted, torch.float32),

@@ -157,7 +157,7 @@ def test_the_loss(rows_per_tile: int, config: dict[str, float], monkeypatch: pyt
     """A small batch keeps its tile for the backward pass, and is made with three products; a larger one has none."""
     from edge_kernels.ops import linear_grpo_loss
 
-    monkeypatch.setattr(linear_grpo_loss, "rows_per_tile", lambda weight, products: rows_per_tile)
+    monkeypatch.setattr(linear_grpo_loss, "rows_per_tile", lambda *_: rows_per_tile)
     inputs, targets = make_head(8, 6, 50, torch.float32)
     hidden, mask = inputs[0].detach().view(2, 4, 6).requires_grad_(), (targets != -100).view(2, 4)
     targets = targets.view(2, 4)
