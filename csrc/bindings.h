@@ -64,8 +64,9 @@ inline LossRule loss_rule(int objective, bool ratio_of_sequence, double epsilon_
                           double sampler_cap, double sampler_floor, bool sampler_of_sequence, bool sampler_masks,
                           int injected, double sft_weight, double shaped_gamma, double max_log_ratio,
                           double max_kl_log_ratio) {
-    if (objective < 0 || objective > 2) {
-        reject("objective", "0 (clipped), 1 (cispo) or 2 (sapo)", std::to_string(objective));
+    if (objective < 0 || objective > 4) {
+        reject("objective", "0 (clipped), 1 (cispo), 2 (sapo), 3 (geometric) or 4 (weighted)",
+               std::to_string(objective));
     }
     if (injected < 0 || injected > 2) {
         reject("injected", "0 (none), 1 (sft) or 2 (shaped)", std::to_string(injected));

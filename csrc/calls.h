@@ -29,7 +29,7 @@ struct TokenRows {
     LogitTransform transform;
 };
 
-enum class Objective : int { kClipped = 0, kCispo = 1, kSapo = 2 };
+enum class Objective : int { kClipped = 0, kCispo = 1, kSapo = 2, kGeometric = 3, kWeighted = 4 };
 enum class Injected : int { kNone = 0, kSft = 1, kShaped = 2 };
 
 // The part of a loss configuration that acts on one token: LossRule of edge_kernels/contract.py.

@@ -94,6 +94,22 @@ EDGE_HOST_DEVICE inline double token_log_ratio(const TokenTerms& token, double l
     return std::isnan(token.old_logprob) ? 0.0 : logprob - token.old_logprob;
 }
 
+// A token's part in the log ratio of its sequence, and whether it moves with the token's log-probability.
+struct RatioPart {
+    double value;
+    bool moves;
+};
+
+// GMPO clips each part, on the side to which the advantage would push it.
+EDGE_HOST_DEVICE inline RatioPart ratio_part(const TokenRule& rule, const TokenTerms& token, double logprob) {
+    const double own = token_log_ratio(token, logprob);
+    if (rule.objective != Objective::kGeometric) return {own, true};
+    if (token.advantage == 0.0) return {0.0, false};
+    if (token.advantage > 0 && own > rule.epsilon_high) return {rule.epsilon_high, false};
+    if (token.advantage < 0 && own < -rule.epsilon_low) return {-rule.epsilon_low, false};
+    return {own, true};
+}
+
 // The difference of trainer's and sampler's log-probability, of one token; 0 without a record.
 EDGE_HOST_DEVICE inline double sampler_difference(const TokenTerms& token, double logprob) {
     const double difference = old_logprob(token, logprob) - token.sampling_logprob;
@@ -141,7 +157,16 @@ EDGE_HOST_DEVICE inline TokenOutcome token_outcome(const TokenRule& rule, const 
     const bool is_bounded = log_ratio > rule.max_log_ratio;
     const double ratio = std::exp(is_bounded ? rule.max_log_ratio : log_ratio);
     out.ratio = ratio;
-    if (rule.objective == Objective::kCispo) {
+    if (rule.objective == Objective::kWeighted) {
+        out.direct = -advantage;
+        out.loss = advantage == 0.0 ? 0.0 : out.direct * logprob;
+    } else if (rule.objective == Objective::kGeometric) {
+        const bool is_clipped = !ratio_part(rule, token, logprob).moves;
+        out.loss = -advantage * ratio;
+        out.through_ratio = is_bounded ? 0.0 : out.loss;
+        out.clipped_low = is_clipped && advantage < 0;
+        out.clipped_high = is_clipped && advantage > 0;
+    } else if (rule.objective == Objective::kCispo) {
         out.direct = -(ratio > rule.epsilon_high ? rule.epsilon_high : ratio) * advantage;
         out.loss = advantage == 0.0 ? 0.0 : out.direct * logprob;  // not 0 * inf where the token is forbidden
         out.clipped_high = ratio > rule.epsilon_high && advantage > 0;

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, cast, get_args
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "geo_mean", "vespo"]
 ImportanceLevel = Literal["token", "sequence"]
 SamplerRatioMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 InjectedTreatment = Literal["credit", "mask", "sft", "shaped"]
@@ -77,11 +77,15 @@ class GRPOLossConfig:
     """Everything that decides the loss of a token besides the tensors; the formulas are in ``edge_kernels.reference``.
 
     ``loss_type``                  per-token objective and normalizer; ``edge_grpo_loss`` has the formulas of each.
-    ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself.
+    ``epsilon_low, epsilon_high``  clip range of the importance ratio; for "cispo" ``epsilon_high`` is the cap itself;
+                                   for "geo_mean" they bound each token's log ratio.
     ``delta``                      upper bound of the unclipped ratio (two-sided clipping), None for none; of the losses
                                    that clip.
     ``sapo_temperature_pos, sapo_temperature_neg``  slopes of the gate that "sapo" has instead of clipping, for tokens
                                    with a positive advantage and for all others (arXiv:2511.20347).
+    ``vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg``  exponent and decay of the weight w^k exp(lambda
+                                   (1 - w)) that "vespo" gives to a response whose sequence ratio is w, for an
+                                   advantage of at least 0 and for a negative one (arXiv:2602.10693).
     ``beta, use_bias_correction_kl``  weight of the KL penalty to the reference policy (the k3 estimator), and whether
                                    the estimate is multiplied by the importance ratio, so that its gradient is
                                    that of the KL divergence.
@@ -104,6 +108,10 @@ class GRPOLossConfig:
     delta: float | None = None
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     beta: float = 0.0
     use_bias_correction_kl: bool = True
     importance_sampling_level: ImportanceLevel = "token"
@@ -135,6 +143,13 @@ class GRPOLossConfig:
             _number("delta", self.delta, above=1)
         _number("sapo_temperature_pos", self.sapo_temperature_pos, above=0, finite=True)
         _number("sapo_temperature_neg", self.sapo_temperature_neg, above=0, finite=True)
+        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+            _number(name, getattr(self, name), least=0, finite=True)
+        if self.loss_type == "vespo" and self.sampler_ratio_mode.startswith("sequence"):
+            raise ValueError(
+                "loss_type='vespo' has a weight for sequences in which the sampler's ratios of tokens are factors; got "
+                f"sampler_ratio_mode={self.sampler_ratio_mode!r}; use 'token_truncate' or 'token_mask'"
+            )
         _number("beta", self.beta, least=0)
         _number("temperature", self.temperature, above=0, finite=True)
         if self.softcap is not None:

@@ -96,6 +96,8 @@ class Objective:
     CLIPPED = 0
     CISPO = 1
     SAPO = 2
+    GEOMETRIC = 3  # GMPO: the ratio of a sequence, from log ratios that are clipped token by token
+    WEIGHTED = 4  # VESPO: the log-probability, weighted by the factor alone
 
 
 class Injected:
@@ -129,11 +131,16 @@ class LossRule(NamedTuple):
     @classmethod
     def of(cls, config: GRPOLossConfig) -> LossRule:
         infinity = float("inf")
-        objective = {"cispo": Objective.CISPO, "sapo": Objective.SAPO}
+        objective = {
+            "cispo": Objective.CISPO,
+            "sapo": Objective.SAPO,
+            "geo_mean": Objective.GEOMETRIC,
+            "vespo": Objective.WEIGHTED,
+        }
         treatment = {"sft": Injected.SFT, "shaped": Injected.SHAPED}
         return cls(
             objective=objective.get(config.loss_type, Objective.CLIPPED),
-            ratio_of_sequence=config.importance_sampling_level == "sequence",
+            ratio_of_sequence=config.importance_sampling_level == "sequence" or config.loss_type == "geo_mean",
             epsilon_low=float(config.epsilon_low),
             epsilon_high=float(config.epsilon_high),
             delta=infinity if config.delta is None else float(config.delta),

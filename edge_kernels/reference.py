@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, stats_dtype
 from edge_kernels.config import EDAConfig, GRPOLossConfig, ScaleRewards, scale_of
+from edge_kernels.sequences import gamma_weight, geometric_mean
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
 SCALE_EPSILON = 1e-4  # what GRPO adds to a group's standard deviation
@@ -231,7 +232,14 @@ def edge_grpo_loss(
     old = logprobs.detach() if old_logprobs is None else old_logprobs.to(entropy.dtype)
     recorded = mask if old_logprobs is None else mask & ~old.isnan()
     log_ratio = (logprobs - torch.where(recorded, old, logprobs.detach())).masked_fill(~mask, 0)
-    if config.importance_sampling_level == "sequence":  # GSPO: tokens without a record take no part
+    own_log_ratio = log_ratio
+    if config.loss_type == "geo_mean":  # GMPO: each is clipped on the side to which its advantage would push it
+        log_ratio = torch.where(
+            A > 0, log_ratio.clamp(max=config.epsilon_high), log_ratio.clamp(min=-config.epsilon_low)
+        )
+        log_ratio = torch.where(A == 0, 0, log_ratio)
+    if config.importance_sampling_level == "sequence" or config.loss_type == "geo_mean":
+        # Tokens without a record take no part.
         log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True)
         log_ratio = log_ratio / recorded.sum(-1, keepdim=True).clamp(min=1)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()  # (B, T) or (B, 1)
@@ -241,9 +249,16 @@ def edge_grpo_loss(
         p = logprobs.exp()
         per_token = torch.where(injected, -A * p / (p + config.shaped_gamma), per_token)
 
+    factor = None
     if config.sampler_ratio_cap is not None:
         assert sampling_logprobs is not None
-        per_token = per_token * _sampler_correction(old.detach(), sampling_logprobs.to(entropy.dtype), mask, config)
+        factor = _sampler_correction(old.detach(), sampling_logprobs.to(entropy.dtype), mask, config)
+    if config.loss_type == "geo_mean" and factor is not None:
+        factor = geometric_mean(factor, mask)
+    if config.loss_type == "vespo":
+        factor = gamma_weight(own_log_ratio.detach(), factor, A, mask, config)
+    if factor is not None:
+        per_token = per_token * factor
 
     # The policy term of low-entropy tokens is dropped; so is their entropy bonus below.
     acting = mask
@@ -273,6 +288,10 @@ def _policy_term(ratio: Tensor, A: Tensor, logprobs: Tensor, config: GRPOLossCon
     """Return each token's loss before any factor, penalty or mask."""
     if config.loss_type == "cispo":
         return -ratio.clamp(max=config.epsilon_high).detach() * A * logprobs
+    if config.loss_type == "vespo":
+        return -A * logprobs
+    if config.loss_type == "geo_mean":
+        return -A * ratio
     if config.loss_type == "sapo":
         slope = torch.full_like(A, config.sapo_temperature_neg).masked_fill(A > 0, config.sapo_temperature_pos)
         return -(slope * (ratio - 1)).sigmoid() * 4 / slope * A
@@ -297,7 +316,7 @@ def _reduced(
     per_token: Tensor, mask: Tensor, config: GRPOLossConfig, items: Tensor | float, sequences: Tensor | float
 ) -> Tensor:
     """Return the loss of the batch from those of its tokens, 0 outside the mask."""
-    if config.loss_type in ("grpo", "sapo"):
+    if config.loss_type in ("grpo", "sapo", "geo_mean"):
         return (per_token.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / max(sequences, 1)
     if config.loss_type == "luspo":
         return per_token.sum() / max(sequences, 1)

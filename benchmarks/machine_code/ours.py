@@ -123,6 +123,9 @@ def triton_options(architecture: int) -> None:
             backend.grpo_sweep(logits, targets, terms, rule, transform, out=logits)
             whole = rule._replace(ratio_of_sequence=True, sampler_of_sequence=True, sampler_masks=True)
             backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(terms), whole)
+        for loss_type in ("geo_mean", "vespo"):
+            rule = LossRule.of(GRPOLossConfig(loss_type=loss_type))  # type: ignore[arg-type]
+            backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(full), rule)
         hidden = torch.empty(ROWS, HIDDEN, dtype=dtype, device="cuda")
         weight = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="cuda")
         inputs = hidden, weight, torch.empty(VOCAB, dtype=dtype, device="cuda"), targets

@@ -38,7 +38,7 @@ class Batch {
                 const double logprob = value_of(call_.logprobs, i);
                 if (has_record(i)) {
                     recorded += 1.0;
-                    log_ratios += token_log_ratio(token, logprob);
+                    log_ratios += ratio_part(rule_, token, logprob).value;
                 }
                 if (token.has_sampling) differences += sampler_difference(token, logprob);
             }
@@ -77,8 +77,11 @@ class Batch {
             write(call_.d_entropy, i, out.acting ? -rule_.bonus_weight : 0.0);
         }
         if (!rule_.ratio_of_sequence) return;
-        for (std::int64_t i = begin_; i < end_; ++i) {  // every recorded token moves the one ratio by 1 / length
+        for (std::int64_t i = begin_; i < end_;
+             ++i) {  // every recorded token that is not clipped moves the one ratio by 1 / length
             if (call_.tensors.mask[i] == 0 || !has_record(i)) continue;
+            const TokenTerms token = token_terms(call_.tensors, call_.dtype, i);
+            if (!ratio_part(rule_, token, value_of(call_.logprobs, i)).moves) continue;
             write(call_.d_logprobs, i, value_of(call_.d_logprobs, i) + through_ratio / num_recorded);
         }
     }

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTokenLossThreads)
                 const double logprob = static_cast<double>(logprobs[i]);
                 if (tensors.old_logprobs == nullptr || !std::isnan(token.old_logprob)) {
                     recorded += 1.0;
-                    log_ratios += token_log_ratio(token, logprob);
+                    log_ratios += ratio_part(rule, token, logprob).value;
                 }
                 if (token.has_sampling) differences += sampler_difference(token, logprob);
             }
@@ -154,12 +154,14 @@ __global__ void __launch_bounds__(kTokenLossThreads)
             d_entropy[i] = static_cast<float>(out.acting ? -rule.bonus_weight : 0.0);
         }
 
-        // Every recorded token of a sequence moves the one ratio by 1 / length.
+        // Every recorded token of a sequence that is not clipped moves the one ratio by 1 / length.
         if (rule.ratio_of_sequence) {
             const double each = sum_block(through_ratio, scratch) / sequence_length;
             for (std::int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
                 const bool has_record = !std::isnan(number_at(tensors.old_logprobs, DType::kFloat32, i, 0.0));
                 if (tensors.mask[i] == 0 || !has_record) continue;
+                const TokenTerms token = token_terms(tensors, DType::kFloat32, i);
+                if (!ratio_part(rule, token, static_cast<double>(logprobs[i])).moves) continue;
                 d_logprobs[i] = static_cast<float>(static_cast<double>(d_logprobs[i]) + each);
             }
         }

@@ -63,8 +63,12 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     recorded = mask if terms.old_logprobs is None else mask & has_record
     log_ratio = (logprobs - old).masked_fill(~(mask & has_record), 0)
     lengths = recorded.sum(-1, keepdim=True).clamp(min=1) if rule.ratio_of_sequence else None
+    part, moves = log_ratio, recorded
+    if rule.objective == Objective.GEOMETRIC:
+        part, moves = _clipped_part(log_ratio, A, rule)
+        moves = moves & recorded
     if lengths is not None:
-        log_ratio = log_ratio.sum(-1, keepdim=True) / lengths  # (B, 1)
+        log_ratio = part.sum(-1, keepdim=True) / lengths  # (B, 1)
     log_ratio = log_ratio.expand_as(mask)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
@@ -75,6 +79,13 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         direct, through_ratio = -capped * A, torch.zeros_like(logprobs)
         policy = torch.where(A == 0, 0, direct * logprobs)  # not 0 * inf where the token is forbidden
         high = (ratio > rule.epsilon_high) & (A > 0)
+    elif rule.objective == Objective.WEIGHTED:
+        direct, through_ratio = -A, torch.zeros_like(logprobs)
+        policy = torch.where(A == 0, 0, direct * logprobs)
+    elif rule.objective == Objective.GEOMETRIC:
+        policy, direct = -A * ratio, torch.zeros_like(logprobs)
+        through_ratio = policy.masked_fill(log_ratio > MAX_LOG_RATIO, 0)
+        low, high = recorded & ~moves & (A < 0), recorded & ~moves & (A > 0)
     elif rule.objective == Objective.SAPO:
         slope = torch.full_like(ratio, rule.sapo_temperature_neg).masked_fill(A > 0, rule.sapo_temperature_pos)
         gate = (slope * (ratio - 1)).sigmoid()
@@ -118,7 +129,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     if lengths is None:
         d_logprobs = d_logprobs + through_ratio
     else:  # every token of the sequence moves the one ratio by 1 / length
-        d_logprobs = d_logprobs + recorded * (through_ratio.sum(-1, keepdim=True) / lengths)
+        d_logprobs = d_logprobs + moves * (through_ratio.sum(-1, keepdim=True) / lengths)
     d_entropy = torch.zeros_like(d_logprobs)
     if terms.bonus_weight is not None:
         loss = loss - terms.bonus_weight * entropy.masked_fill(~acting, 0).sum()
@@ -129,6 +140,16 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         bounded = mask & (terms.ref_logprobs - logprobs > MAX_KL_LOG_RATIO)
     metrics = _metrics(mask, entropy, ratio, low, high, kl, bounded, factor)
     return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs.contiguous(), d_entropy.contiguous())
+
+
+def _clipped_part(log_ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor]:
+    """Return GMPO's part of each token in its sequence's log ratio, and which of them move with the token's.
+
+    Each is clipped on the side to which its advantage would push it.
+    """
+    high, low = (A > 0) & (log_ratio > rule.epsilon_high), (A < 0) & (log_ratio < -rule.epsilon_low)
+    part = log_ratio.masked_fill(high, rule.epsilon_high).masked_fill(low, -rule.epsilon_low)
+    return part.masked_fill(A == 0, 0), ~(high | low | (A == 0))
 
 
 def _clipped(ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:

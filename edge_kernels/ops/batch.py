@@ -14,6 +14,7 @@ from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform
 from edge_kernels.ops.token_loss import token_loss_op
 from edge_kernels.reference import tokens_above_quantile
+from edge_kernels.sequences import gamma_weight, geometric_mean
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
 Total = Tensor | float | None
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
         return (
             self.advantages is None
             or config.importance_sampling_level == "sequence"
+            or config.loss_type in ("geo_mean", "vespo")
             or (config.top_entropy_quantile < 1 and self.entropy_threshold is None)
             or counts_high_entropy
             or (self.sampling_logprobs is not None and config.sampler_ratio_mode.startswith("sequence"))
@@ -74,18 +76,33 @@ class Batch(NamedTuple):
                 acting_items = (mask & ~(stats.entropy.detach() < threshold)).sum()
             acting_items = _scalar(acting_items, self.dtype, mask.device)
             bonus_weight = config.entropy_coef / acting_items.clamp(min=1)
+        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
+        factor, sampling = self.sampler_ratio, self.sampling_logprobs
+        if config.loss_type in ("geo_mean", "vespo") and stats is not None:
+            factor, sampling = self._factor_of_sequences(advantages, stats.logprobs.detach()), None
         return TokenTerms(
             mask=mask,
             weight=_loss_weight(mask, config, self.num_items, self.num_sequences, self.dtype),
-            advantages=(advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape),
+            advantages=advantages,
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
-            sampler_ratio=self.sampler_ratio,
-            sampling_logprobs=self.sampling_logprobs,
+            sampler_ratio=factor,
+            sampling_logprobs=sampling,
             injected=self.injected,
             entropy_threshold=threshold,
             bonus_weight=bonus_weight,
         )
+
+    def _factor_of_sequences(self, advantages: Tensor, logprobs: Tensor) -> Tensor | None:
+        """Return what "geo_mean" and "vespo" multiply each token's term by, (B, T); None for nothing."""
+        old = logprobs if self.old_logprobs is None else self.old_logprobs
+        old = torch.where(old.isnan(), logprobs, old)
+        factor = self.sampler_ratio
+        if self.sampling_logprobs is not None:
+            factor = sampler_correction(old, self.sampling_logprobs, self.mask, LossRule.of(self.config))
+        if self.config.loss_type == "vespo":
+            return gamma_weight(logprobs - old, factor, advantages, self.mask, self.config).expand(self.mask.shape)
+        return None if factor is None else geometric_mean(factor, self.mask).expand(self.mask.shape)
 
 
 def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -108,7 +125,7 @@ def _loss_weight(
     sequences = _at_least_one(mask.shape[0] if num_sequences is None else num_sequences)
     items = _at_least_one(mask.sum() if num_items is None else num_items)
     weight = mask.to(dtype)
-    if config.loss_type in ("grpo", "sapo"):
+    if config.loss_type in ("grpo", "sapo", "geo_mean"):
         return weight / mask.sum(-1, keepdim=True).clamp(min=1) / sequences
     if config.loss_type == "luspo":
         return weight / sequences
@@ -265,6 +282,8 @@ def output_of(
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     if batch.ref_logprobs is None:
         del named["kl_sum"], named["kl_bounded"]
-    if batch.config.sampler_ratio_cap is None:
+    if batch.config.loss_type == "vespo":
+        named |= {"phi_sum": named["sampler_ratio_sum"], "phi_max": named["sampler_ratio_max"]}
+    if batch.config.sampler_ratio_cap is None or batch.config.loss_type == "vespo":
         del named["sampler_ratio_sum"], named["sampler_ratio_max"]
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)

@@ -122,18 +122,21 @@ def edge_grpo_loss(
         -min(min(r, delta) A, clamp(r, 1 - epsilon_low, 1 + epsilon_high) A)     grpo, bnpo, dr_grpo, dapo, luspo
         -min(r, epsilon_high).detach() A logprob                                         cispo
         -4 / t A sigmoid(t (r - 1)), t = sapo_temperature_pos or _neg                    sapo
+        -A exp(mean over the response of log r, at most epsilon_high where A > 0,
+               at least -epsilon_low where A < 0)                                        geo_mean (GMPO)
+        -A logprob (w^k exp(lambda (1 - w))).detach(), w the product of the response's r vespo
         + beta * (exp(d) - d - 1),  d = ref_logprob - logprob                            where beta > 0
 
     and the batch has, with w the totals below::
 
-        grpo sapo       sum_i mean_t loss / num_sequences
-        luspo           sum loss / num_sequences
-        dr_grpo         sum loss / (num_sequences * max_completion_length)
-        bnpo dapo cispo sum loss / num_items
+        grpo sapo geo_mean    sum_i mean_t loss / num_sequences
+        luspo                 sum loss / num_sequences
+        dr_grpo               sum loss / (num_sequences * max_completion_length)
+        bnpo dapo cispo vespo sum loss / num_items
         - entropy_coef * sum entropy / num_items                                         where entropy_coef != 0
 
     ``edge_kernels.reference.edge_grpo_loss`` is the same in plain PyTorch; on the same tensors TRL 1.16's
-    ``GRPOTrainer._compute_loss`` agrees in value and gradient.
+    ``GRPOTrainer._compute_loss`` agrees in value and gradient, and for geo_mean verl 0.9's ``core_algos``.
 
     logits             (B, T, V): float32, bfloat16, float16 or float64: those that predict ``targets``. The only input
                        that receives a gradient.

@@ -96,6 +96,8 @@ SEQUENCE_CONFIGS = {
     "gspo": GRPOLossConfig(importance_sampling_level="sequence"),
     "gspo, shaped, KL": GRPOLossConfig(importance_sampling_level="sequence", injected="shaped", beta=0.1, delta=1.02),
     "gspo, cispo": GRPOLossConfig(importance_sampling_level="sequence", loss_type="cispo", epsilon_high=1.01),
+    "gmpo": GRPOLossConfig(loss_type="geo_mean", beta=0.1),
+    "vespo": GRPOLossConfig(loss_type="vespo", sampler_ratio_cap=1.5, beta=0.1),
     "sampler truncates": GRPOLossConfig(sampler_ratio_cap=1.5, sampler_ratio_mode="sequence_truncate"),
     "sampler masks": GRPOLossConfig(
         sampler_ratio_cap=3.0, sampler_ratio_mode="sequence_mask", importance_sampling_level="sequence"

@@ -23,6 +23,8 @@ LOSSES = {
     "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=5.0, injected="shaped"),
     "sapo": GRPOLossConfig(loss_type="sapo"),
     "luspo": GRPOLossConfig(loss_type="luspo", importance_sampling_level="sequence"),
+    "geo_mean": GRPOLossConfig(loss_type="geo_mean"),
+    "vespo": GRPOLossConfig(loss_type="vespo"),
     "gspo": GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", injected="sft"),
     "entropy bonus": GRPOLossConfig(entropy_coef=0.1),
     "entropy quantile": GRPOLossConfig(top_entropy_quantile=0.5),

@@ -201,6 +201,22 @@ class TestLoss:
         loss = self.loss(-1, old_logprobs=old, loss_type="sapo", **temperatures)
         assert loss == pytest.approx((3 / 4 + 1 / 4) * (4 / 4) / 2)
 
+    def test_gmpo_clips_log_ratios_before_their_mean(self) -> None:
+        # log r = (0.6, -0.6): for A = 1 the first is clipped to 0.4, for A = -1 the second to -0.2.
+        old, bounds = self.old(math.exp(0.6), math.exp(-0.6)), {"epsilon_low": 0.2, "epsilon_high": 0.4}
+        loss = self.loss(1, old_logprobs=old, loss_type="geo_mean", **bounds)
+        assert loss == pytest.approx(-math.exp((0.4 - 0.6) / 2))
+        loss = self.loss(-1, old_logprobs=old, loss_type="geo_mean", **bounds)
+        assert loss == pytest.approx(math.exp((0.6 - 0.2) / 2))
+
+    def test_vespo_weighs_the_log_probabilities_by_the_sequence(self) -> None:
+        # w = 3 * 0.5 = 1.5; w^2 exp(3 (1 - w)) for A >= 0, w^3 exp(2 (1 - w)) for A < 0.
+        old = self.old(3, 0.5)
+        loss = self.loss(1, old_logprobs=old, loss_type="vespo")
+        assert loss == pytest.approx(1.5**2 * math.exp(-1.5) * (LOG2 + LOG4) / 2)
+        loss = self.loss(-1, old_logprobs=old, loss_type="vespo")
+        assert loss == pytest.approx(-(1.5**3) * math.exp(-1.0) * (LOG2 + LOG4) / 2)
+
     def test_sequence_ratio_is_the_geometric_mean(self) -> None:
         # sqrt(1.21 * 1.0) = 1.1, inside the clipping range.
         loss = self.loss(1, old_logprobs=self.old(1.21, 1.0), importance_sampling_level="sequence")

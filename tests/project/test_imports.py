@@ -16,6 +16,7 @@ from paths import ROOT
 ROOMS = {
     "edge_kernels": (
         ("_checks", "_extension", "config", "types"),
+        ("sequences",),
         ("contract", "reference"),
         ("advantages", "backends"),
         ("backend",),

@@ -24,6 +24,8 @@ MAX_RATIO_LOG = tl.constexpr(MAX_LOG_RATIO)
 MAX_KL_LOG = tl.constexpr(MAX_KL_LOG_RATIO)
 CISPO = tl.constexpr(Objective.CISPO)
 SAPO = tl.constexpr(Objective.SAPO)
+GEOMETRIC = tl.constexpr(Objective.GEOMETRIC)
+WEIGHTED = tl.constexpr(Objective.WEIGHTED)
 SFT = tl.constexpr(Injected.SFT)
 SHAPED = tl.constexpr(Injected.SHAPED)
 
@@ -34,10 +36,23 @@ def exp(x):
 
 
 @triton.jit
+def ratio_part(log_ratio, A, low, high, rule):
+    """A token's part in its sequence's log ratio, and whether it moves with the token's."""
+    if rule.objective == GEOMETRIC:
+        is_high = (A > 0) & (log_ratio > high)
+        is_low = (A < 0) & (log_ratio < low)
+        part = tl.where(is_high, high, tl.where(is_low, low, log_ratio))
+        return tl.where(A == 0, 0.0, part), (A != 0) & ~is_high & ~is_low
+    else:
+        return log_ratio, A == A
+
+
+@triton.jit
 def policy(log_ratio, A, logprob, low, high, rule):
     """(term, derivative by the logprob, by the log ratio, ratio, clipped low, clipped high).
 
-    ``low`` and ``high`` are the bounds of the ratio; for CISPO ``high`` is its cap.
+    ``low`` and ``high`` are the bounds of the ratio; for CISPO ``high`` is its cap, for GEOMETRIC they are those of a
+    token's log ratio.
     """
     ratio = exp(tl.where(log_ratio > MAX_RATIO_LOG, MAX_RATIO_LOG, log_ratio))
     if rule.objective == CISPO:
@@ -46,6 +61,14 @@ def policy(log_ratio, A, logprob, low, high, rule):
         never = is_high & (A < 0)
         term = tl.where(A == 0, 0.0, direct * logprob)  # not 0 * inf where the token is forbidden
         return term, direct, tl.zeros_like(direct), ratio, never, is_high
+    elif rule.objective == WEIGHTED:
+        term = tl.where(A == 0, 0.0, -A * logprob)
+        never = (A > 0) & (A < 0)
+        return term, -A, tl.zeros_like(term), ratio, never, never
+    elif rule.objective == GEOMETRIC:
+        term = -A * ratio
+        never = (A > 0) & (A < 0)  # contribution() knows which
+        return term, tl.zeros_like(term), tl.where(log_ratio > MAX_RATIO_LOG, 0.0, term), ratio, never, never
     elif rule.objective == SAPO:
         slope = tl.where(A > 0, rule.sapo_temperature_pos, rule.sapo_temperature_neg)
         x = slope * (ratio - 1)
@@ -109,6 +132,10 @@ def contribution(terms, rule, low, high, at, own, lp, h, threshold, sequence_log
     elif terms.old_logprobs is not None:
         log_ratio = tl.where(old == lp, 0.0, lp - old)  # without a record too, where lp may be -inf
     term, direct, through, ratio, is_low, is_high = policy(log_ratio, A, lp, low, high, rule)
+    if rule.objective == GEOMETRIC:
+        _, moves = ratio_part(tl.where(old == lp, 0.0, lp - old), A, low, high, rule)
+        is_low = ~moves & (A < 0)
+        is_high = ~moves & (A > 0)
     if terms.injected is not None:
         injected = own & tl.load(terms.injected + at, mask=own, other=0).to(tl.int1)
         if rule.injected == SHAPED:
@@ -189,7 +216,9 @@ def token_loss_kernel(
             own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
             lp = tl.load(logprobs + at, mask=own, other=0.0)
             old, recorded = recorded_logprob(terms, at, own, lp)
-            total_ratio += tl.where(recorded & (old != lp), lp - old, 0.0)
+            A = tl.load(terms.advantages + at, mask=own, other=0.0)
+            part, _ = ratio_part(tl.where(old == lp, 0.0, lp - old), A, low, high, rule)
+            total_ratio += tl.where(recorded, part, 0.0)
             total_recorded += tl.where(recorded, 1.0, 0.0)
             if terms.sampling_logprobs is not None:
                 difference = old - tl.load(terms.sampling_logprobs + at, mask=own, other=0.0)
@@ -247,7 +276,7 @@ def token_loss_kernel(
             factor_sum += tl.where(own, factor, 0.0)
             factor_max = nan_max(factor_max, tl.where(own, factor, 0.0))
 
-    if rule.ratio_of_sequence:  # every token of the sequence moves the one ratio by 1 / length
+    if rule.ratio_of_sequence:  # every token of the sequence that is not clipped moves the one ratio by 1 / length
         each = tl.sum(total_through, 0) / recorded_tokens
         tl.debug_barrier()  # another thread may have written what this one adds to
         for i in range(0, length, BLOCK):
@@ -255,8 +284,11 @@ def token_loss_kernel(
             here = i + offsets < length
             own = here & tl.load(terms.mask + at, mask=here, other=0).to(tl.int1)
             derivative = tl.load(d_logprobs + at, mask=here, other=0.0)
-            _, recorded = recorded_logprob(terms, at, own, derivative)
-            tl.store(d_logprobs + at, derivative + tl.where(recorded, each, 0.0), mask=here)
+            lp = tl.load(logprobs + at, mask=own, other=0.0)
+            old, recorded = recorded_logprob(terms, at, own, lp)
+            A = tl.load(terms.advantages + at, mask=own, other=0.0)
+            _, moves = ratio_part(tl.where(old == lp, 0.0, lp - old), A, low, high, rule)
+            tl.store(d_logprobs + at, derivative + tl.where(recorded & moves, each, 0.0), mask=here)
 
     out = sums + program.to(tl.int64) * SUMS
     tl.store(out + 0, tl.sum(total_loss, 0))
@@ -304,8 +336,12 @@ def rule_arguments(rule: LossRule) -> dict[str, Any]:
     """Return the rule as kernels take it: what is no float is constant, a beta of 0 is None; and the ratio's bounds."""
     fields: dict[str, Any] = {n: x if isinstance(x, float) else tl.constexpr(x) for n, x in rule._asdict().items()}
     fields["beta"] = rule.beta or None
-    high = rule.epsilon_high if rule.objective == Objective.CISPO else 1 + rule.epsilon_high
-    return {"rule": LossRule(**fields), "low": 1 - rule.epsilon_low, "high": high}
+    low, high = 1 - rule.epsilon_low, 1 + rule.epsilon_high
+    if rule.objective == Objective.CISPO:
+        high = rule.epsilon_high
+    if rule.objective == Objective.GEOMETRIC:
+        low, high = -rule.epsilon_low, rule.epsilon_high
+    return {"rule": LossRule(**fields), "low": low, "high": high}
 
 
 @on_its_device

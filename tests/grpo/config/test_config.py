@@ -38,7 +38,10 @@ from edge_kernels.config import EDAConfig, GRPOLossConfig
         ("optim.learning_rate=nan", "optim.learning_rate must be a number; got 'nan'"),
         ("optim.learning_rate=0", "optim.learning_rate must be a number in (0, 1e37]; got 0.0"),
         ("method=egde", "method must be one of edge, grpo, eda, gec, grpo+reflection; got 'egde'; did you mean edge?"),
-        ("loss.loss_type=ppo", "loss.loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo; got"),
+        (
+            "loss.loss_type=ppo",
+            "loss.loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, geo_mean, vespo",
+        ),
         ("loss.beta=-1", "loss.beta must be a number of at least 0; got -1.0"),
         ("eda.clip=0.5", "eda.clip must be a number >= 1; got 0.5"),
         ("rollout.temperature=0", "rollout.temperature must be a number > 0; got 0.0; greedy responses"),

@@ -264,7 +264,7 @@ LOSS = {"dtype": 0, "sequences": 2, "length": 3} | dict.fromkeys(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"objective": 3}, r"objective must be 0 \(clipped\), 1 \(cispo\) or 2 \(sapo\); got 3"),
+        ({"objective": 5}, r"objective must be 0 \(clipped\), .* or 4 \(weighted\); got 5"),
         ({"injected": 3}, r"injected must be 0 \(none\), 1 \(sft\) or 2 \(shaped\); got 3"),
     ],
 )

@@ -42,7 +42,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_every_path_is_the_reference(loss_type: str, level: str, treatment: str) -> None:
     """Also where TRL has nothing to compare with: injected tokens, missing records, one sweep with a quantile."""
     batch = make_batch()
-    options = itertools.product((False, True), (1.0, 0.5), (None, *SamplerRatioMode.__args__), (False, True))
+    modes: tuple[str | None, ...] = (None, *SamplerRatioMode.__args__)
+    if loss_type not in ("dapo", "cispo", "sapo", "geo_mean"):  # the others differ from dapo in their normalizer
+        modes = (None, "token_mask")
+    options = itertools.product((False, True), (1.0, 0.5), modes, (False, True))
     for penalties, quantile, sampler_mode, with_old in options:
         config = config_of(
             loss_type,
@@ -259,7 +262,7 @@ def test_on_policy_every_loss_has_the_gradient_of_reinforce(seed: int, loss_type
     (actual,) = torch.autograd.grad(out.loss, logits)
     lengths = batch.mask.sum(-1, keepdim=True).clamp(min=1)
     of_sequence = 1 / (lengths * B)
-    weight = {"grpo": of_sequence, "sapo": of_sequence, "luspo": 1 / B, "dr_grpo": 1 / (B * 7)}
+    weight = {"grpo": of_sequence, "sapo": of_sequence, "geo_mean": of_sequence, "luspo": 1 / B, "dr_grpo": 1 / (B * 7)}
     weight = weight.get(loss_type, 1 / batch.mask.sum())
     logprobs = token_stats(logits, batch.targets.masked_fill(~batch.mask, -100)).logprobs
     reinforce = -(batch.advantages[:, None] * logprobs * weight).sum()

@@ -27,6 +27,8 @@ CONFIGS = {
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 2.5, "beta": 0.04},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "geo_mean": {"loss_type": "geo_mean", "beta": 0.04},
+    "vespo": {"loss_type": "vespo", "sampler_ratio_cap": 1.1},
     "clipped": {"epsilon_low": 0.05, "epsilon_high": 0.1, "delta": 1.2, "beta": 0.1},
     "sequence": {"importance_sampling_level": "sequence", "beta": 0.05},
     "bonus": {"entropy_coef": 0.1},
@@ -87,7 +89,7 @@ def test_every_variant_from_logits(name: str, recorded: bool, inplace: bool) -> 
 
 # 2,100: several programs of 1,024 tokens and a rest, or a sequence in several blocks. 3: less than the smallest block.
 @pytest.mark.parametrize("length", [3, 2100])
-@pytest.mark.parametrize("name", ["clipped", "sapo", "sequence", "sampler, sequences masked"])
+@pytest.mark.parametrize("name", ["clipped", "sapo", "sequence", "geo_mean", "sampler, sequences masked"])
 def test_the_token_loss_of_long_sequences(name: str, length: int) -> None:
     generator = torch.Generator().manual_seed(1)
 
