@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         entropy_driven_advantages,
         entropy_weights,
         group_advantages,
+        kl_penalized_rewards,
         response_entropy,
         response_entropy_weights,
     )
@@ -34,6 +35,7 @@ __all__ = [
     "entropy_weights",
     "get_backend",
     "group_advantages",
+    "kl_penalized_rewards",
     "linear_edge_grpo_loss",
     "linear_token_stats",
     "response_entropy",
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "entropy_weights": "advantages",
     "get_backend": "backend",
     "group_advantages": "advantages",
+    "kl_penalized_rewards": "advantages",
     "linear_edge_grpo_loss": "ops.linear_grpo_loss",
     "linear_token_stats": "ops.linear_token_stats",
     "response_entropy": "advantages",

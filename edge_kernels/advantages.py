@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from edge_kernels._checks import check_float, check_like, describe, stats_dtype
-from edge_kernels.config import EDAConfig, ScaleRewards, scale_of
+from edge_kernels.config import EDAConfig, KLEstimator, ScaleRewards, _one_of, scale_of
 from edge_kernels.reference import SCALE_EPSILON
+from edge_kernels.sequences import kl_estimate
 
 
 class _Groups(NamedTuple):
@@ -89,6 +90,43 @@ def group_advantages(
     else:
         variance = groups.sum(centred.square()) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + SCALE_EPSILON)
+
+
+def kl_penalized_rewards(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    completion_mask: Tensor,
+    *,
+    coef: float,
+    estimator: KLEstimator = "k1",
+) -> Tensor:
+    """Return the rewards less ``coef`` times the estimated KL divergence to the reference policy, (B,).
+
+    Equivalent: ``rewards - coef * (kl * completion_mask).sum(1)``; verl's ``apply_kl_penalty``, summed over a response.
+
+    rewards          (B,), floating point.
+    logprobs         (B, T), floating point: those of the policy that sampled.
+    ref_logprobs     (B, T), floating point: those of the reference policy.
+    completion_mask  (B, T), bool: the tokens that were sampled. Values outside are not read (NaN is fine there).
+    estimator        "k1" d, "abs" |d|, "k2" d^2 / 2, "k3" exp(-d) + d - 1 (d within 20, the estimate at most 10), with
+                     d = logprob - ref_logprob.
+
+    float64 for float64 rewards, else float32. No gradient. Raises ValueError or TypeError for wrong shapes and dtypes.
+    """
+    _one_of("estimator", estimator, KLEstimator)
+    check_float("logprobs", logprobs, least_dims=1, may_be_empty=True)
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must have shape (B, T); got {describe(logprobs)}; pass one row per response")
+    B, T = logprobs.shape
+    check_like("rewards", rewards, {"(B,)": (B,)}, "floating point", logprobs, remedy="pass one reward per response")
+    remedy = "score the reference policy on the same tokens"
+    check_like("ref_logprobs", ref_logprobs, {"(B, T)": (B, T)}, "floating point", logprobs, remedy=remedy)
+    remedy = "pass the mask of the tokens that were sampled"
+    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", logprobs, remedy=remedy)
+    rewards = rewards.detach().to(stats_dtype(rewards.dtype))
+    kl = kl_estimate(logprobs.detach().to(rewards.dtype), ref_logprobs.detach().to(rewards.dtype), estimator)
+    return rewards - coef * kl.masked_fill(~completion_mask, 0).sum(-1)
 
 
 def response_entropy(entropy: Tensor, completion_mask: Tensor) -> Tensor:

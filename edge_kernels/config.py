@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "geo_mean", "vespo"]
 ImportanceLevel = Literal["token", "sequence"]
 SamplerRatioMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
 InjectedTreatment = Literal["credit", "mask", "sft", "shaped"]
 MeanOver = Literal["group", "batch"]
 ScaleRewards = Literal["group", "batch", "none"]
@@ -97,6 +98,12 @@ class GRPOLossConfig:
     ``sampler_ratio_cap, sampler_ratio_floor, sampler_ratio_mode``  correction of the mismatch between sampler and
                                    trainer, exp(old_logprobs - sampling_logprobs): truncated to or masked outside
                                    [floor, cap], by token or by sequence. None for the cap turns it off.
+    ``off_policy_mask_threshold``  nats: a response with a negative advantage has no policy term where the mean over its
+                                   tokens of (the sampler's log-probability, or else the old one, minus the current
+                                   one) is greater (DeepSeek-V3.2, arXiv:2512.02556, eq. 9). None for no such mask.
+    ``mask_truncated_completions``  whether responses that the length limit cut off leave the loss, as in DAPO.
+    ``reward_kl_coef, reward_kl_penalty``  weight and estimator ("k1", "k2", "k3", "abs", as in verl) of the KL
+                                   divergence to the reference policy that ``rewards`` are lessened by.
     ``injected``                   what a token the policy did not sample does: "credit" it like any other, "mask" it,
                                    "sft" (``sft_weight`` times its negative log-likelihood), "shaped" (its ratio becomes
                                    p / (p + ``shaped_gamma``), unclipped, as in LUFFY).
@@ -124,6 +131,10 @@ class GRPOLossConfig:
     sampler_ratio_cap: float | None = None
     sampler_ratio_floor: float = 0.0
     sampler_ratio_mode: SamplerRatioMode = "token_truncate"
+    off_policy_mask_threshold: float | None = None
+    mask_truncated_completions: bool = False
+    reward_kl_coef: float = 0.0
+    reward_kl_penalty: KLEstimator = "k1"
     injected: InjectedTreatment = "credit"
     sft_weight: float = 1.0
     shaped_gamma: float = 0.1
@@ -137,6 +148,10 @@ class GRPOLossConfig:
         _one_of("importance_sampling_level", self.importance_sampling_level, ImportanceLevel)
         _one_of("sampler_ratio_mode", self.sampler_ratio_mode, SamplerRatioMode)
         _one_of("injected", self.injected, InjectedTreatment)
+        _one_of("reward_kl_penalty", self.reward_kl_penalty, KLEstimator)
+        _number("reward_kl_coef", self.reward_kl_coef, least=0, finite=True)
+        if self.off_policy_mask_threshold is not None:
+            _number("off_policy_mask_threshold", self.off_policy_mask_threshold, above=0)
         _number("epsilon_low", self.epsilon_low, least=0)
         _number("epsilon_high", self.epsilon_high, least=0)
         if self.delta is not None:

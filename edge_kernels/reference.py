@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, stats_dtype
 from edge_kernels.config import EDAConfig, GRPOLossConfig, ScaleRewards, scale_of
-from edge_kernels.sequences import gamma_weight, geometric_mean
+from edge_kernels.sequences import gamma_weight, geometric_mean, is_on_policy, kl_estimate
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
 SCALE_EPSILON = 1e-4  # what GRPO adds to a group's standard deviation
@@ -204,6 +204,7 @@ def edge_grpo_loss(
     ref_logprobs: Tensor | None = None,  # (B, T)
     sampling_logprobs: Tensor | None = None,  # (B, T)
     injected_mask: Tensor | None = None,  # (B, T), bool
+    truncated_mask: Tensor | None = None,  # (B,), bool
     num_items: Tensor | float | None = None,
     num_sequences: Tensor | float | None = None,
     entropy_threshold: Tensor | float | None = None,
@@ -213,6 +214,9 @@ def edge_grpo_loss(
     config = config or GRPOLossConfig()
     injected = torch.zeros_like(completion_mask) if injected_mask is None else injected_mask & completion_mask
     mask = completion_mask & ~injected if config.injected == "mask" else completion_mask
+    if config.mask_truncated_completions:
+        assert truncated_mask is not None
+        mask = mask & ~truncated_mask[:, None]
     stats = token_stats(
         logits,
         targets.masked_fill(~mask, IGNORE_INDEX),
@@ -221,44 +225,28 @@ def edge_grpo_loss(
         logit_scale=config.logit_scale,
     )
     logprobs, entropy = stats.logprobs, stats.entropy
+    # A token without a record (NaN) has ratio 1 to its own present value.
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(entropy.dtype)
+    recorded = mask if old_logprobs is None else mask & ~old.isnan()
     if advantages is None:
         assert rewards is not None
         assert group_ids is not None
-        advantages = entropy_driven_advantages(rewards.to(entropy.dtype), entropy, mask, group_ids, config.eda)
+        rewards = rewards.to(entropy.dtype)
+        if config.reward_kl_coef > 0:
+            assert ref_logprobs is not None
+            kl = kl_estimate(old, ref_logprobs.to(entropy.dtype), config.reward_kl_penalty).masked_fill(~recorded, 0)
+            rewards = rewards - config.reward_kl_coef * kl.sum(-1)
+        advantages = entropy_driven_advantages(rewards, entropy, mask, group_ids, config.eda)
     A = advantages.to(entropy.dtype)
     A = A[:, None] if A.dim() == 1 else A
-
-    # The importance ratio. A token without a record (NaN) has ratio 1 to its own present value.
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(entropy.dtype)
-    recorded = mask if old_logprobs is None else mask & ~old.isnan()
-    log_ratio = (logprobs - torch.where(recorded, old, logprobs.detach())).masked_fill(~mask, 0)
-    own_log_ratio = log_ratio
-    if config.loss_type == "geo_mean":  # GMPO: each is clipped on the side to which its advantage would push it
-        log_ratio = torch.where(
-            A > 0, log_ratio.clamp(max=config.epsilon_high), log_ratio.clamp(min=-config.epsilon_low)
-        )
-        log_ratio = torch.where(A == 0, 0, log_ratio)
-    if config.importance_sampling_level == "sequence" or config.loss_type == "geo_mean":
-        # Tokens without a record take no part.
-        log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True)
-        log_ratio = log_ratio / recorded.sum(-1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()  # (B, T) or (B, 1)
+    ratio = _importance_ratio(logprobs, old, recorded, A, mask, config)  # (B, T) or (B, 1)
 
     per_token = _policy_term(ratio, A, logprobs, config)
     if config.injected == "shaped":
         p = logprobs.exp()
         per_token = torch.where(injected, -A * p / (p + config.shaped_gamma), per_token)
 
-    factor = None
-    if config.sampler_ratio_cap is not None:
-        assert sampling_logprobs is not None
-        factor = _sampler_correction(old.detach(), sampling_logprobs.to(entropy.dtype), mask, config)
-    if config.loss_type == "geo_mean" and factor is not None:
-        factor = geometric_mean(factor, mask)
-    if config.loss_type == "vespo":
-        factor = gamma_weight(own_log_ratio.detach(), factor, A, mask, config)
-    if factor is not None:
-        per_token = per_token * factor
+    per_token = per_token * _factor(logprobs.detach(), old.detach(), sampling_logprobs, A, mask, config)
 
     # The policy term of low-entropy tokens is dropped; so is their entropy bonus below.
     acting = mask
@@ -282,6 +270,40 @@ def edge_grpo_loss(
         bonus_items = acting.sum() if num_items is None else tokens_above_quantile(items, config.top_entropy_quantile)
         loss = loss - config.entropy_coef * entropy.masked_fill(~acting, 0).sum() / max(bonus_items, 1)
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, {})
+
+
+def _importance_ratio(
+    logprobs: Tensor, old: Tensor, recorded: Tensor, A: Tensor, mask: Tensor, config: GRPOLossConfig
+) -> Tensor:
+    """Return the ratio of current to old probability, of a token or of its whole sequence."""
+    log_ratio = (logprobs - torch.where(recorded, old, logprobs.detach())).masked_fill(~mask, 0)
+    if config.loss_type == "geo_mean":  # GMPO: each is clipped on the side to which its advantage would push it
+        low, high = log_ratio.clamp(min=-config.epsilon_low), log_ratio.clamp(max=config.epsilon_high)
+        log_ratio = torch.where(A > 0, high, torch.where(A < 0, low, 0))
+    if config.importance_sampling_level == "sequence" or config.loss_type == "geo_mean":
+        # Tokens without a record take no part.
+        log_ratio = log_ratio.masked_fill(~recorded, 0).sum(-1, keepdim=True)
+        log_ratio = log_ratio / recorded.sum(-1, keepdim=True).clamp(min=1)
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def _factor(
+    logprobs: Tensor, old: Tensor, sampling: Tensor | None, A: Tensor, mask: Tensor, config: GRPOLossConfig
+) -> Tensor:
+    """Return what the sampler and the whole sequence multiply a policy term by."""
+    factor = torch.ones_like(logprobs)
+    sampling = None if sampling is None else sampling.to(logprobs.dtype)
+    if config.sampler_ratio_cap is not None:
+        assert sampling is not None
+        factor = _sampler_correction(old, sampling, mask, config)
+        if config.loss_type == "geo_mean":
+            factor = geometric_mean(factor, mask)
+    if config.loss_type == "vespo":
+        factor = gamma_weight(logprobs - old, factor, A, mask, config)
+    if config.off_policy_mask_threshold is not None:
+        behavior = old if sampling is None else sampling
+        factor = factor * is_on_policy(logprobs, behavior, A, mask, config.off_policy_mask_threshold)
+    return factor
 
 
 def _policy_term(ratio: Tensor, A: Tensor, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from edge_kernels.config import GRPOLossConfig
+from edge_kernels.config import GRPOLossConfig, KLEstimator
 
 _SMALLEST = 1e-10  # added to a factor before its logarithm is taken, as verl does
 _LOG_RATIO = 20.0  # bounds a token's log ratio and the sequence's in VESPO's weight, as in TRL
@@ -44,3 +44,38 @@ def gamma_weight(
     decay = torch.full_like(advantages, config.vespo_lambda_pos).masked_fill(is_negative, config.vespo_lambda_neg)
     decay = decay.clamp(min=1e-4)
     return (decay + k * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def is_on_policy(
+    logprobs: Tensor,  # (B, T)
+    sampling_logprobs: Tensor,  # (B, T): the sampler's, or else the old ones; NaN without a record
+    advantages: Tensor,  # (B, 1) or (B, T)
+    mask: Tensor,  # (B, T)
+    threshold: float,
+) -> Tensor:
+    """Return where the off-policy mask keeps a policy term, in the shape of ``advantages``, bool.
+
+    Where the advantage is not negative, or the response's mean of ``sampling_logprobs - logprobs`` is at most the
+    threshold; a token without a record counts as 0 in it, as in TRL.
+    """
+    difference = sampling_logprobs - logprobs
+    difference = difference.masked_fill(~mask | difference.isnan(), 0)
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return (advantages >= 0) | (mean <= threshold)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Return an estimate of each token's KL divergence to the reference policy, nats; names and bounds are verl's.
+
+    With d = logprob - ref_logprob: "k1" d, "abs" |d|, "k2" d^2 / 2, "k3" exp(-d) + d - 1, of a d within 20 and at
+    most 10.
+    """
+    difference = logprobs - ref_logprobs
+    if estimator == "abs":
+        return difference.abs()
+    if estimator == "k2":
+        return difference.square() / 2
+    if estimator == "k3":
+        bounded = difference.clamp(-20, 20)
+        return ((-bounded).exp() + bounded - 1).clamp(max=10)
+    return difference

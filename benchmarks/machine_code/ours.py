@@ -124,7 +124,7 @@ def triton_options(architecture: int) -> None:
             whole = rule._replace(ratio_of_sequence=True, sampler_of_sequence=True, sampler_masks=True)
             backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(terms), whole)
         for loss_type in ("geo_mean", "vespo"):
-            rule = LossRule.of(GRPOLossConfig(loss_type=loss_type))  # type: ignore[arg-type]
+            rule = LossRule.of(GRPOLossConfig(loss_type=loss_type))
             backend.token_loss(*(_per_token().view(SHAPE) for _ in range(2)), _in_sequences(full), rule)
         hidden = torch.empty(ROWS, HIDDEN, dtype=dtype, device="cuda")
         weight = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="cuda")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, check_like, describe, stats_dtype
-from edge_kernels.advantages import entropy_driven_advantages
+from edge_kernels.advantages import entropy_driven_advantages, kl_penalized_rewards
 from edge_kernels.backends.plain import sampler_correction
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform
 from edge_kernels.ops.token_loss import token_loss_op
 from edge_kernels.reference import tokens_above_quantile
-from edge_kernels.sequences import gamma_weight, geometric_mean
+from edge_kernels.sequences import gamma_weight, geometric_mean, is_on_policy
 from edge_kernels.types import GRPOLossOutput, TokenStats
 
 Total = Tensor | float | None
@@ -38,6 +38,8 @@ class Batch(NamedTuple):
     sampler_ratio: Tensor | None
     sampling_logprobs: Tensor | None
     injected: Tensor | None
+    behavior_logprobs: Tensor | None  # (B, T): what the off-policy mask compares with
+    masked: dict[str, Tensor]  # the metrics of what a mask has dropped
     num_items: Total
     num_sequences: Total
     entropy_threshold: Tensor | None
@@ -55,6 +57,7 @@ class Batch(NamedTuple):
             self.advantages is None
             or config.importance_sampling_level == "sequence"
             or config.loss_type in ("geo_mean", "vespo")
+            or self.behavior_logprobs is not None
             or (config.top_entropy_quantile < 1 and self.entropy_threshold is None)
             or counts_high_entropy
             or (self.sampling_logprobs is not None and config.sampler_ratio_mode.startswith("sequence"))
@@ -179,6 +182,41 @@ def _check_total(name: str, total: Total) -> None:
         raise ValueError(f"{name} must be greater than 0; got {total!r}; pass the count over everything that is summed")
 
 
+def _check_needs(
+    config: GRPOLossConfig,
+    ref_logprobs: Tensor | None,
+    sampling_logprobs: Tensor | None,
+    truncated_mask: Tensor | None,
+    rewards: Tensor | None,
+) -> None:
+    """Require what the configuration has a use for."""
+    if config.beta > 0 and ref_logprobs is None:
+        raise ValueError(
+            f"beta = {config.beta} needs ref_logprobs; got None; score the reference policy, or set beta=0"
+        )
+    if config.sampler_ratio_cap is not None and sampling_logprobs is None:
+        raise ValueError(
+            f"sampler_ratio_cap = {config.sampler_ratio_cap} needs sampling_logprobs; got None; "
+            "pass the sampler's log-probabilities, or set sampler_ratio_cap=None"
+        )
+    if config.mask_truncated_completions and truncated_mask is None:
+        raise ValueError(
+            "mask_truncated_completions=True needs truncated_mask; got None; pass which responses the length limit cut "
+            "off, or set mask_truncated_completions=False"
+        )
+    if config.reward_kl_coef > 0 and (rewards is None or ref_logprobs is None):
+        raise ValueError(
+            f"reward_kl_coef = {config.reward_kl_coef} needs rewards and ref_logprobs; got "
+            f"{'advantages' if rewards is None else 'no ref_logprobs'}; pass both, or form the advantages of "
+            "kl_penalized_rewards(...) and set reward_kl_coef=0"
+        )
+
+
+def _counted(name: str, dropped: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return how many tokens a mask has dropped, and from how many responses."""
+    return {f"{name}_tokens": dropped.sum().to(dtype), f"{name}_sequences": dropped.any(-1).sum().to(dtype)}
+
+
 def check_batch(
     like: Tensor,  # logits or hidden states: the batch's shape and device
     dtype: torch.dtype,
@@ -193,6 +231,7 @@ def check_batch(
     ref_logprobs: Tensor | None,
     sampling_logprobs: Tensor | None,
     injected_mask: Tensor | None,
+    truncated_mask: Tensor | None,
     num_items: Total,
     num_sequences: Total,
     entropy_threshold: Total,
@@ -215,24 +254,27 @@ def check_batch(
     if injected_mask is not None:
         remedy = "pass the mask of tokens that the policy did not sample"
         check_like("injected_mask", injected_mask, tokens, "bool", like, remedy=remedy)
-    if config.beta > 0 and ref_logprobs is None:
-        raise ValueError(
-            f"beta = {config.beta} needs ref_logprobs; got None; score the reference policy, or set beta=0"
-        )
-    if config.sampler_ratio_cap is not None and sampling_logprobs is None:
-        raise ValueError(
-            f"sampler_ratio_cap = {config.sampler_ratio_cap} needs sampling_logprobs; got None; "
-            "pass the sampler's log-probabilities, or set sampler_ratio_cap=None"
-        )
+    if truncated_mask is not None:
+        remedy = "pass which responses the length limit cut off"
+        check_like("truncated_mask", truncated_mask, {"(B,)": (B,)}, "bool", like, remedy=remedy)
+    _check_needs(config, ref_logprobs, sampling_logprobs, truncated_mask, rewards)
     _check_total("num_items", num_items)
     _check_total("num_sequences", num_sequences)
     if isinstance(entropy_threshold, Tensor) and entropy_threshold.dim():
         raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
 
-    mask = completion_mask
+    mask, masked = completion_mask, {}
     if config.injected == "mask" and injected_mask is not None:
         mask = mask & ~injected_mask
+    if config.mask_truncated_completions and truncated_mask is not None:
+        dropped = mask & truncated_mask[:, None]
+        mask = mask & ~truncated_mask[:, None]
+        masked = _counted("truncated", dropped, stats_dtype(dtype))
     old, sampling = per_token["old_logprobs"], per_token["sampling_logprobs"]
+    behavior = None
+    if config.off_policy_mask_threshold is not None:
+        behavior = old if sampling is None else sampling
+        masked |= _counted("off_policy", torch.zeros_like(mask), stats_dtype(dtype))
     sampler_ratio = None
     if config.sampler_ratio_cap is None:
         sampling = None
@@ -254,6 +296,8 @@ def check_batch(
         sampler_ratio=sampler_ratio,
         sampling_logprobs=sampling,
         injected=injected_mask if config.injected in ("sft", "shaped") else None,
+        behavior_logprobs=behavior,
+        masked=masked,
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold if config.top_entropy_quantile < 1 else None,
@@ -270,10 +314,32 @@ def loss_of_stats(stats: TokenStats, batch: Batch) -> GRPOLossOutput:
         assert batch.rewards is not None
         assert batch.group_ids is not None
         rewards = batch.rewards.to(batch.dtype)
+        if batch.config.reward_kl_coef > 0:
+            rewards = _penalized(rewards, stats, batch)
         advantages = entropy_driven_advantages(rewards, stats.entropy, batch.mask, batch.group_ids, batch.config.eda)
     terms, rule = batch.terms(advantages, stats), LossRule.of(batch.config)
+    if batch.behavior_logprobs is not None and batch.config.off_policy_mask_threshold is not None:
+        compared = (stats.logprobs.detach(), batch.behavior_logprobs, terms.advantages, batch.mask)
+        kept = is_on_policy(*compared, batch.config.off_policy_mask_threshold)
+        if batch.config.loss_type == "geo_mean":  # the sign of an advantage decides a ratio, which the penalty needs
+            factor = kept.to(batch.dtype) if terms.sampler_ratio is None else terms.sampler_ratio * kept
+            terms = terms._replace(sampler_ratio=factor)
+        else:  # without a product, which inf would survive as NaN
+            terms = terms._replace(advantages=terms.advantages.masked_fill(~kept, 0))
+        batch = batch._replace(masked=batch.masked | _counted("off_policy", batch.mask & ~kept, batch.dtype))
     loss, metrics, _, _ = token_loss_op(stats.logprobs, stats.entropy, terms.pack(), rule.pack())
     return output_of(loss, metrics, stats.logprobs, stats.entropy, advantages, batch)
+
+
+def _penalized(rewards: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
+    """Return the rewards less the KL penalty of the tokens that the policy sampled."""
+    assert batch.ref_logprobs is not None
+    sampled, logprobs = batch.mask, stats.logprobs.detach()
+    if batch.old_logprobs is not None:
+        sampled, logprobs = sampled & ~batch.old_logprobs.isnan(), batch.old_logprobs
+    config = batch.config
+    options: Any = {"coef": config.reward_kl_coef, "estimator": config.reward_kl_penalty}
+    return kl_penalized_rewards(rewards, logprobs, batch.ref_logprobs, sampled, **options)
 
 
 def output_of(
@@ -286,4 +352,5 @@ def output_of(
         named |= {"phi_sum": named["sampler_ratio_sum"], "phi_max": named["sampler_ratio_max"]}
     if batch.config.sampler_ratio_cap is None or batch.config.loss_type == "vespo":
         del named["sampler_ratio_sum"], named["sampler_ratio_max"]
+    named |= batch.masked
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), advantages, named)

@@ -108,6 +108,7 @@ def edge_grpo_loss(
     ref_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
     injected_mask: Tensor | None = None,
+    truncated_mask: Tensor | None = None,
     num_items: Total = None,
     num_sequences: Total = None,
     entropy_threshold: Total = None,
@@ -144,7 +145,8 @@ def edge_grpo_loss(
     completion_mask    (B, T), bool: tokens that count. Rows outside are not read and get gradient 0.
     advantages         (B,) or (B, T), floating point. Exactly one of advantages and rewards must be given.
     rewards            (B,), floating point, with ``group_ids`` (B,), int64: entropy-driven advantages are formed here
-                       (arXiv:2507.21848, eqs. 3, 6, 7; ``config.eda``); every group must be whole in this batch.
+                       (arXiv:2507.21848, eqs. 3, 6, 7; ``config.eda``); every group must be whole in this batch. With
+                       ``reward_kl_coef`` they are lessened first, as ``kl_penalized_rewards`` does.
     old_logprobs       (B, T): of the policy that the ratio refers to; None for the current one, detached (the ratio is
                        1, its gradient is not 0). NaN marks a token without a record: it has ratio 1 to its present
                        value, and takes no part in a sequence-level ratio.
@@ -155,6 +157,8 @@ def edge_grpo_loss(
                        "mask" they leave everything, denominators and entropy-driven weights included. Under "sft" their
                        policy term, sampler correction and quantile mask included, is -sft_weight * logprob; under
                        "shaped" p / (p + shaped_gamma) replaces the clipped ratio. KL penalty and entropy bonus stay.
+    truncated_mask     (B,), bool: responses that the length limit cut off. Under ``mask_truncated_completions`` (needed
+                       then) their tokens leave everything, ``num_items`` included; they still count as sequences.
     num_items, num_sequences  totals, numbers or scalar tensors, over everything whose losses are summed, ranks and
                        micro-batches; this batch's own by default. With them the losses add up to the big batch's.
                        ``num_items`` counts the tokens that have a loss.
@@ -192,6 +196,7 @@ def edge_grpo_loss(
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
         injected_mask=injected_mask,
+        truncated_mask=truncated_mask,
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,

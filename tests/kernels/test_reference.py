@@ -217,6 +217,31 @@ class TestLoss:
         loss = self.loss(-1, old_logprobs=old, loss_type="vespo")
         assert loss == pytest.approx(-(1.5**3) * math.exp(-1.0) * (LOG2 + LOG4) / 2)
 
+    def test_off_policy_responses_lose_a_negative_advantage(self) -> None:
+        # log old - log current = (1, 0): a mean of 0.5.
+        old = self.old(math.exp(-1), 1)
+        kept = (0.8 + 1) / 2  # the first is clipped
+        assert self.loss(-1, old_logprobs=old, off_policy_mask_threshold=0.5) == pytest.approx(kept)
+        assert self.loss(-1, old_logprobs=old, off_policy_mask_threshold=0.49) == 0
+        assert self.loss(1, old_logprobs=old, off_policy_mask_threshold=0.49) == pytest.approx(-(math.exp(-1) + 1) / 2)
+
+    def test_truncated_responses_leave_the_loss(self) -> None:
+        logits, targets = HALF_QUARTER_QUARTER.expand(2, 3, 3), torch.zeros(2, 3, dtype=torch.long)
+        mask, cut = torch.tensor([[True, True, True], [True, False, False]]), torch.tensor([True, False])
+        for loss_type, expected in (("grpo", 10 / 2), ("dapo", 10 / 1)):  # two responses, one token that counts
+            config = GRPOLossConfig(loss_type=loss_type, mask_truncated_completions=True)
+            inputs = {"advantages": tensor(-1, -10), "truncated_mask": cut, "config": config}
+            assert reference.edge_grpo_loss(logits, targets, mask, **inputs).loss.item() == pytest.approx(expected)
+
+    def test_kl_in_the_reward(self) -> None:
+        # ref - current is log 2 for the first of two responses, of one token each: k1 is -log 2, and 0.
+        logits, mask = HALF_QUARTER_QUARTER.expand(2, 1, 3), torch.ones(2, 1, dtype=torch.bool)
+        targets, ref = torch.zeros(2, 1, dtype=torch.long), tensor(0, -LOG2)[:, None]
+        config = GRPOLossConfig(reward_kl_coef=0.5, eda=EDAConfig(scale_rewards=False))
+        inputs = {"rewards": tensor(1, 1), "group_ids": torch.tensor([0, 0]), "ref_logprobs": ref, "config": config}
+        out = reference.edge_grpo_loss(logits, targets, mask, **inputs)
+        torch.testing.assert_close(out.advantages, tensor(1, -1) * LOG2 / 4)
+
     def test_sequence_ratio_is_the_geometric_mean(self) -> None:
         # sqrt(1.21 * 1.0) = 1.1, inside the clipping range.
         loss = self.loss(1, old_logprobs=self.old(1.21, 1.0), importance_sampling_level="sequence")

@@ -49,6 +49,7 @@ def make_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> SimpleNames
         targets=targets,
         mask=mask,
         injected=injected,
+        truncated=torch.tensor([False, True, True, False]),
         advantages=advantages,
         old=old,
         ref=ref,
@@ -69,6 +70,7 @@ def inputs_for(batch: SimpleNamespace, config: GRPOLossConfig, *, with_old: bool
         "ref_logprobs": batch.ref if config.beta else None,
         "sampling_logprobs": batch.sampling if config.sampler_ratio_cap is not None else None,
         "injected_mask": batch.injected,
+        "truncated_mask": batch.truncated,
         "config": config,
     }
 

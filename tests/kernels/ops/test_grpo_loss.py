@@ -58,6 +58,8 @@ def test_every_path_is_the_reference(loss_type: str, level: str, treatment: str)
             top_entropy_quantile=quantile,
             sampler_ratio_cap=None if sampler_mode is None else 1.2,
             sampler_ratio_mode=sampler_mode or "token_truncate",
+            off_policy_mask_threshold=0.1 if penalties and with_old else None,
+            mask_truncated_completions=penalties and not with_old,
         )
         inputs = inputs_for(batch, config, with_old=with_old)
         expected = from_reference(batch, **inputs)
@@ -65,8 +67,8 @@ def test_every_path_is_the_reference(loss_type: str, level: str, treatment: str)
         # With the totals and the threshold given, what needed two sweeps takes one.
         threshold = None
         if quantile < 1:
-            counted = batch.mask & ~batch.injected if treatment == "mask" else batch.mask
-            threshold = expected.entropy[counted].quantile(1 - quantile)
+            counted = expected.logprobs != 0
+            threshold = expected.entropy[counted].quantile(1 - quantile) - 1e-9  # a token may lie on it
         items = (expected.logprobs != 0).sum()
         one_sweep = lambda b, **o: from_hidden(b, num_items=items, entropy_threshold=threshold, **o)  # noqa: B023, E731
         for path in (*ALL_PATHS, one_sweep):

@@ -75,6 +75,27 @@ class TestMachinery:
             torch.testing.assert_close(metrics, expected_metrics)
             torch.testing.assert_close(torch.autograd.grad(loss, arguments), torch.autograd.grad(expected, arguments))
 
+    def test_what_sequences_decide_compiles_into_the_same_graph(self) -> None:
+        batch = make_batch(dtype=torch.float32)
+        torch.compiler.reset()
+        masks = {"off_policy_mask_threshold": 0.1, "mask_truncated_completions": True, "beta": 0.04}
+        for config, with_rewards in (
+            (config_of("geo_mean", sampler_ratio_cap=1.2, **masks), False),
+            (config_of("vespo", sampler_ratio_cap=1.2, reward_kl_coef=0.1, **masks), True),
+        ):
+            inputs = inputs_for(batch, config)
+            if with_rewards:
+                inputs |= {"advantages": None, "rewards": batch.rewards, "group_ids": batch.groups}
+
+            def function(h: Tensor, inputs: dict = inputs) -> tuple[Tensor, dict]:
+                out = linear_edge_grpo_loss(h, batch.weight, batch.targets, batch.mask, **inputs)
+                return out.loss, out.metrics
+
+            results = torch.compile(function, fullgraph=True, backend="aot_eager")(batch.hidden)
+            expected = function(batch.hidden)
+            torch.testing.assert_close(results, expected)
+            torch.testing.assert_close(*(torch.autograd.grad(loss, batch.hidden) for loss, _ in (results, expected)))
+
     def test_opcheck(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Checks the ops on the very arguments that the public functions give them."""
         batch = make_batch(dtype=torch.float32)
@@ -216,6 +237,16 @@ class TestErrors:
             GRPOLossConfig(sampler_ratio_cap=0.5, sampler_ratio_floor=0.9)
         with pytest.raises(ValueError, match=r"sampler_ratio_cap = 2\.0 needs sampling_logprobs; got None"):
             self.call(config=config_of(sampler_ratio_cap=2.0))
+        with pytest.raises(ValueError, match="mask_truncated_completions=True needs truncated_mask; got None"):
+            self.call(config=config_of(mask_truncated_completions=True))
+        with pytest.raises(
+            ValueError, match=r"truncated_mask must be bool with shape \(B,\) = \(4,\); got bool \(3,\)"
+        ):
+            self.call(truncated_mask=torch.zeros(3, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"reward_kl_coef = 0\.1 needs rewards and ref_logprobs; got advantages"):
+            self.call(config=config_of(reward_kl_coef=0.1))
+        with pytest.raises(ValueError, match="loss_type='vespo' has a weight for sequences"):
+            GRPOLossConfig(loss_type="vespo", sampler_ratio_mode="sequence_mask")
         with pytest.raises(TypeError, match="config must be a GRPOLossConfig; got EDAConfig"):
             self.call(config=EDAConfig())
         with pytest.raises(

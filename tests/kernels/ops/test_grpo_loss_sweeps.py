@@ -57,9 +57,13 @@ class TestSweeps:
 
     rows = 12  # tokens that count in the batch; the last two have advantage 0
 
-    def test_one_sweep_makes_the_logits_once(self, products: dict[str, int]) -> None:
+    @pytest.mark.parametrize("loss_type", ["dapo", "sapo", "luspo"])
+    def test_one_sweep_makes_the_logits_once(self, products: dict[str, int], loss_type: str) -> None:
         batch = make_batch()
-        out = from_hidden(batch, advantages=batch.advantages)
+        config = config_of(loss_type, mask_truncated_completions=True)
+        out = from_hidden(
+            batch, advantages=batch.advantages, truncated_mask=torch.zeros(B, dtype=torch.bool), config=config
+        )
         assert products == {"logits": self.rows, "gradients": 0}
         out.loss.backward()
         assert products == {"logits": self.rows, "gradients": self.rows - 2}
@@ -76,6 +80,9 @@ class TestSweeps:
         "options",
         [
             {"config": config_of(importance_sampling_level="sequence")},
+            {"config": config_of("geo_mean")},
+            {"config": config_of("vespo")},
+            {"config": config_of(off_policy_mask_threshold=9.0), "sampling_logprobs": True},
             {"config": config_of(top_entropy_quantile=0.99)},
             {"config": config_of(top_entropy_quantile=0.99, entropy_coef=0.1), "entropy_threshold": 0.0},
             {"config": config_of(sampler_ratio_cap=9.0, sampler_ratio_mode="sequence_mask"), "sampling_logprobs": True},

@@ -75,6 +75,8 @@ def make_batch(seed: int, dtype: torch.dtype) -> SimpleNamespace:
         old=old.to(dtype),
         sampling=sampling.to(dtype),
         reference=(current + 0.4 * normal(B, T)).to(dtype),
+        truncated=torch.tensor([False, True, False]),
+        is_sampled=False,  # whether the sampler's log-probabilities are known without a correction for them
         per_response=torch.tensor([1.3, -0.8, 0.6], dtype=dtype),
         per_token=normal(B, T).to(dtype),
     )
@@ -146,7 +148,7 @@ def trl_loss(logits: Tensor, batch: SimpleNamespace, config: GRPOLossConfig, **i
         loss_type=config.loss_type,
         max_completion_length=config.max_completion_length,
         model=SimpleNamespace(training=True),
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=config.off_policy_mask_threshold,
         top_entropy_quantile=config.top_entropy_quantile,
         use_adaptive_entropy=False,
         use_vllm=config.sampler_ratio_cap is not None,
@@ -155,9 +157,14 @@ def trl_loss(logits: Tensor, batch: SimpleNamespace, config: GRPOLossConfig, **i
         vllm_importance_sampling_clip_max=config.sampler_ratio_cap,
         vllm_importance_sampling_clip_min=config.sampler_ratio_floor,
     )
+    trainer.get_off_policy_mask = Trainer.get_off_policy_mask
     trainer.get_gamma_weights = Trainer.get_gamma_weights
     trainer.get_high_entropy_mask = Trainer.get_high_entropy_mask.__get__(trainer)
     mask = batch.mask.long()
+    if config.mask_truncated_completions:
+        mask = mask * ~batch.truncated[:, None]
+    if trainer.use_vllm or batch.is_sampled:
+        inputs["sampling_per_token_logps"] = batch.sampling
     if trainer.use_vllm:
         names = {
             "self": trainer,
@@ -192,7 +199,8 @@ def assert_parity(batch: SimpleNamespace, config: GRPOLossConfig, advantages: Te
         "advantages": advantages,
         "old_logprobs": batch.old if with_old else None,
         "ref_logprobs": batch.reference if config.beta else None,
-        "sampling_logprobs": batch.sampling if config.sampler_ratio_cap is not None else None,
+        "sampling_logprobs": batch.sampling if batch.is_sampled or config.sampler_ratio_cap is not None else None,
+        "truncated_mask": batch.truncated,
         "config": config,
     }
     out = edge_grpo_loss(logits, batch.targets, batch.mask, **options)
@@ -216,7 +224,8 @@ def assert_metrics_agree(metrics: dict[str, Tensor], logged: dict[str, list[floa
     ours = {"entropy": per_token["entropy_sum"]}
     if config.beta:
         ours["kl"] = per_token["kl_sum"]
-    if config.importance_sampling_level == "token":  # TRL's mean over sequences is not one over tokens
+    if config.importance_sampling_level == "token" and config.off_policy_mask_threshold is None:
+        # TRL's mean over sequences is not one over tokens, and it counts tokens whose term the off-policy mask dropped.
         if config.loss_type == "cispo":
             ours["cispo_clip_ratio"] = per_token["clip_high"]
         elif config.loss_type not in ("sapo", "vespo"):  # which clip nothing
@@ -274,6 +283,32 @@ def test_every_sampler_correction_in_float64(loss_type: str, mode: str) -> None:
             loss_type, level, beta=beta, sampler_ratio_cap=1.15, sampler_ratio_floor=floor, sampler_ratio_mode=mode
         )
         assert_parity(batch, config, batch.per_response, with_old=True)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_sequences_off_policy_or_truncated_are_masked(loss_type: str) -> None:
+    """Means on both sides of the threshold; the second response is truncated, the third has one token."""
+    for seed, is_sampled, advantages in itertools.product((1, 4), (False, True), ("per_response", "per_token")):
+        batch = make_batch(seed, torch.float64)
+        batch.per_response = -batch.per_response
+        batch.is_sampled = is_sampled
+        config = config_of(loss_type, "token", beta=0.04, off_policy_mask_threshold=0.05)
+        assert_parity(batch, config, getattr(batch, advantages), with_old=True)
+        assert_parity(batch, replace(config, mask_truncated_completions=True), getattr(batch, advantages), True)
+        assert_parity(batch, replace(config, sampler_ratio_cap=1.15), getattr(batch, advantages), with_old=True)
+
+
+def test_what_a_mask_drops_is_counted() -> None:
+    batch = make_batch(1, torch.float64)
+    config = config_of("dapo", "token", off_policy_mask_threshold=0.05, mask_truncated_completions=True)
+    options = {"advantages": batch.per_response, "truncated_mask": batch.truncated, "config": config}
+    logprobs = edge_grpo_loss(batch.logits, batch.targets, batch.mask, **options).logprobs
+    old = logprobs + torch.tensor([[0.04], [9.0], [0.06]], dtype=torch.float64)  # a mean of 0.05 is tolerated
+    for advantages, dropped in ((-1.0, 1), (1.0, 0)):
+        options["advantages"] = torch.full((B,), advantages, dtype=torch.float64)
+        metrics = edge_grpo_loss(batch.logits, batch.targets, batch.mask, old_logprobs=old, **options).metrics
+        assert (metrics["truncated_sequences"], metrics["truncated_tokens"]) == (1, 8)
+        assert (metrics["off_policy_sequences"], metrics["off_policy_tokens"]) == (dropped, dropped)  # of one token
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

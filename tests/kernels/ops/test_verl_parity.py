@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_batch import ALL_PATHS, Path, config_of, make_batch
+from grpo_batch import ALL_PATHS, Path, config_of, from_reference, make_batch
 from torch import Tensor
 from verl_source import verl
 
-from edge_kernels import reference
+from edge_kernels import EDAConfig, group_advantages, kl_penalized_rewards, reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -79,3 +79,43 @@ def test_losses(loss_type: str, path: Path, mode: str | None) -> None:
         A = batch.advantages[:, None].expand_as(batch.mask)[batch.mask]
         assert out.metrics["clip_low"] == ((log_ratio < -0.15) & (A < 0)).sum() > 0
         assert out.metrics["clip_high"] == ((log_ratio > 0.28) & (A > 0)).sum() > 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_the_kl_divergence_in_the_reward(estimator: str) -> None:
+    """The penalty of each token is subtracted where it stands; an outcome advantage sees the sum over the response."""
+    assert verl is not None
+    batch = make_batch(5)
+    batch.old = batch.old.nan_to_num(nan=-1.0)
+    batch.ref[0, 1] = batch.old[0, 1] + 30  # beyond the bounds of k3
+    scores = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    scores[:, 0] = batch.rewards
+    tensors = {
+        "response_mask": batch.mask.double(),
+        "token_level_scores": scores,
+        "old_log_probs": batch.old,
+        "ref_log_prob": batch.ref,
+    }
+    data = SimpleNamespace(batch=Batch(tensors))
+    controller = SimpleNamespace(value=0.3, update=lambda **_: None)
+    verl.apply_kl_penalty(data, controller, kl_penalty=estimator)
+    expected = data.batch["token_level_rewards"].sum(-1)
+    options = {"coef": 0.3, "estimator": estimator}
+    rewards = kl_penalized_rewards(batch.rewards, batch.old, batch.ref, batch.mask, **options)
+    torch.testing.assert_close(rewards, expected)
+
+    # In the loss of rewards: the same advantages as from rewards that were lessened beforehand.
+    eda = EDAConfig(min_ratio=1.0, max_ratio=1.0)  # which leaves the group advantage as it is
+    config = config_of(reward_kl_coef=0.3, reward_kl_penalty=estimator, eda=eda)
+    inputs = {"rewards": batch.rewards, "group_ids": batch.groups, "old_logprobs": batch.old, "config": config}
+    for path in (*ALL_PATHS, from_reference):
+        out = path(batch, ref_logprobs=batch.ref, **inputs)
+        torch.testing.assert_close(out.advantages, group_advantages(rewards, batch.groups))
+
+
+class Batch(dict):
+    """What verl's function asks of a TensorDict: items, and how many there are."""
+
+    @property
+    def batch_size(self) -> tuple[int]:
+        return (len(self["token_level_scores"]),)
