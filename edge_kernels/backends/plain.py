@@ -72,29 +72,9 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     log_ratio = log_ratio.expand_as(mask)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
-    # The policy term; its derivative is ``direct`` by the logprob itself, ``through_ratio`` by the log ratio.
-    low = high = torch.zeros_like(mask)
-    if rule.objective == Objective.CISPO:
-        capped = ratio.clamp(max=rule.epsilon_high)
-        direct, through_ratio = -capped * A, torch.zeros_like(logprobs)
-        policy = torch.where(A == 0, 0, direct * logprobs)  # not 0 * inf where the token is forbidden
-        high = (ratio > rule.epsilon_high) & (A > 0)
-    elif rule.objective == Objective.WEIGHTED:
-        direct, through_ratio = -A, torch.zeros_like(logprobs)
-        policy = torch.where(A == 0, 0, direct * logprobs)
-    elif rule.objective == Objective.GEOMETRIC:
-        policy, direct = -A * ratio, torch.zeros_like(logprobs)
-        through_ratio = policy.masked_fill(log_ratio > MAX_LOG_RATIO, 0)
+    policy, direct, through_ratio, low, high = _policy_term(ratio, log_ratio, A, logprobs, rule)
+    if rule.objective == Objective.GEOMETRIC:
         low, high = recorded & ~moves & (A < 0), recorded & ~moves & (A > 0)
-    elif rule.objective == Objective.SAPO:
-        slope = torch.full_like(ratio, rule.sapo_temperature_neg).masked_fill(A > 0, rule.sapo_temperature_pos)
-        gate = (slope * (ratio - 1)).sigmoid()
-        policy, direct = -A * gate * 4 / slope, torch.zeros_like(logprobs)
-        through_ratio = (-A * gate * (1 - gate) * 4 * ratio).masked_fill(log_ratio > MAX_LOG_RATIO, 0)
-    else:
-        policy, through_ratio, low, high = _clipped(ratio, A, rule)
-        through_ratio = through_ratio.masked_fill(log_ratio > MAX_LOG_RATIO, 0)
-        direct = torch.zeros_like(policy)
     if rule.injected == Injected.SHAPED and terms.injected is not None:
         p, gamma = logprobs.exp(), rule.shaped_gamma
         policy = torch.where(terms.injected, -A * p / (p + gamma), policy)
@@ -140,6 +120,29 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
         bounded = mask & (terms.ref_logprobs - logprobs > MAX_KL_LOG_RATIO)
     metrics = _metrics(mask, entropy, ratio, low, high, kl, bounded, factor)
     return TokenLoss(loss, metrics.to(loss.dtype), d_logprobs.contiguous(), d_entropy.contiguous())
+
+
+def _policy_term(
+    ratio: Tensor, log_ratio: Tensor, A: Tensor, logprobs: Tensor, rule: LossRule
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the policy term, its derivatives by the logprob itself and by the log ratio, and what is clipped."""
+    zeros = torch.zeros_like(logprobs)
+    low = high = torch.zeros_like(A, dtype=torch.bool)
+    if rule.objective == Objective.CISPO:
+        direct = -ratio.clamp(max=rule.epsilon_high) * A
+        policy = torch.where(A == 0, 0, direct * logprobs)  # not 0 * inf where the token is forbidden
+        return policy, direct, zeros, low, (ratio > rule.epsilon_high) & (A > 0)
+    if rule.objective == Objective.WEIGHTED:
+        return torch.where(A == 0, 0, -A * logprobs), -A, zeros, low, high
+    if rule.objective == Objective.GEOMETRIC:
+        policy = through_ratio = -A * ratio
+    elif rule.objective == Objective.SAPO:
+        slope = torch.full_like(ratio, rule.sapo_temperature_neg).masked_fill(A > 0, rule.sapo_temperature_pos)
+        gate = (slope * (ratio - 1)).sigmoid()
+        policy, through_ratio = -A * gate * 4 / slope, -A * gate * (1 - gate) * 4 * ratio
+    else:
+        policy, through_ratio, low, high = _clipped(ratio, A, rule)
+    return policy, zeros, through_ratio.masked_fill(log_ratio > MAX_LOG_RATIO, 0), low, high
 
 
 def _clipped_part(log_ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor]:

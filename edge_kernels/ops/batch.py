@@ -217,6 +217,26 @@ def _counted(name: str, dropped: Tensor, dtype: torch.dtype) -> dict[str, Tensor
     return {f"{name}_tokens": dropped.sum().to(dtype), f"{name}_sequences": dropped.any(-1).sum().to(dtype)}
 
 
+def _masks(
+    config: GRPOLossConfig,
+    completion_mask: Tensor,
+    injected_mask: Tensor | None,
+    truncated_mask: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return where a loss is taken, (B, T), and the metrics of what is masked so far."""
+    mask, masked = completion_mask, {}
+    if config.injected == "mask" and injected_mask is not None:
+        mask = mask & ~injected_mask
+    if config.mask_truncated_completions and truncated_mask is not None:
+        dropped = mask & truncated_mask[:, None]
+        mask = mask & ~truncated_mask[:, None]
+        masked = _counted("truncated", dropped, dtype)
+    if config.off_policy_mask_threshold is not None:  # to be replaced where there is something to compare with
+        masked |= _counted("off_policy", torch.zeros_like(mask), dtype)
+    return mask, masked
+
+
 def check_batch(
     like: Tensor,  # logits or hidden states: the batch's shape and device
     dtype: torch.dtype,
@@ -263,18 +283,11 @@ def check_batch(
     if isinstance(entropy_threshold, Tensor) and entropy_threshold.dim():
         raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
 
-    mask, masked = completion_mask, {}
-    if config.injected == "mask" and injected_mask is not None:
-        mask = mask & ~injected_mask
-    if config.mask_truncated_completions and truncated_mask is not None:
-        dropped = mask & truncated_mask[:, None]
-        mask = mask & ~truncated_mask[:, None]
-        masked = _counted("truncated", dropped, stats_dtype(dtype))
+    mask, masked = _masks(config, completion_mask, injected_mask, truncated_mask, stats_dtype(dtype))
     old, sampling = per_token["old_logprobs"], per_token["sampling_logprobs"]
     behavior = None
     if config.off_policy_mask_threshold is not None:
         behavior = old if sampling is None else sampling
-        masked |= _counted("off_policy", torch.zeros_like(mask), stats_dtype(dtype))
     sampler_ratio = None
     if config.sampler_ratio_cap is None:
         sampling = None
