@@ -24,6 +24,7 @@ from edge_grpo.data.check import rejected_solutions, unboxable_answers
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
+from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.types import Prompt, Response, RolloutEngine, Sampling
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class Collector:
         self.sampling = sampling_of(config)
         self.corrector: Corrector | None = None
         if config.use_gec:
+            encoder = TextEncoder(tokenizer)
             self.corrector = Corrector(
                 config.correction_config,
-                encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+                encode=encoder,
+                encode_data=encoder,
                 decode=lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=False)),
                 eos_token_ids=eos_token_ids,
                 max_tokens=self.sampling.max_tokens,

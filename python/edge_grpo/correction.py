@@ -16,7 +16,7 @@ from typing import get_args
 
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.text import Reasoning, bare_answer, fill, is_reasoning
+from edge_grpo.text import Reasoning, Span, bare_answer, encode_after_text, fill_with_spans, is_reasoning
 from edge_grpo.types import Correction, Prompt, Provenance, Response, Reward
 
 _KINDS: tuple[Correction, ...] = get_args(Correction)
@@ -113,10 +113,14 @@ class Corrector:
         eos_token_ids: Sequence[int],
         max_tokens: int,
         decode: Callable[[Sequence[int]], str] | None = None,
+        encode_data: Callable[[str, Sequence[Span]], Sequence[int]] | None = None,
         rejected_solutions: Collection[int] = (),
         reasoning: Reasoning = "ignore",
     ) -> None:
         """``encode`` must add no special tokens; ``max_tokens`` is the length limit of the first attempt.
+
+        ``encode_data`` encodes a text in which data stand at some places, such as ``policy.encoding.TextEncoder``, so
+        that what an answer or a solution holds is no control token; without it, ``encode`` does.
 
         ``rejected_solutions`` are rows (``Example.index``) whose solution is not to be injected, as if there were none.
         """
@@ -124,14 +128,15 @@ class Corrector:
             raise ValueError("eos_token_ids must name at least one token; corrected responses have to end")
         self.config = config
         self.encode = encode
+        self.encode_data = encode_data or (lambda text, data: encode(text))
         self.decode = decode
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_tokens = max_tokens
         self.rejected_solutions = rejected_solutions
         self.reasoning = reasoning
 
-        spaced = self._encode_after_text(config.reflection_text)
-        unspaced = self._encode_after_text(config.reflection_text.lstrip())
+        spaced = encode_after_text(encode, config.reflection_text)
+        unspaced = encode_after_text(encode, config.reflection_text.lstrip())
         self._reflections = {True: spaced, False: unspaced}  # by whether they come after text
         self._continuation_length = config.max_length - max(map(len, self._reflections.values()))
         if config.reflect and self._continuation_length < 1:
@@ -302,7 +307,8 @@ class Corrector:
     def _solution(self, prompt: Prompt, eos: int) -> list[int] | None:
         if not self._has_solution(prompt):
             return None
-        return [*self.encode(self._end_of_reasoning(prompt) + (prompt.example.solution or "")), eos]
+        end, solution = self._end_of_reasoning(prompt), prompt.example.solution or ""
+        return [*self.encode_data(end + solution, [(len(end), len(end + solution))]), eos]
 
     def _has_solution(self, prompt: Prompt) -> bool:
         return prompt.example.solution is not None and prompt.example.index not in self.rejected_solutions
@@ -311,21 +317,23 @@ class Corrector:
         answer = prompt.example.answer
         if answer is None:
             return None
-        text = self.config.reflection_text + self._end_of_reasoning(prompt, kept)
-        text += fill(self.config.answer_text, "answer", bare_answer(answer))
-        return [*self._encode_after_text(text if self._follows_text(prompt, kept) else text.lstrip()), eos]
+        start = self.config.reflection_text + self._end_of_reasoning(prompt, kept)
+        if not self._follows_text(prompt, kept):
+            start = start.lstrip()
+        text, spans = fill_with_spans(self.config.answer_text, "answer", bare_answer(answer))
+
+        def encode(whole: str) -> Sequence[int]:
+            offset = len(whole) - len(text)  # what stands before it, or without it, holds no data
+            data = [(offset + first, offset + stop) for first, stop in spans] if offset >= 0 else []
+            return self.encode_data(whole, data)
+
+        return [*encode_after_text(encode, start + text), eos]
 
     def _end_of_reasoning(self, prompt: Prompt, kept: Response | None = None) -> str:
         """What ends the reasoning that would go on after ``kept``; nothing where there is none."""
         before = "" if kept is None or self.decode is None else self.decode(kept.token_ids)
         is_open = is_reasoning(before, prompt=prompt.text, reasoning=self.reasoning)
         return _REASONING_END if is_open else ""
-
-    def _encode_after_text(self, text: str) -> list[int]:
-        """The tokens of ``text`` after other text, or alone if the tokenizer would merge the two into one token."""
-        before = "a" if text[:1].isspace() else "\n"
-        start, both = list(self.encode(before)), list(self.encode(before + text))
-        return both[len(start) :] if both[: len(start)] == start else list(self.encode(text))
 
     def _follows_text(self, prompt: Prompt, kept: Response) -> bool:
         """Whether appended text comes after a character that is not blank."""

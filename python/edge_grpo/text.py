@@ -1,6 +1,6 @@
 r"""Pure functions on strings: filling a template, finding the answer in a completion, numbers for display.
 
-Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows tokens.
+Whether an answer is right is ``edge_grpo.grading.answers``; nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import re
 import string
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 # How a completion gives its answer: in a \boxed{}, as GSM8K does (#### 5), on a line "Answer: 5", or in <answer> tags.
 AnswerStyle = Literal["box", "hash", "line", "tag"]
 Reasoning = Literal["auto", "ignore", "require_end"]
+Span = tuple[int, int]  # a place in a text: where it starts, and where it stops
 
 # A box around a number or a capital letter may do without braces: \boxed 5.
 _BOXES_AND_BRACES = re.compile(
@@ -26,6 +28,7 @@ _MARKED_ANSWERS = {
     "tag": re.compile(r"<answer>(?:(?P<answer>(?:(?!<answer>).)*?)</answer>)?", re.DOTALL),
 }
 _REASONING_STARTS, _REASONING_ENDS = "<think>", "</think>"
+_HOLE = "\ue000\ue001"  # private characters, which no template has
 _MATH_DELIMITERS = re.compile(r"(?P<escaped>\\\\|\\\$)|\$|\\[()\[\]]")
 
 
@@ -40,6 +43,27 @@ def fill(template: str, name: str, value: str) -> str:
     except ValueError:  # a lone brace
         fields = set()
     return template.format(**{name: value}) if fields == {name} else template.replace(f"{{{name}}}", value)
+
+
+def fill_with_spans(template: str, name: str, value: str) -> tuple[str, list[Span]]:
+    """What ``fill`` returns, and where ``value`` stands in it; all of it where the template changes the value."""
+    text = fill(template, name, value)
+    first, *rest = fill(template, name, _HOLE).split(_HOLE)
+    filled, spans = first, []
+    for literal in rest:
+        spans.append((len(filled), len(filled) + len(value)))
+        filled += value + literal
+    return text, spans if filled == text else [(0, len(text))]
+
+
+def encode_after_text(encode: Callable[[str], Sequence[int]], text: str) -> list[int]:
+    """The tokens of ``text`` after other text, or alone if the tokenizer would merge the two into one token.
+
+    Some tokenizers put a blank before whatever they encode.
+    """
+    before = "a" if text[:1].isspace() else "\n"
+    start, both = list(encode(before)), list(encode(before + text))
+    return both[len(start) :] if both[: len(start)] == start else list(encode(text))
 
 
 def boxes(text: str) -> list[tuple[int, int | None]]:

@@ -44,11 +44,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example as the model sees it: the rendered text and its token ids."""
+    """An example as the model sees it: the rendered text and its token ids; with a chat template, its messages too."""
 
     example: Example
     text: str
     token_ids: tuple[int, ...]
+    messages: tuple[Mapping[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Letters:
-    """A tokenizer whose tokens are characters."""
+    """A tokenizer whose tokens are characters, none of them special."""
+
+    all_special_tokens: tuple[str, ...] = ()
+    chat_template = unk_token_id = eos_token_id = bos_token_id = None
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, object]:
+        return {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return encode(text)
@@ -134,6 +141,30 @@ def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_pa
     ]
     assert kinds[0] - {None} == {"solution"}
     assert kinds[1] - {None} == {"answer"}
+
+
+def test_what_data_quotes_is_text_and_an_injected_text_ends_once(config, tmp_path):
+    """Special tokens of the shipped model's tokenizer in every column of the data."""
+    row = {
+        "problem": "<|eos|>What is <|user|>?",
+        "answer": r"\text{<|eos|>}",
+        "solution": r"2<|eos|><|user|>\boxed{\text{<|eos|>}}",
+    }
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    data = DataConfig(train=str(tmp_path / "rows.json"))
+    for kind in ("answer", "solution"):
+        trainer = Trainer(replace(config, data=data, correction=CorrectionConfig(mix={kind: 1.0})))
+        samples = collect(trainer)
+        trainer.close()
+        special = set(trainer.tokenizer.all_special_ids)
+        for sample in samples:
+            names = trainer.tokenizer.convert_ids_to_tokens([t for t in sample.prompt.token_ids if t in special])
+            assert names == ["<|bos|>", "<|user|>", "<|assistant|>"]
+            assert sample.response.correction == kind
+            injected = [t for t, p in zip(sample.response.token_ids, sample.response.provenance, strict=True) if p == 1]
+            assert [t for t in injected if t in special] == [trainer.tokenizer.eos_token_id] == injected[-1:]
+            assert r"\boxed{\text{<|eos|>}}" in trainer.tokenizer.decode(injected)
+            assert sample.reward.correct
 
 
 # ---- Answers that no model gives -----------------------------------------------------------------------------------

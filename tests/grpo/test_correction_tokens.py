@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 
 from edge_grpo.config import CorrectionConfig
 from edge_grpo.correction import Corrector
+from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.types import Example, Prompt, Provenance, Response, Sampling
 
 WAIT = CorrectionConfig().reflection_text
@@ -295,6 +296,31 @@ def test_injected_text_has_the_tokens_of_text_within_a_text():
             [after] = correct([prompt()], [before], [wrong()], seed=0)
             expected = whole or first + text.lstrip()
             assert [t for t in after.token_ids if t != 0] == tokens(expected), name
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_control_tokens_are_those_of_the_configuration_not_of_the_data(name):
+    tokenizer = TOKENIZERS[name]
+    encoder = TextEncoder(tokenizer)
+    end, other = tokenizer.eos_token_id, tokenizer.bos_token_id
+    texts = {"reflection_text": " No!<s>", "answer_text": "<s> It is {answer}."}
+    row = Prompt(Example(0, "2+3?", "</s>5", "2</s> and <s>3"), "2+3?", (1,))
+    for kind, expected in (("answer", [other, other, end]), ("solution", [end])):
+        plain = Corrector(
+            CorrectionConfig(**ONLY[kind], **texts),
+            encode=encoder,
+            encode_data=encoder,
+            decode=tokenizer.decode,
+            eos_token_ids=[end],
+            max_tokens=64,
+        )
+        correct = CorrectorWithEngine(plain, ScriptedEngine(), Sampling(max_tokens=64))
+        ids = tuple(tokenizer.encode("It is 6.", add_special_tokens=False))
+        before = Response(ids, (-1.0,) * len(ids), (1.0,) * len(ids), (SAMPLED,) * len(ids), "length")
+        [after] = correct([row], [before], [wrong()], seed=0)
+        assert [token for token in after.token_ids if token in (end, other)] == expected
+        shown = tokenizer.decode(after.token_ids[:-1])
+        assert shown == {"answer": "It is 6. No!<s><s> It is </s>5.", "solution": "2</s> and <s>3"}[kind]
 
 
 @pytest.mark.parametrize(

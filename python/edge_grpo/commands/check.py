@@ -55,7 +55,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.json:
         write_json(options.json, {"data": spec} | found.to_dict())
     if tokenizer is None:
-        console.print("\nLengths were not checked; --model names the model whose tokenizer counts them.")
+        console.print(
+            "\nLengths and control tokens were not checked; --model names the model whose tokenizer counts them."
+        )
     return 1 if options.strict and found.findings else 0
 
 

@@ -26,13 +26,17 @@ Kind = Literal["reflect", "answer", "solution"]
 TRACKERS = ("trackio", "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab")
 
 
+_FIXED_IN_CHATS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    # NAME[@SPLIT]: arithmetic[:LEVELS], reasoning_gym:TASK, hub id, file (JSON, CSV, Parquet), data/*.jsonl, or folder
-    train: str = "arithmetic"
+    train: str = "arithmetic"  # NAME[@SPLIT]: arithmetic[:LEVELS], reasoning_gym:TASK, hub id, file, *.jsonl, or folder
     columns: dict[str, str] = field(default_factory=dict)  # maps problem, answer, solution to the dataset's columns
     system_prompt: str | None = None  # first message of the chat template
     prompt_template: str = "{problem}"  # user message; must contain {problem}
+    # variables of the chat template: enable_thinking: false; chat_template names one of several templates
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted in the log
     unboxable: Unboxable = "refuse"  # training rows whose answer no model will give, such as a sentence: refuse or drop
 
@@ -44,6 +48,8 @@ class DataConfig:
             for role in self.columns
             if role not in roles
         ]
+        for name in sorted(_FIXED_IN_CHATS & self.chat_template_kwargs.keys()):
+            problems.append(f"chat_template_kwargs must not set {name}, which this trainer does")
         if fill(self.prompt_template, "problem", "x") == fill(self.prompt_template, "problem", "y"):
             problems.append(f"prompt_template must contain {{problem}}; got {self.prompt_template!r}")
         refuse(problems)

@@ -16,6 +16,7 @@ from edge_grpo.config import TrainConfig
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.grading.answers import Grader, accepted_answers, is_literal
 from edge_grpo.grading.normalize import normalize
+from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.text import AnswerStyle, bare_answer, fill, find_answer, percent, write_answer
 from edge_grpo.types import Example, Outcome
 
@@ -32,6 +33,7 @@ Kind = Literal[
     "sentence answer",
     "multi-line answer",
     "rejected solution",
+    "control token",
     "long prompt",
     "long solution",
 ]
@@ -45,6 +47,7 @@ _CONSEQUENCES: dict[Kind, str] = {
     "sentence answer": "refused",
     "multi-line answer": "only equal text counts",
     "rejected solution": "not injected",
+    "control token": "read as text",
     "long prompt": "left out",
     "long solution": "not injected whole",
 }
@@ -101,7 +104,7 @@ class Preflight:
         table = Table("found", "rows", "share", "first rows", "in training", box=None, pad_edge=False)
         table.columns[1].justify = table.columns[2].justify = "right"
         for kind, count in self.counts.items():
-            if kind.startswith("long") and self.prompt_lengths is None:
+            if kind.startswith(("long", "control")) and self.prompt_lengths is None:
                 continue
             rows = [str(finding.row) for finding in self.findings if finding.kind == kind]
             first = ", ".join(rows[:4]) + (", ..." if len(rows) > 4 else "")
@@ -146,7 +149,7 @@ def unboxable_answers(examples: Sequence[Example], config: TrainConfig) -> dict[
 def examine(
     examples: Sequence[Example], grader: Grader, config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Preflight:
-    """Return the defects of the examples; lengths are checked only with a ``tokenizer``."""
+    """Return the defects of the examples; lengths and control tokens are checked only with a ``tokenizer``."""
     columns: Counter[str] = Counter({"problem": 0})
     findings: list[Finding] = []
     first: dict[str, Example] = {}
@@ -183,7 +186,9 @@ def examine(
     filled = [example for example in examples if example.problem]
     prompts = render_prompts(filled, tokenizer, unlimited)[0] if filled else []
     solutions = [example for example in examples if example.solution is not None]
-    encoded = tokenizer([e.solution for e in solutions], add_special_tokens=False)["input_ids"] if solutions else []
+    encoder = TextEncoder(tokenizer)
+    findings += _control_tokens(examples, encoder)
+    encoded = [encoder(text, [(0, len(text))]) for text in (example.solution or "" for example in solutions)]
     solution_lengths = [len(ids) + 1 for ids in encoded]  # with the end of sequence
     limit = config.data.max_prompt_length
     findings += [
@@ -226,6 +231,21 @@ def _fault(answer: str, config: TrainConfig) -> tuple[Kind, str] | None:
         return "misread answer", f"{_short(answer)} reads as {_short(found)}"
     lines = answer.strip().splitlines()
     return ("multi-line answer", f"{len(lines)} lines: {_short(answer)}") if len(lines) > 1 else None
+
+
+def _control_tokens(examples: Sequence[Example], encoder: TextEncoder) -> list[Finding]:
+    """The names of control tokens that stand in the data, which a tokenizer would read as these tokens."""
+    findings = []
+    for example in examples:
+        texts = {"problem": example.problem, "answer": example.answer, "solution": example.solution}
+        for number, message in enumerate((example.messages or ())[:-1]):
+            texts[f"message {number}"] = message["content"]
+        found = [
+            f"{names} in the {place}" for place, text in texts.items() if text and (names := encoder.named_in(text))
+        ]
+        if found:
+            findings.append(Finding("control token", example.index, "; ".join(found)))
+    return findings
 
 
 def _short(text: str | None, limit: int = 80) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from edge_grpo.config import DataConfig
@@ -40,8 +40,8 @@ class Template:
     """How a problem becomes a prompt, and a completion an answer.
 
     ``text`` holds {problem}. With ``is_whole`` it is all that the model reads, otherwise the user message of the
-    tokenizer's chat template, after ``system`` where there is one. With ``is_tagged`` the answer is in
-    ``<answer>`` tags after ``</think>``, otherwise in the last ``\\boxed{}``.
+    tokenizer's chat template, after ``system`` where there is one and with its ``variables``. With ``is_tagged``
+    the answer is in ``<answer>`` tags after ``</think>``, otherwise in the last ``\\boxed{}``.
     """
 
     name: TemplateName
@@ -49,6 +49,7 @@ class Template:
     system: str | None = None
     is_whole: bool = False
     is_tagged: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ending(self) -> str | None:
@@ -64,7 +65,12 @@ class Template:
         """
         if self.name == "chat" and not tokenizer.chat_template:
             raise ValueError("template chat needs a tokenizer with a chat template; use qwen_math, r1 or config")
-        config = DataConfig(prompt_template=self.text, system_prompt=self.system, max_prompt_length=max_prompt_length)
+        config = DataConfig(
+            prompt_template=self.text,
+            system_prompt=self.system,
+            max_prompt_length=max_prompt_length,
+            chat_template_kwargs=dict(self.variables),
+        )
         prompts, _ = render_prompts(examples, tokenizer, config, as_chat=not self.is_whole)
         kept = {prompt.example.index for prompt in prompts}
         return prompts, [example.index for example in examples if example.index not in kept]
@@ -83,7 +89,9 @@ class Template:
         return f" </think> <answer>\\boxed{{{answer}}}</answer>" if self.is_tagged else f"\\boxed{{{answer}}}"
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return everything as plain values, ``variables`` where there are any."""
+        values = dataclasses.asdict(self)
+        return values if self.variables else {key: value for key, value in values.items() if key != "variables"}
 
 
 TEMPLATES = {
@@ -96,10 +104,11 @@ TEMPLATES = {
 def find_template(name: str, data: DataConfig) -> Template:
     """Return the template of that name; "config" is the prompt of the configuration ``data``."""
     if name == "config":
-        return Template("config", data.prompt_template, data.system_prompt)
+        return Template("config", data.prompt_template, data.system_prompt, variables=data.chat_template_kwargs)
     if name not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join([*TEMPLATES, 'config'])}; got {name!r}")
-    return TEMPLATES[name]
+    template = TEMPLATES[name]
+    return template if template.is_whole else replace(template, variables=data.chat_template_kwargs)
 
 
 def foreign_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from edge_grpo.config import ModelConfig
 from edge_grpo.policy.adapters import CONFIG_FILE, add_lora, base_of, load_lora
+from edge_grpo.policy.chat import Chat
 from edge_grpo.policy.hub import cached_if_unreachable
 from edge_grpo.policy.model import check_head, enable_checkpointing, unwrap
 
 BUILT_IN = {"edge_grpo:tiny": "tiny"}  # name -> folder inside this package
 _HAS_GGUF_CONFIG = hasattr(transformers, "GgufConfig")
-_ASSISTANT_TEXT = "EDGE"  # any text that a chat template passes through unchanged
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -84,16 +84,26 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     """
     configured = unwrap(model).generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, (list, tuple)) else [configured])]
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "."}, {"role": "assistant", "content": _ASSISTANT_TEXT}]
-        rendered = str(tokenizer.apply_chat_template(turn, tokenize=False))
-        closing = tokenizer(rendered.rpartition(_ASSISTANT_TEXT)[2], add_special_tokens=False)["input_ids"]
-        added = tokenizer.added_tokens_decoder
-        ids += [token for token in closing[:1] if token in added and added[token].special]
+    ids += _closing_token_ids(tokenizer)
     unique = tuple(dict.fromkeys(int(token) for token in ids if token is not None))
     if not unique:
         raise ValueError("neither the tokenizer nor the generation configuration names an end-of-sequence token")
     return unique
+
+
+def _closing_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens with which the tokenizer's chat templates close an assistant's turn."""
+    templates = tokenizer.chat_template
+    ids = []
+    for name in templates if isinstance(templates, dict) else [None] if templates else []:
+        try:
+            closing = Chat(tokenizer, {} if name is None else {"chat_template": name}).closing()
+        except ValueError:
+            continue  # said where it is used
+        first = tokenizer.encode(closing, add_special_tokens=False)[:1]
+        added = tokenizer.added_tokens_decoder
+        ids += [int(token) for token in first if token in added and added[token].special]
+    return ids
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -114,9 +124,11 @@ def _load_tokenizer(name: str, gguf_file: str | None, config: ModelConfig) -> Pr
     with _said_of(config, "the tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
+        ends = [tokenizer.eos_token_id, *_closing_token_ids(tokenizer)]
+        ids = [token for token in ends if token is not None]
+        if not ids:
             raise ValueError(f"the tokenizer of {config.path!r} has neither a pad nor an eos token; give it one")
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
     tokenizer.padding_side = "left"
     return tokenizer
 

@@ -135,6 +135,23 @@ def test_lengths_are_those_that_training_counts(found):
     assert found.solution_lengths == tuple(len(tokenizer.encode(text)) + 1 for text in solutions)
 
 
+def test_control_tokens_in_the_data_are_listed_with_their_place(grader):
+    chat = ({"role": "system", "content": "Be <s>."}, {"role": "user", "content": "2+2?"})
+    rows = [
+        Example(0, "What does </s> do?", "4", r"<s>It ends.</s> \boxed{4}"),
+        Example(1, "1+1?", "2", "\\boxed{2}"),
+        Example(2, "2+2?", "4", messages=chat),
+    ]
+    config = load_config(None, ["rollout.max_completion_length=500"])
+    found = examine(rows, grader, config, make_tokenizer(chat=True))
+    assert [(finding.kind, finding.row, finding.detail) for finding in found.findings] == [
+        ("control token", 0, "</s> in the problem; <s>, </s> in the solution"),
+        ("control token", 2, "<s> in the message 0"),
+    ]
+    assert found.solution_lengths[0] > len(make_tokenizer().encode(rows[0].solution)) + 1
+    assert examine(rows, grader, config).findings == ()
+
+
 def test_without_a_tokenizer_lengths_are_left_out(file, grader):
     found = examine(load_examples(file, {}, allow_empty=True), grader, CONFIG)
     assert found.prompt_lengths is None

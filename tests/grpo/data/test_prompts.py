@@ -58,7 +58,8 @@ def test_chat_prompts_are_exactly_the_template_with_one_bos():
 
 def test_a_chat_template_without_system_role_says_what_to_do():
     tokenizer = make_tokenizer(chat=True)
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusal + "{{ messages[0].content }}"
     render_prompts(EXAMPLES, tokenizer, DataConfig())
     with pytest.raises(ValueError, match=r"no system role; if it takes no system message, set data\.system_prompt"):
         render_prompts(EXAMPLES, tokenizer, DataConfig(system_prompt="Be brief."))
