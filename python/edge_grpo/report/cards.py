@@ -205,7 +205,7 @@ def comparison(groups: Sequence[Group], baseline: Group) -> str:
 
 def _how(cards: Sequence[tuple[Quantity, Sequence[Row]]]) -> str:
     found = [row.difference for _, rows in cards for row in rows if row.difference]
-    texts = ["Means and differences with 95 % intervals; grey: the interval holds 0"]
+    texts = ["Means and differences with 95 % intervals; grey: the interval holds 0, or there is none"]
     if any(difference.made_of == "pairs" for difference in found):
         texts.append("runs of the same seed are paired")
     counts = [difference.count for difference in found if difference.made_of in ("pairs", "runs")]
