@@ -64,6 +64,22 @@ def _either(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return " or ".join(f"{symbol} = {shape}" for symbol, shape in shapes.items())
 
 
+def check_finite(name: str, value: Tensor, counts: Tensor | None = None, *, remedy: str) -> None:
+    """Refuse NaN and infinity, where ``counts`` (a mask, None for everywhere) holds. Reads the values.
+
+    Only of an ordinary tensor on a CPU: on a GPU it would wait for all work queued before, and compiled code cannot
+    decide by a value. There such a number goes on into whatever is computed from it.
+    """
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or type(value) is not Tensor:
+        return
+    wrong = ~value.detach().isfinite()
+    if counts is not None:
+        wrong = wrong & counts
+    if bool(wrong.any()):
+        position = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite; got {float(value[position])} at {position}; {remedy}")
+
+
 def check_transform(temperature: float, softcap: float | None) -> None:
     """Require a positive temperature and a positive soft cap, or none."""
     if not 0 < temperature < math.inf:

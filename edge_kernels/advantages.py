@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_float, check_like, describe, stats_dtype
+from edge_kernels._checks import check_finite, check_float, check_like, describe, stats_dtype
 from edge_kernels.config import EDAConfig, KLEstimator, ScaleRewards, _one_of, scale_of
 from edge_kernels.reference import SCALE_EPSILON
 from edge_kernels.sequences import kl_estimate
@@ -62,16 +62,27 @@ def group_advantages(
     Equivalent, for responses ordered by group: ``r = rewards.view(-1, G);
     (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-4)`` (std with Bessel's correction).
 
-    rewards        (B,), floating point. A NaN makes its whole group NaN.
+    rewards        (B,), floating point, finite: NaN and infinity are refused on a CPU; on a GPU, whose values are not
+                   waited for, and in compiled code, they make their whole group NaN.
     group_ids      (B,), int64, any numbers in any order; groups may differ in size and must be whole.
     scale_rewards  whose standard deviation divides: "group" or True, "batch" (one for all rewards), "none" or False.
     batch_rewards  (any,), floating point: all rewards of the batch where these are a part of it, for "batch".
 
     Exactly 0 throughout a group of equal rewards, and for a group of one response, whose standard deviation is
-    undefined. A NaN makes everything NaN under "batch". float64 for float64 rewards, else float32; no gradient. Raises
-    ValueError or TypeError for wrong shapes and dtypes. arXiv:2507.21848, eq. 1.
+    undefined. A NaN makes everything NaN under "batch". Rewards may be as large as their dtype allows, if their
+    differences are too. float64 for float64 rewards, else float32; no gradient. Raises ValueError or TypeError for
+    wrong shapes, dtypes and values. arXiv:2507.21848, eq. 1.
     """
     check_like("rewards", rewards, {"(B,)": tuple(rewards.shape[:1])}, "floating point", rewards, remedy="flatten it")
+    for name, values in (("rewards", rewards), ("batch_rewards", batch_rewards)):
+        if values is not None:
+            check_finite(name, values, remedy="leave the response out, or give it a number")
+    return _group_advantages(rewards, group_ids, scale_rewards=scale_rewards, batch_rewards=batch_rewards)
+
+
+def _group_advantages(
+    rewards: Tensor, group_ids: Tensor, *, scale_rewards: bool | ScaleRewards, batch_rewards: Tensor | None = None
+) -> Tensor:
     _check_groups(group_ids, rewards)
     scale = scale_of(scale_rewards)
     everyone = rewards if batch_rewards is None else batch_rewards
@@ -86,10 +97,18 @@ def group_advantages(
         return centred
     if scale == "batch":
         count = torch.ones_like(everyone).sum()
-        variance = (everyone - everyone.sum() / count).square().sum() / (count - 1).clamp(min=1)
+        deviations = everyone - everyone.sum() / count
+        unit = _unit(deviations.abs().amax()) if everyone.numel() else count
+        variance = (deviations / unit).square().sum() / (count - 1).clamp(min=1)
     else:
-        variance = groups.sum(centred.square()) / (size - 1).clamp(min=1)
-    return centred / (variance.sqrt() + SCALE_EPSILON)
+        unit = _unit(-groups.least(-centred.abs()))
+        variance = groups.sum((centred / unit).square()) / (size - 1).clamp(min=1)
+    return centred / (unit * variance.sqrt() + SCALE_EPSILON)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """Return what deviations are divided by before they are squared: squares of 1e20 overflow in float32."""
+    return torch.where(largest == 0, 1, largest)
 
 
 def kl_penalized_rewards(
@@ -246,10 +265,18 @@ def entropy_driven_advantages(
     Shapes, dtypes, errors and limits as there. A group of equal rewards stays exactly 0. No gradient.
     arXiv:2507.21848, eq. 7.
     """
-    config = _check_config(config)
     check_float("entropy", entropy, least_dims=1, may_be_empty=True)
     remedy = "pass one reward per response"
     check_like("rewards", rewards, {"(B,)": tuple(entropy.shape[:1])}, "floating point", entropy, remedy=remedy)
-    advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
+    check_finite("rewards", rewards, remedy="leave the response out, or give it a number")
+    return advantages_of_checked(rewards, entropy, completion_mask, group_ids, config)
+
+
+def advantages_of_checked(
+    rewards: Tensor, entropy: Tensor, completion_mask: Tensor, group_ids: Tensor, config: EDAConfig | None
+) -> Tensor:
+    """Return ``entropy_driven_advantages`` of rewards that a loss has checked and penalized: NaN where logits are."""
+    config = _check_config(config)
+    advantages = _group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
     weights = entropy_weights(entropy, completion_mask, group_ids, config, advantages=advantages)
     return apply_weights(advantages, weights)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import IGNORE_INDEX, check_like, describe, stats_dtype
-from edge_kernels.advantages import entropy_driven_advantages, kl_penalized_rewards
+from edge_kernels._checks import IGNORE_INDEX, check_finite, check_like, describe, stats_dtype
+from edge_kernels.advantages import advantages_of_checked, kl_penalized_rewards
 from edge_kernels.backends.plain import sampler_correction
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform
@@ -237,6 +237,15 @@ def _masks(
     return mask, masked
 
 
+def _check_values(advantages: Tensor | None, rewards: Tensor | None, mask: Tensor) -> None:
+    """Require finite advantages where a loss is taken, or finite rewards, as far as ``check_finite`` looks."""
+    if advantages is not None:
+        counts = mask.any(-1) if advantages.dim() == 1 else mask
+        check_finite("advantages", advantages, counts, remedy="leave the response out of completion_mask")
+    elif rewards is not None:
+        check_finite("rewards", rewards, remedy="leave the response out, or give it a number")
+
+
 def check_batch(
     like: Tensor,  # logits or hidden states: the batch's shape and device
     dtype: torch.dtype,
@@ -284,6 +293,7 @@ def check_batch(
         raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
 
     mask, masked = _masks(config, completion_mask, injected_mask, truncated_mask, stats_dtype(dtype))
+    _check_values(advantages, rewards, mask)
     old, sampling = per_token["old_logprobs"], per_token["sampling_logprobs"]
     behavior = None
     if config.off_policy_mask_threshold is not None:
@@ -329,7 +339,7 @@ def loss_of_stats(stats: TokenStats, batch: Batch) -> GRPOLossOutput:
         rewards = batch.rewards.to(batch.dtype)
         if batch.config.reward_kl_coef > 0:
             rewards = _penalized(rewards, stats, batch)
-        advantages = entropy_driven_advantages(rewards, stats.entropy, batch.mask, batch.group_ids, batch.config.eda)
+        advantages = advantages_of_checked(rewards, stats.entropy, batch.mask, batch.group_ids, batch.config.eda)
     terms, rule = batch.terms(advantages, stats), LossRule.of(batch.config)
     if batch.behavior_logprobs is not None and batch.config.off_policy_mask_threshold is not None:
         compared = (stats.logprobs.detach(), batch.behavior_logprobs, terms.advantages, batch.mask)

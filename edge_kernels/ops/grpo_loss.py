@@ -143,7 +143,10 @@ def edge_grpo_loss(
                        that receives a gradient.
     targets            (B, T), int64, in [0, V) where the mask holds; any number elsewhere.
     completion_mask    (B, T), bool: tokens that count. Rows outside are not read and get gradient 0.
-    advantages         (B,) or (B, T), floating point. Exactly one of advantages and rewards must be given.
+    advantages         (B,) or (B, T), floating point. Exactly one of advantages and rewards must be given. NaN and
+                       infinity, where the mask holds, are refused on a CPU; on a GPU, whose values are not waited for,
+                       and in compiled code, they make the loss and the gradient of their rows NaN or infinite. The
+                       same goes for rewards.
     rewards            (B,), floating point, with ``group_ids`` (B,), int64: entropy-driven advantages are formed here
                        (arXiv:2507.21848, eqs. 3, 6, 7; ``config.eda``); every group must be whole in this batch. With
                        ``reward_kl_coef`` they are lessened first, as ``kl_penalized_rewards`` does.
