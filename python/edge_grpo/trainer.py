@@ -42,12 +42,13 @@ from edge_grpo.run import checkpoint, identity
 from edge_grpo.run.files import write_text
 from edge_grpo.run.folder import claim, discard
 from edge_grpo.run.log import RunLog
+from edge_grpo.run.plan import KEPT_CHECKPOINTS, Plan
 from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.run.trackers import check_trackers, start_trackers
 from edge_grpo.run.watch import RewardWatch
 from edge_grpo.types import Prompt
 
-_KEPT_CHECKPOINTS = 2
+_QUICK = 30.0  # seconds of a step
 _LOGGED_COMPLETIONS = 8  # of each step
 
 
@@ -82,6 +83,15 @@ def train(
         finally:
             trainer.close()
     return Summary(Path(config.output), before, after, config.steps, time.perf_counter() - started)
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Load everything, make a step or two, and return what the run would take. Nothing is written."""
+    trainer = Trainer(config)
+    try:
+        return trainer.plan()
+    finally:
+        trainer.close()
 
 
 class Trainer:
@@ -240,6 +250,27 @@ class Trainer:
             everyone = gather_object(counted_rewards(samples))
         assign_advantages(samples, loss, entropy_driven=self.config.use_eda, batch_rewards=everyone)
 
+    def plan(self) -> Plan:
+        """Make a step, and another one if that was quick, since the first also pays for what is made once."""
+        _, metrics = self.step(1)
+        if metrics["time/total"] < _QUICK:
+            _, metrics = self.step(2)
+        parameters = list(self.learner.model.parameters())
+        device = self.accelerator.device
+        return Plan(
+            config=self.config,
+            prompt_lengths=[len(prompt.token_ids) for prompt in self.collector.prompts],
+            num_held_out=len(self.eval_prompts),
+            parameters=sum(value.numel() for value in parameters),
+            weight_bytes=sum(value.numel() * value.element_size() for value in parameters),
+            generated_tokens=round(metrics["throughput/tokens_per_s"] * metrics["time/total"]),
+            truncated=metrics["length/truncated"],
+            peak_bytes=int(metrics["memory/peak_bytes"]),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+            processes=self.accelerator.num_processes,
+            step_seconds=metrics["time/total"],
+        )
+
     def evaluate(self) -> Evaluation:
         """Return held-out accuracy with the run's evaluation settings; every process takes a share of the prompts."""
         config, accelerator = self.config, self.accelerator
@@ -295,7 +326,7 @@ class Trainer:
             step,
             learner.model,
             learner.optimizer,
-            keep=_KEPT_CHECKPOINTS,
+            keep=KEPT_CHECKPOINTS,
             evaluated=evaluated,
         )
 

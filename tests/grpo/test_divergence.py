@@ -69,7 +69,7 @@ def test_three_skipped_in_a_row_end_the_run(config, tmp_path, monkeypatch, capsy
         return pairs
 
     monkeypatch.setattr(learner, "accumulate_gradient", spoil)
-    monkeypatch.setattr("edge_grpo.trainer._KEPT_CHECKPOINTS", 1)
+    monkeypatch.setattr("edge_grpo.trainer.KEPT_CHECKPOINTS", 1)
     with pytest.raises(
         FloatingPointError, match=r"3 optimizer steps in a row, .* in step 4; .*finite checkpoint is .*step-000003;"
     ):

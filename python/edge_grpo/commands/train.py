@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an earlier run in the output folder, once the new one has loaded",
     )
+    again.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load everything, make a step, print what the run would take, and write nothing",
+    )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -65,6 +70,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _configuration(options, overrides)
     output = Path(config.output)
     is_main = is_main_process()
+    if options.dry_run:
+        return _dry_run(config, is_main=is_main)
     with claim(output, resume=options.resume, overwrite=options.overwrite):
         pass  # train claims it again; a refusal need not wait until torch is imported
     earlier = _identity(output) if options.overwrite else None
@@ -104,6 +111,16 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
         print(f"Steps     {summary.steps} in {clock(summary.seconds)}")
         print(f"Model     {output / 'final'}")
         print(f"Report    {page}")
+    return 0
+
+
+def _dry_run(config: TrainConfig, *, is_main: bool) -> int:
+    quieten_loading()
+    from edge_grpo.trainer import plan
+
+    lines = plan(config).lines()
+    if is_main:
+        print("\n".join(lines))
     return 0
 
 
@@ -164,11 +181,13 @@ def _say_how_to_resume(config: TrainConfig, earlier: tuple[int, int] | None) -> 
 COMMAND = Command(
     name="train",
     summary="train a model, evaluate it before and after, and write a report",
-    usage="[--recipe NAME | --config FILE] [--method METHOD] [--output DIR] [--resume | --overwrite] [KEY=VALUE ...]",
+    usage="[--recipe NAME | --config FILE] [--method METHOD] [--output DIR] [--resume | --overwrite | --dry-run] "
+    "[KEY=VALUE ...]",
     examples="""
         edge-grpo train --recipe tiny                    the small model shipped with the package, minutes on a CPU
         edge-grpo train --recipe tiny --method grpo      the same with plain GRPO, into its own folder, to compare
         edge-grpo train --config my.yaml optim.learning_rate=1e-5 rollout.num_generations=16
+        edge-grpo train --recipe tiny --dry-run          what it would take: memory, disk, the time of a step
         edge-grpo train --resume --output runs/tiny      continue an interrupted run from its last checkpoint
         edge-grpo train --resume --output runs/tiny steps=400        continue a finished run for more steps
         accelerate launch -m edge_grpo train --config my.yaml        on several GPUs
