@@ -2,5 +2,6 @@
 
 harness.py runs configurations and prints results; peers.py has the contenders, limits.py the machine's limits.
 logits.py, head.py, memory.py, accuracy.py and end_to_end.py are the benchmarks; grading.py and rollout.py measure the
-training package. gpu/ runs on a GPU; machine_code/ and gpu_static.py inspect GPU kernels without one.
+training package, trl_step.py TRL's trainer with it. gpu/ runs on a GPU; machine_code/ and gpu_static.py inspect GPU
+kernels without one.
 """

@@ -54,7 +54,9 @@ def test_every_snippet_has_a_language_that_is_run():
 
 
 @pytest.mark.parametrize("code", every("python"))
-def test_python(code):
+def test_python(code, monkeypatch, tmp_path):
+    monkeypatch.setenv("CI", "1")  # TRL sends no telemetry there
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {})
 
 
