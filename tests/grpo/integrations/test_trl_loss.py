@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 import trl_grid
@@ -14,7 +12,6 @@ from trl_runs import TINY, history
 
 import edge_grpo.integrations.trl.head
 from edge_grpo.integrations.trl import EdgeGRPOTrainer
-from edge_kernels.config import LossType
 
 OFF = {"eda": False, "gec": False, "fused_loss": False}
 FUSED = {"eda": False, "gec": False}
@@ -34,9 +31,7 @@ def test_everything_off_is_trl_bit_for_bit(make_trainer):
 
 def test_fused_is_trls_loss_gradient_and_metrics(make_trainer):
     theirs, ours = make_trainer(GRPOTrainer), make_trainer(**FUSED)
-    cases = [case for case in trl_grid.small_grid() if case.loss_type in get_args(LossType)]
-    assert len(cases) > 30
-    for case in cases:
+    for case in trl_grid.small_grid():
         trl_grid.check(theirs, ours, case)
 
 

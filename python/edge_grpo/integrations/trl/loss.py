@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 from edge_grpo.integrations.trl.config import ConfiguredTrainer
 from edge_grpo.integrations.trl.options import CLIPPING, PER_TOKEN
@@ -32,7 +33,7 @@ def fused_loss(
         )
 
     def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
-        sampler = inputs["sampling_per_token_logps"] if config.sampler_ratio_cap is not None else None
+        needs_sampler = config.sampler_ratio_cap is not None or config.off_policy_mask_threshold is not None
         return linear_edge_grpo_loss(
             hidden[:, -length:],
             head.weight,
@@ -42,7 +43,7 @@ def fused_loss(
             advantages=inputs["advantages"],
             old_logprobs=inputs.get("old_per_token_logps"),
             ref_logprobs=inputs.get("ref_per_token_logps") if config.beta else None,
-            sampling_logprobs=sampler,
+            sampling_logprobs=inputs.get("sampling_per_token_logps") if needs_sampler else None,
             injected_mask=inputs.get("injected_mask"),
             num_items=num_items,
             config=config,
@@ -89,33 +90,40 @@ def _log(
     per_token: dict[str, Tensor] = {"entropy": out.metrics["entropy_sum"]}
     if config.beta:
         per_token["kl"] = out.metrics["kl_sum"]
-    clipped = _clipped(config, inputs, mask, out)  # by name, (B, T) or (B, 1)
-    is_sequence = config.importance_sampling_level == "sequence"
-    count = tokens.new_tensor(len(mask)) if is_sequence else tokens
-    sums = [*per_token.values(), *(flags.sum() if is_sequence else (flags * mask).sum() for flags in clipped.values())]
-    totals = accelerator.reduce(torch.stack([tokens, count, *(value.float() for value in sums)]), reduction="sum")
-    tokens, count = totals[0].clamp(min=1), totals[1].clamp(min=1)
+    ratios = _of_ratios(config, inputs, mask, out)  # by name, (B, T) or, of sequences, (B, 1)
+    sums = [*per_token.values(), *((value if value.shape[1] == 1 else value * mask).sum() for value in ratios.values())]
+    totals = accelerator.reduce(
+        torch.stack([tokens, tokens.new_tensor(len(mask)), *(value.float() for value in sums)]), reduction="sum"
+    )
+    tokens, sequences = totals[0].clamp(min=1), totals[1].clamp(min=1)
     for name, total in zip(per_token, totals[2:], strict=False):
         metrics[name].append((total / tokens).item())
-    for (name, _), total in zip(clipped.items(), totals[2 + len(per_token) :], strict=True):
-        metrics[f"{name}_mean" if name.startswith("clip_ratio") else name].append((total / count).item())
+    for (name, value), total in zip(ratios.items(), totals[2 + len(per_token) :], strict=True):
+        mean = total / (sequences if value.shape[1] == 1 else tokens)
+        metrics[f"{name}_mean" if name.startswith("clip_ratio") else name].append(mean.item())
     if config.loss_type in CLIPPING:
-        sides = [clipped["clip_ratio/low"], clipped["clip_ratio/high"]]
-        shares = [side[:, 0] if is_sequence else (side * mask).sum(1) / mask.sum(1) for side in sides]
+        sides = [ratios["clip_ratio/low"], ratios["clip_ratio/high"]]
+        shares = [side[:, 0] if side.shape[1] == 1 else (side * mask).sum(1) / mask.sum(1) for side in sides]
         gathered = accelerator.gather(torch.stack(shares, dim=1))  # (processes * B, 2), NaN for what is masked
         low, high = (column[~column.isnan()] for column in gathered.unbind(1))
         metrics["clip_ratio/low_min"].append(low.min().item() if len(low) else float("nan"))
         metrics["clip_ratio/high_max"].append(high.max().item() if len(high) else float("nan"))
 
 
-def _clipped(config: GRPOLossConfig, inputs: dict[str, Any], mask: Tensor, out: GRPOLossOutput) -> dict[str, Tensor]:
-    """Return where the ratio left its bounds, as numbers, by the metric's name."""
+def _of_ratios(config: GRPOLossConfig, inputs: dict[str, Any], mask: Tensor, out: GRPOLossOutput) -> dict[str, Tensor]:
+    """Return by the metric's name where the ratio left its bounds, as 0 and 1; of vespo the sequences' weights."""
     old = inputs.get("old_per_token_logps")
     log_ratio = torch.zeros_like(out.logprobs) if old is None else (out.logprobs - old) * mask
+    advantages = inputs["advantages"]
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    if config.loss_type == "vespo":
+        sampler = inputs.get("importance_sampling_ratio")
+        constants = (config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg)
+        weights = GRPOTrainer.get_gamma_weights(advantages, log_ratio, mask, sampler, *constants)
+        return {"vespo/phi_seq_mean": weights}
     if config.importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio, advantages = log_ratio.exp(), inputs["advantages"]
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    ratio = log_ratio.exp()
     if config.loss_type == "cispo":
         return {"cispo_clip_ratio": ((ratio > config.epsilon_high) & (advantages > 0)).float()}
     if config.loss_type not in CLIPPING:

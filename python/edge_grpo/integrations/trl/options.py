@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, get_args
 
 from edge_grpo.integrations.trl.config import ConfiguredTrainer
@@ -12,17 +11,17 @@ from edge_kernels.config import LossType
 
 PER_TOKEN = ("dapo", "cispo", "vespo")  # what TRL divides by the tokens of a whole accumulation
 CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # what TRL applies `delta` to
-# Options that have one name and one meaning in TRL and in edge_kernels, with the value at which they do nothing.
-SAME = {
-    "use_bias_correction_kl": None,
-    "sapo_temperature_pos": None,
-    "sapo_temperature_neg": None,
-    "vespo_k_pos": None,
-    "vespo_lambda_pos": None,
-    "vespo_k_neg": None,
-    "vespo_lambda_neg": None,
-}
-_OFFERED = {field.name for field in fields(GRPOLossConfig)}
+# Options that have one name and one meaning in TRL and in edge_kernels.
+SAME = (
+    "use_bias_correction_kl",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "off_policy_mask_threshold",
+)
 
 
 class UnsupportedError(Exception):
@@ -35,7 +34,7 @@ def loss_config(trainer: ConfiguredTrainer, head: LMHead) -> GRPOLossConfig:
     for name, is_used in _lacking(trainer).items():
         if is_used:
             raise UnsupportedError(name)
-    values: dict[str, Any] = {name: getattr(args, name) for name in SAME if name in _OFFERED}
+    values: dict[str, Any] = {name: getattr(args, name) for name in SAME}
     values |= {
         "loss_type": trainer.loss_type,
         "epsilon_low": trainer.epsilon_low,
@@ -74,7 +73,6 @@ def _lacking(trainer: ConfiguredTrainer) -> dict[str, bool]:
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in get_args(LossType),
         "use_adaptive_entropy": trainer.use_adaptive_entropy,
         "router_aux_loss_coef": trainer.aux_loss_enabled,
-        "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "top_entropy_quantile=0": share == 0,
         "top_entropy_quantile on several processes": share < 1 and trainer.accelerator.num_processes > 1,
         "entropy_coef with top_entropy_quantile": trainer.entropy_coef != 0 and share < 1,
