@@ -16,11 +16,15 @@ from torch import Tensor
 
 from benchmarks.machine_code import aot
 from benchmarks.machine_code.peers import HIDDEN, SEQUENCES, TEMPERATURE, TOKENS, VOCAB
+from edge_kernels import use_backend
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
+from edge_kernels.ops import linear_grpo_loss, linear_token_stats
+from edge_kernels.ops.head_plan import COLUMNS, TILES, use_way
 
 SHAPE = SEQUENCES, TOKENS
 ROWS = SEQUENCES * TOKENS
+TILES_BUDGET = 2**31  # several tiles of that many rows
 FEW_ROWS = 8  # too few to fill a GPU: a row is split over programs
 TRANSFORM = Transform(TEMPERATURE, None, 1.0, -100)
 CAPPED, NEGATIVE = TRANSFORM._replace(softcap=30.0), TRANSFORM._replace(logit_scale=-1.0)
@@ -87,6 +91,24 @@ def triton_head(architecture: int) -> None:
     with _triton_backend() as backend:
         stats = backend.linear_forward(*inputs, hidden.dtype, TRANSFORM)
         backend.linear_backward(*inputs, stats, gradients, wanted, hidden.dtype, TRANSFORM, None)
+
+
+def triton_tiles(architecture: int, dtype: torch.dtype = torch.bfloat16, vocab: int = VOCAB) -> None:
+    """The head by tiles, each way, with the advantages known and with the statistics first: what it launches itself."""
+    hidden = torch.empty(ROWS, HIDDEN, dtype=dtype, device="cuda")
+    weight = torch.empty(vocab, HIDDEN, dtype=dtype, device="cuda")
+    inputs, wanted = (hidden, weight, None, _per_token(torch.int64)), [True, True, False]
+    terms, rule = _terms(old_logprobs=_per_token()), LossRule.of(GRPOLossConfig())
+    with _triton_backend(), use_backend("triton"):
+        for way in (TILES, COLUMNS):
+            with use_way(way):
+                call = linear_grpo_loss._Call(*inputs, wanted, dtype, TRANSFORM, terms, rule)
+                linear_grpo_loss._sweep(call, False, TILES_BUDGET)
+                head = linear_token_stats._way(hidden, weight, None, dtype, TILES_BUDGET)
+                stats = linear_token_stats._forward(hidden, weight, inputs[3], head, TRANSFORM)
+                gradients = StatsGradients(_per_token(), None, None)
+                options = (wanted, dtype, TILES_BUDGET, TRANSFORM)
+                linear_token_stats._gradient(*inputs, stats, gradients, *options)
 
 
 def triton_loss(architecture: int) -> None:

@@ -23,6 +23,8 @@ from edge_kernels import _extension, backend, reference, use_backend
 from edge_kernels.backends import compiled, plain
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
+from edge_kernels.ops import head, linear_grpo_loss
+from edge_kernels.ops.head_plan import COLUMNS, TILES, use_way
 
 EXTENSION = _extension.load()
 HAS_CUDA = EXTENSION.built_with()["cuda"] is not None
@@ -243,6 +245,37 @@ def test_no_factor_is_left_out_before_float16_rounds(emulated: None) -> None:
         check_logits_gradient(scale, GRPOLossConfig(), inplace=False)
         check_logits_gradient(scale, GRPOLossConfig(entropy_coef=0.01), inplace=True)
     check_overflow()
+
+
+@pytest.mark.slow
+@needs_harness
+@pytest.mark.parametrize(("way", "budget"), [(TILES, 6_500), (TILES, None), (COLUMNS, 6_500)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_heads_tiles(
+    way: str, budget: int | None, level: str, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 rows in tiles of some and in one, in bfloat16; in one sweep, and with the statistics first."""
+    for module in (head, linear_grpo_loss):  # a GPU's products; what the CPU can do, only the whole extension knows
+        monkeypatch.setattr(module, "product_dtype", lambda dtype, device: dtype)
+    config = GRPOLossConfig(importance_sampling_level=level, beta=0.1, temperature=0.8)
+    leaves = [random(3, 6, 8, seed=4).bfloat16() / 3, random(50, 8, seed=5).bfloat16() / 3]
+    targets = torch.randint(50, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    old = reference.linear_token_stats(*leaves, targets, temperature=0.8).logprobs + 0.1 * random(3, 6, seed=2)
+    batch = {"advantages": random(3, seed=3), "old_logprobs": old, "ref_logprobs": old - 0.2, "config": config}
+    found = []
+    for kind in (torch.bfloat16, torch.float64):
+        inputs = [leaf.to(kind).requires_grad_() for leaf in leaves]
+        if kind == torch.bfloat16:
+            with use_way(way):
+                out = edge_kernels.linear_edge_grpo_loss(*inputs, targets, mask, memory_budget=budget, **batch)
+                gradients = torch.autograd.grad(out.loss, inputs)
+        else:
+            out = reference.linear_edge_grpo_loss(*inputs, targets, mask, **batch)
+            gradients = torch.autograd.grad(out.loss, inputs)
+        found.append([value.double() for value in (out.loss, out.logprobs, out.entropy, *gradients)])
+    for actual, exact in zip(*found, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=2**-6, atol=2**-6 * max(1.0, exact.abs().max().item()))
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ def items(architecture: int) -> Iterator[Item]:
     Not the products: without matrix instructions one takes half a minute to compile.
     """
     launchers = [(ours.triton_logits, {}), (ours.triton_capped, {}), (ours.triton_logits, {"vocab": 50_257})]
-    launchers += [(ours.triton_loss, {}), (ours.triton_head, {})]
+    launchers += [(ours.triton_loss, {}), (ours.triton_head, {}), (ours.triton_tiles, {})]
     if architecture == 90:
+        launchers += [(ours.triton_tiles, {"vocab": 50_257})]
         launchers += [(launch, {"dtype": torch.float32}) for launch in (ours.triton_logits, ours.triton_capped)]
     for launch, options in launchers:
         for compiled, itemsize in aot.triton_kernels(partial(launch, architecture, **options), architecture):
@@ -105,6 +106,13 @@ def test_budgets(architecture: int, instructions: float) -> None:
         if name.startswith(("linear_fwd", "linear_bwd")):
             assert matrix_instruction in compiled.asm["ptx"], name
     assert seen == EVERY_KERNEL
+
+
+def test_the_heads_tiles_take_no_kernel_that_makes_logits() -> None:
+    """All of their Python runs here on fake CUDA tensors, which refuse a value that the host would wait for."""
+    found = aot.triton_kernels(lambda: ours.triton_tiles(90), 90)
+    names = {compiled.metadata.name.removesuffix("_kernel") for compiled, _ in found}
+    assert names == {*NUM_LOOPS, "token_loss", "token_loss_sum"}
 
 
 def test_every_option_compiles() -> None:
