@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, head, logits, peers
+from benchmarks.gpu import head_ways
 from benchmarks.gpu.device import Device, with_backend
 from benchmarks.gpu.inputs import Sizes, make_batch, make_head
 from benchmarks.harness import OURS, WrongError, name_of
-from benchmarks.peers import PLAIN, Answer
+from benchmarks.peers import PLAIN, Answer, Batch
 from edge_kernels import linear_token_stats, token_entropy, token_stats, use_backend
 
 
@@ -81,12 +82,16 @@ def _check_head(sizes: Sizes, device: Device, names: Sequence[str]) -> Errors:
         calls: dict[str, Callable[[], Answer]] = {
             PLAIN: partial(head.with_gradient, peers.plain_head, states, weight, batch)
         }
-        for name in names:
-            call = partial(head.with_gradient, peers.HEADS[OURS](), states, weight, batch)
-            calls[f"{OURS}, {name}"] = with_backend(name, call)
+        problem = head_ways.problem_of(rows, vocab, hidden, dtype, device.kind)
+        call = partial(_loss_and_gradients, states, weight, batch)
+        calls |= head_ways.calls(names, problem, call)
         with torch.device(device.kind):
             checked = head.check(calls, states, weight, batch)
         yield from _judged(name_of(dtype), checked, head.WORK, f"{head.WORK}, {name_of(dtype)}, {rows} x {vocab}")
+
+
+def _loss_and_gradients(hidden: Tensor, weight: Tensor, batch: Batch, loss: peers.HeadLoss) -> Answer:
+    return head.with_gradient(loss, hidden, weight, batch)
 
 
 Op = Callable[..., tuple[Tensor, ...]]  # of leaves, to outputs with a gradient

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import head, limits, logits, peers
+from benchmarks.gpu import head_ways
 from benchmarks.gpu.contenders import HEADS, LOGITS
 from benchmarks.gpu.device import Device, with_backend
 from benchmarks.gpu.inputs import Sizes, make_batch, make_head
@@ -96,16 +97,18 @@ def time_head(sizes: Sizes, device: Device, names: Sequence[str], rate: Mapping[
     batch = make_batch(sizes.head_rows, sizes.vocab, device)
     dtype = torch.bfloat16
     states, weight = make_head(sizes.head_rows, sizes.vocab, sizes.hidden, dtype, batch, device)
-    found, missing = _contenders(HEADS, peers.HEADS[OURS](), names)
-    runs = {}
-    for name, (chosen, loss) in found.items():
-        call = partial(head.with_gradient, loss, states, weight, batch)
-        run = call if chosen is None else with_backend(chosen, call)
-        runs[name] = Run(run, partial(head.set_gradients, states, weight), states.nbytes + weight.nbytes)
+    others, missing = peers.available(HEADS, None)
+    problem = head_ways.problem_of(sizes.head_rows, sizes.vocab, sizes.hidden, dtype, device.kind)
+    ours = head_ways.ways(names, problem)
+    calls = head_ways.calls(names, problem, lambda loss: head.with_gradient(loss, states, weight, batch))
+    calls |= {name: partial(head.with_gradient, loss, states, weight, batch) for name, loss in others.items()}
+    prepare, own = partial(head.set_gradients, states, weight), states.nbytes + weight.nbytes
+    runs = {name: Run(call, prepare, own) for name, call in calls.items()}
     rows_of = take_turns(runs, device, sizes.repetitions)
     floor = 6 * sizes.head_rows * sizes.vocab * sizes.hidden / rate["bfloat16 product"]
     where = {"dtype": name_of(dtype), "rows": sizes.head_rows, "vocab": sizes.vocab, "hidden": sizes.hidden}
-    yield {"work": head.WORK, **where, "floor_ms": floor * 1e3, "contenders": rows_of, "missing": missing}
+    result = {"work": head.WORK, **where, "floor_ms": floor * 1e3, "contenders": rows_of, "missing": missing}
+    yield result | {"head_plan": head_ways.constants(result, problem, ours, rate)}
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
@@ -126,3 +129,5 @@ def table(results: Sequence[Result]) -> Iterator[str]:
             yield f"  {name:38} {times} {result['floor_ms'] / row['median_ms']:12.0%} {extra:>9}"
         for name, reason in result["missing"].items():
             yield f"  {name:38} left out: {reason}"
+        if "head_plan" in result:
+            yield from head_ways.describe(result)

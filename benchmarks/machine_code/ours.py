@@ -20,6 +20,7 @@ from edge_kernels import use_backend
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import LossRule, StatsGradients, TokenTerms, Transform
 from edge_kernels.ops import linear_grpo_loss, linear_token_stats
+from edge_kernels.ops.head import Head
 from edge_kernels.ops.head_plan import COLUMNS, TILES, use_way
 
 SHAPE = SEQUENCES, TOKENS
@@ -105,6 +106,7 @@ def triton_tiles(architecture: int, dtype: torch.dtype = torch.bfloat16, vocab: 
                 call = linear_grpo_loss._Call(*inputs, wanted, dtype, TRANSFORM, terms, rule)
                 linear_grpo_loss._sweep(call, False, TILES_BUDGET)
                 head = linear_token_stats._way(hidden, weight, None, dtype, TILES_BUDGET)
+                assert isinstance(head, Head)
                 stats = linear_token_stats._forward(hidden, weight, inputs[3], head, TRANSFORM)
                 gradients = StatsGradients(_per_token(), None, None)
                 options = (wanted, dtype, TILES_BUDGET, TRANSFORM)

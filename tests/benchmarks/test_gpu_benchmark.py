@@ -11,6 +11,9 @@ import pytest
 import torch
 from paths import ROOT
 
+from benchmarks.gpu import head_ways
+from edge_kernels.ops.head_plan import MEMORY_BUDGET, Rates, every_plan
+
 pytestmark = pytest.mark.slow
 
 
@@ -61,6 +64,35 @@ def test_the_rehearsal_checks_times_and_ends_in_json() -> None:
         assert result["floor_ms"] > 0
         for name in ("edge_kernels, cpu", "PyTorch"):
             assert 0 < result["contenders"][name]["min_ms"] <= result["contenders"][name]["median_ms"]
+    of_head = message["results"][-1]
+    for way in ("one tile", "tiles", "by columns"):  # a CPU has no fused kernels
+        assert of_head["contenders"][f"edge_kernels, cpu, {way}"]["min_ms"] > 0
+        assert of_head["head_plan"]["predicted_ms"][f"edge_kernels, cpu, {way}"] > 0
+        assert f"edge_kernels, cpu, {way}, bfloat16, loss from hidden states" in errors
+    rates = of_head["head_plan"]["rates"]
+    assert rates["products"] == message["rates"]["bfloat16 product"]
+    assert rates["memory"] == message["rates"]["in-place read-write"]
+    assert f"Rates(products={rates['products']:.3g}, " in done.stdout
+
+
+def test_the_constants_of_the_cost_model_come_from_times() -> None:
+    """Times that follow the model, of a device with other rates: they give back its rates, and are predicted."""
+    rates = Rates(products=4e14, float32_products=3e13, memory=2e12, fused_share=0.6)
+    rate = {"bfloat16 product": 4e14, "float32 product": 3e13, "in-place read-write": 2e12}
+    problem = head_ways.problem_of(4_096, 151_936, 1_536, torch.bfloat16, "cpu")
+    ours = head_ways.ways(["cuda", "triton"], problem)
+    assert {way.way for way in ours.values()} == {None, "fused", "tiles", "columns"}
+    times = {}
+    for name, way in ours.items():
+        plans = {plan.way: plan for plan in every_plan(problem, way.memory_budget or MEMORY_BUDGET, rates)}
+        seconds = min(plan.seconds for plan in plans.values()) if way.way is None else plans[way.way].seconds
+        times[name] = {"min_ms": seconds * 1e3}
+    found = head_ways.constants({"contenders": times}, problem, ours, rate)
+    assert found["share_was_measured"]
+    assert found["rates"] == pytest.approx(rates._asdict(), rel=1e-6)
+    for name, predicted in found["predicted_ms"].items():
+        assert predicted == pytest.approx(times[name]["min_ms"], rel=1e-6)
+    assert len(found["predicted_ms"]) == len(ours) - 2  # without the model's own choices
 
 
 def test_a_backend_that_errs_is_not_timed() -> None:
