@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_grpo.commands.command import Command, add_source, source_of
 from edge_grpo.config import load_config
-from edge_grpo.run.files import write_json
+from edge_grpo.run.files import check_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.json:
+        check_writable(options.json)
     given = {"data.train": options.data, "model.path": options.model}
     overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     source = source_of(options)

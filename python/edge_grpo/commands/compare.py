@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from edge_grpo.commands.command import Command
-from edge_grpo.run.files import write_json
+from edge_grpo.run.files import check_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
+    if options.json:
+        check_writable(options.json)
     from edge_grpo.commands.tables import print_comparison
     from edge_grpo.evaluation.compare import compare
     from edge_grpo.evaluation.result import Result

@@ -9,6 +9,7 @@ from typing import get_args
 from edge_grpo.commands.command import Command, add_source, add_trust, quieten_loading, source_of
 from edge_grpo.config import Engine, TrainConfig, load_config
 from edge_grpo.config.trust import refuse_foreign
+from edge_grpo.run.files import check_writable
 
 # The settings of the published evaluations on suites: all problems, however long, and responses of this length.
 _PUBLISHED = {
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.json:
+        check_writable(options.json)
     if options.self_check and options.model:
         raise ValueError(f"--self-check takes no model; got {options.model}")
     if options.model is None and not options.self_check:

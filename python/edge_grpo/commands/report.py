@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from edge_grpo.commands.command import Command
+from edge_grpo.run.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
+    if options.output:
+        check_writable(options.output)
     from edge_grpo.report.page import write_report
 
     keys = None

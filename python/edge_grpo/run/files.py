@@ -18,6 +18,22 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f".partial-{target.name}")
 
 
+def check_writable(path: Path) -> None:
+    """Raise ValueError for a file that cannot be written, before hours of work for it; nothing is made."""
+    place = path if path.exists() else path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if path.is_dir():
+        reason = "it is a folder"
+    elif place != path and not place.is_dir():
+        reason = f"{place} is no folder"
+    elif not os.access(place, os.W_OK):
+        reason = f"no permission to write to {place}"
+    else:
+        return
+    raise ValueError(f"{path} cannot be written: {reason}; name another file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, as ``write_bytes`` does."""
     write_bytes(path, text.encode())
@@ -26,12 +42,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, replacing an older one as a whole; folders are made as needed.
 
-    Links, pipes and devices, such as /dev/stdout, are written to and not replaced.
+    Links, pipes and devices, such as /dev/stdout, are written to and not replaced. Raises ValueError for a folder that
+    cannot be made, and OSError for what the machine refuses.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: its folder cannot be made: {error.strerror}") from error
     partial = partial_of(path)
     try:
         partial.write_bytes(content)

@@ -177,6 +177,40 @@ def test_only_what_the_package_raises_on_purpose_is_for_the_user() -> None:
     assert not cli.is_deliberate(caught(lambda: int("x")))
 
 
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("taken/figures.json", "taken is no folder"),
+        ("taken/deep/figures.json", "taken is no folder"),
+        ("folder", "it is a folder"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "absent-model", "--data", "d", "--json"],
+        ["check", "d", "--json"],
+        ["compare", "a", "b", "--json"],
+        ["report", "run", "-o"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    file: str,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("")
+    Path("folder").mkdir()
+    assert cli.main([*command, file]) == 2
+    said = capsys.readouterr().err
+    assert f"edge-grpo {command[0]}: {file} cannot be written: " in said
+    assert reason in said
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EFBIG])
 def test_what_the_machine_refuses_is_a_sentence(
     trainer: FakeTrainer, capsys: pytest.CaptureFixture[str], number: int

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_grpo.run.files import finite, write_json, write_text
+from edge_grpo.run.files import check_writable, finite, write_json, write_text
 
 
 def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
@@ -59,3 +59,21 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, [math.nan])
     assert json.loads(path.read_text(encoding="utf-8"))["é"][0] == 1.5
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match=r"new/file cannot be written: its folder cannot be made: Permission denied"):
+        write_text(tmp_path / "new" / "file", "")
+
+
+def test_where_a_file_can_be_written_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new" / "folder" / "file")
+    check_writable(Path("/dev/null"))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=f"file cannot be written: no permission to write to {tmp_path};"):
+        check_writable(tmp_path / "file")
