@@ -22,7 +22,7 @@ class ModelConfig:
     path: str = "edge_grpo:tiny"  # hub id, folder, .gguf file, or edge_grpo:tiny, the model shipped in the package
     precision: Precision = "float32"  # of parameters; mixed: float32 parameters under bfloat16 autocast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    lora: dict[str, int | float | str] = field(default_factory=dict)
+    lora: dict[str, bool | int | float | str] = field(default_factory=dict)
     load_in_4bit: bool = False  # frozen weights in bitsandbytes' NF4 under the adapters (QLoRA); needs a GPU
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edge_grpo.config import ModelConfig, RolloutConfig, TrainConfig
+from edge_grpo.config import ModelConfig, RolloutConfig, TrainConfig, load_config
 from edge_grpo.policy import adapters
 from edge_grpo.policy.loading import load_model
 from edge_grpo.policy.model import PolicyModel, hidden_states
@@ -204,3 +204,8 @@ def test_missing_peft_is_a_sentence(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs peft, which is missing; install it with `pip install .*\[lora\]"):
         load(saved, lora=LORA)
+
+
+def test_settings_on_the_command_line():
+    config = load_config(overrides=["model.lora.rank=16", "model.lora.targets=q_proj,v_proj", "model.lora.dropout=0.1"])
+    assert config.model.lora == {"rank": 16, "targets": "q_proj,v_proj", "dropout": 0.1}
