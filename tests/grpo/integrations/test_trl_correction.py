@@ -194,3 +194,16 @@ def test_shares_are_equal_and_make_up_the_whole(count):
         shares = [share_of(items, rank, ranks) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1
         assert [item for share in shares for item in share][:count] == items
+
+
+def test_a_resumed_run_makes_the_same_step(make_trainer, tmp_path):
+    """The draws of a correction depend on the step, not on what was drawn before."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-1"))
+    (_, expected), (*_, found) = history(whole), history(resumed)
+    assert expected["correction/reflect"] + expected["correction/answer"] + expected["correction/solution"] > 0
+    assert found.pop("num_tokens") <= expected.pop("num_tokens")  # TRL does not save it
+    assert found == expected

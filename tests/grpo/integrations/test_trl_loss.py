@@ -125,6 +125,7 @@ def load(dtype: torch.dtype, *, untied: bool) -> PreTrainedModel:
         pytest.param({"cast_lm_head_to_fp32": True}, torch.bfloat16, 3e-2, id="float32 head"),
         pytest.param({"gradient_checkpointing": True}, torch.float32, 1e-4, id="checkpointing"),
         pytest.param({"eval_strategy": "steps", "eval_steps": 1}, torch.float32, 1e-4, id="evaluation"),
+        pytest.param({"beta": 0.04, "max_steps": 2, "num_iterations": 2}, torch.float32, 1e-3, id="reference model"),
         pytest.param({"mask_truncated_completions": True, "scale_rewards": "batch"}, torch.float32, 1e-4, id="masked"),
     ],
 )
@@ -134,11 +135,12 @@ def test_what_else_trl_offers_keeps_working(make_trainer, options, dtype, tolera
         model = load(dtype, untied="cast_lm_head_to_fp32" in options)
         # 12 tokens cut off about half of the completions.
         short = {"max_steps": 1, "max_completion_length": 12}
-        trainer = make_trainer(cls, **switches, **options, **short, model=model)
+        trainer = make_trainer(cls, **switches, **{**short, **options}, model=model)
         trainer.train()
         logs.append([entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry])
-    assert len(logs[0]) == (2 if "eval_strategy" in options else 1)
+    assert len(logs[0]) == (2 if "eval_strategy" in options else options.get("max_steps", 1))
+    assert "mask_truncated_completions" not in options or logs[0][0]["completions/clipped_ratio"] > 0
     for theirs, ours in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
-        for name in theirs.keys() & {"loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"}:
+        for name in theirs.keys() & {"loss", "grad_norm", "entropy", "kl", "eval_loss", "eval_entropy"}:
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-6), name

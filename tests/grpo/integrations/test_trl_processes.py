@@ -75,3 +75,5 @@ def test_processes_correct_the_batch_that_one_corrects(alone, tmp_path, processe
     for name in alike:
         assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(sampled[0][name])) for one in sampled), name
     assert any(any(map(any, both["model"]["injected"])) for both in saved)
+
+    assert all(both["sharded"] <= 1e-5 for both in saved)

@@ -17,8 +17,13 @@ from typing import Any
 
 import torch
 import trl.generation.vllm_generation as vllm_generation
-from transformers import TrainerCallback
-from trl_runs import make_trainer, problems
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl_runs import TINY, make_trainer, problems
+
+from edge_grpo.integrations.trl.head import use_edge_kernels
+from edge_grpo.policy.head import LMHead
+from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss
 
 NUM_RESPONSES = 12
 
@@ -117,9 +122,38 @@ def step(folder: Path, num_generations: int, *, use_vllm: bool = True) -> dict[s
     }
 
 
+def sharded_error() -> float:
+    """The error of the fused gradient where FSDP2 shards layers and the rest, relative to that of whole parameters."""
+
+    def loss(hidden: torch.Tensor, head: LMHead) -> GRPOLossOutput:
+        targets = input_ids[:, 1:]
+        return linear_edge_grpo_loss(
+            hidden,
+            head.weight,
+            targets,
+            torch.ones_like(targets, dtype=torch.bool),
+            advantages=torch.tensor([1.0, -2.0]),
+        )
+
+    input_ids = torch.arange(24).view(2, 12) + 20
+    gradients = []
+    for is_sharded in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).train()
+        use_edge_kernels(model, temperature=1.0, cast_to_fp32=False)
+        if is_sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), edge_loss=loss).loss.backward()
+        grads = [p.grad.full_tensor() if is_sharded else p.grad for p in model.parameters()]
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
+    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+
+
 if __name__ == "__main__":
     os.environ["CI"] = "1"  # no telemetry
     torch.set_num_threads(1)
     where, size = Path(sys.argv[1]), int(sys.argv[2])
-    both = {"server": step(where, size), "model": step(where, size, use_vllm=False)}
-    torch.save(both, where / f"{os.environ['RANK']}.pt")
+    parts: dict[str, Any] = {"server": step(where, size), "model": step(where, size, use_vllm=False)}
+    parts["sharded"] = sharded_error()
+    torch.save(parts, where / f"{os.environ['RANK']}.pt")
