@@ -140,8 +140,9 @@ void check_gradient_rows(const Call& call) {
 // Launch: cpu::Launch or cuda::Launch, which chooses the kernels.
 template <class Launch>
 void token_stats_forward_on(const Launch& launch, const TokenRows& rows, Address logprobs, Address entropy,
-                            Address logsumexp, Address logsumexp_low) {
-    const TokenStatsForward call{rows, pointer(logprobs), pointer(entropy), pointer(logsumexp), pointer(logsumexp_low)};
+                            Address logsumexp, Address maximum, Address total) {
+    const TokenStatsForward call{
+        rows, pointer(logprobs), pointer(entropy), pointer(logsumexp), pointer(maximum), pointer(total)};
     if (rows.targets != nullptr) require_address("logprobs", call.logprobs, rows.rows);
     if (rows.targets == nullptr && logprobs != 0) reject("logprobs", "0 where there are no targets", "an address");
     require_address("entropy", call.entropy, rows.rows);
@@ -151,13 +152,13 @@ void token_stats_forward_on(const Launch& launch, const TokenRows& rows, Address
 }
 
 template <class Launch>
-void token_stats_backward_on(const Launch& launch, const TokenRows& rows, Address entropy, Address logsumexp,
-                             Address logsumexp_low, Address grad_logprobs, Address grad_entropy, Address grad_logsumexp,
+void token_stats_backward_on(const Launch& launch, const TokenRows& rows, Address entropy, Address maximum,
+                             Address total, Address grad_logprobs, Address grad_entropy, Address grad_logsumexp,
                              Address grad_logits, std::int64_t grad_row_stride) {
     const TokenStatsBackward call{rows,
                                   pointer(entropy),
-                                  pointer(logsumexp),
-                                  pointer(logsumexp_low),
+                                  pointer(maximum),
+                                  pointer(total),
                                   pointer(grad_logprobs),
                                   pointer(grad_entropy),
                                   pointer(grad_logsumexp),
@@ -167,7 +168,8 @@ void token_stats_backward_on(const Launch& launch, const TokenRows& rows, Addres
         reject("grad_logprobs", "0 where there are no targets", "an address");
     }
     require_address("entropy", call.entropy, rows.rows);
-    require_address("logsumexp", call.logsumexp, rows.rows);
+    require_address("maximum", call.maximum, rows.rows);
+    require_address("total", call.total, rows.rows);
     check_gradient_rows(call);
     const py::gil_scoped_release unlocked;
     token_stats_backward(call, launch);
@@ -235,10 +237,10 @@ void bind_kernels(py::module_& module) {
         },
         "launch"_a, py::kw_only(), "sequences"_a, "length"_a, "The bytes of workspace that token_loss needs.");
     module.def("token_stats_forward", &token_stats_forward_on<Launch>, "launch"_a, "rows"_a, py::kw_only(),
-               "logprobs"_a, "entropy"_a, "logsumexp"_a, "logsumexp_low"_a,
+               "logprobs"_a, "entropy"_a, "logsumexp"_a, "maximum"_a, "total"_a,
                "Writes log-probability, entropy and logsumexp of each row; see csrc/token_stats.h.");
     module.def("token_stats_backward", &token_stats_backward_on<Launch>, "launch"_a, "rows"_a, py::kw_only(),
-               "entropy"_a, "logsumexp"_a, "logsumexp_low"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad_logsumexp"_a,
+               "entropy"_a, "maximum"_a, "total"_a, "grad_logprobs"_a, "grad_entropy"_a, "grad_logsumexp"_a,
                "grad_logits"_a, "grad_row_stride"_a, "Writes the gradient of the logits; see csrc/token_stats.h.");
     module.def("grpo_sweep", &grpo_sweep_on<Launch>, "launch"_a, "rows"_a, "tensors"_a, "rule"_a, py::kw_only(),
                "logprobs"_a, "entropy"_a, "grad_logits"_a, "grad_row_stride"_a,

@@ -18,7 +18,8 @@ struct TokenStatsForward {
     void* logprobs = nullptr;  // null without targets
     void* entropy = nullptr;
     void* logsumexp = nullptr;
-    void* logsumexp_low = nullptr;  // optional: the rounding error of logsumexp; see TokenStatsBackward
+    void* maximum = nullptr;  // optional, with total: for TokenStatsBackward
+    void* total = nullptr;
 };
 
 // grad_logits = (grad_logprob * (1[j = target] - p) - grad_entropy * p * (log p + entropy) + grad_logsumexp * p) *
@@ -28,13 +29,14 @@ struct TokenStatsForward {
 // or whose three gradients are all 0; such rows are not read. Any of the gradients may be null, which means 0.
 // grad_logits may be the logits themselves.
 //
-// p is exp(z - logsumexp). Rounded to float, a logsumexp near 3e4 is off by 1e-3 and so is p; given logsumexp_low, the
-// sum of the two is used, and p is as exact as for small logits.
+// p is exp(z - m) / s, of the numbers that the sum was made with: maximum is m as the kernels have it, an element of
+// the row before slope or units, and total is s. Not exp(z - logsumexp): a logsumexp of 3e4 in float is off by 1e-3 and
+// so would p be, and at 1e16 not even double holds log s beside m.
 struct TokenStatsBackward {
     TokenRows rows;
     const void* entropy = nullptr;
-    const void* logsumexp = nullptr;
-    const void* logsumexp_low = nullptr;
+    const void* maximum = nullptr;
+    const void* total = nullptr;
     const void* grad_logprobs = nullptr;
     const void* grad_entropy = nullptr;
     const void* grad_logsumexp = nullptr;

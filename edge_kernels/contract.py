@@ -51,12 +51,17 @@ class Transform(NamedTuple):
 
 
 class KernelStats(NamedTuple):
-    """``TokenStats``, and the rounding error of logsumexp: at logits of 3e4 it is 1e-3, which p would inherit."""
+    """``TokenStats``, and what the backend's own backward pass makes p of: exp(z - maximum) / total.
+
+    ``maximum`` is a row's largest logit as that backend has it (before the temperature, or in powers of two). Not made
+    of logsumexp: that of 3e4 in float32 is off by 1e-3, and so p would be.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     logsumexp: Tensor
-    logsumexp_low: Tensor
+    maximum: Tensor
+    total: Tensor
 
 
 class StatsGradients(NamedTuple):
@@ -234,11 +239,10 @@ class Kernels(Protocol):
     def token_stats_forward(self, logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
         """Return the statistics of each row of ``logits`` (..., V), whatever their strides.
 
-        ``targets`` (...), int64; None: every row counts, and logprobs are 0. All four results are contiguous tensors of
+        ``targets`` (...), int64; None: every row counts, and logprobs are 0. All results are contiguous tensors of
         shape (...) in ``stats_dtype(logits.dtype)``. Special values as csrc/token_stats.h says: -inf contributes
         nothing, a row with NaN or +inf or of -inf only is NaN, an ignored row is not read and gives 0, a target outside
-        [0, V) has logprob NaN. Entropy is never negative. ``logsumexp_low`` is the rounding error of ``logsumexp``
-        (0 is allowed where p in the backward pass is exact without it).
+        [0, V) has logprob NaN. Entropy is never negative. ``maximum`` and ``total`` are for ``token_stats_backward``.
         """
 
     def token_stats_backward(

@@ -30,13 +30,12 @@ struct BlockSums {
     double weighted;
 };
 
-// grad[j] = p_j * (constant - entropy_grad * log p_j) * dz/dx_j, where log p_j = (y_j - reference) * slope - remainder.
-// The reference is logsumexp / slope in the element's precision: the large parts cancel in an exact subtraction.
+// grad[j] = exp(d) * (base + tilt * d) * dz/dx_j, where d = (y_j - max) * slope. max is the row's largest y: the large
+// parts cancel in an exact subtraction.
 struct RowGradient {
-    double reference;
-    double remainder;
-    double constant;
-    double entropy_grad;
+    double max;
+    double base;
+    double tilt;
 };
 
 using ForwardBlock = BlockSums (*)(const void* logits, std::int64_t count, const Transform& transform);

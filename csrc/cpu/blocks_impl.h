@@ -266,14 +266,13 @@ void backward_block(const void* logits, void* grad_logits, std::int64_t count, c
     const Exponential<V> exponential(1.0);
     const NoDenormals guard;
     const V slope = constant(transform.slope);
-    const V reference = constant(row.reference);
-    const V minus_remainder = constant(-row.remainder);
-    const V base = constant(row.constant * transform.slope);
-    const V minus_entropy_grad = constant(-row.entropy_grad * transform.slope);
+    const V max = constant(row.max);
+    const V base = constant(row.base * transform.slope);
+    const V tilt = constant(row.tilt * transform.slope);
     const auto gradient = [&](V y) {
-        V logp = V::fmadd(y - reference, slope, minus_remainder);
-        const V p = exponential(logp);
-        return p * V::fmadd(logp, minus_entropy_grad, base);
+        V d = (y - max) * slope;
+        const V e = exponential(d);
+        return e * V::fmadd(d, tilt, base);
     };
     const auto sweep = [&](auto&& of) {
         constexpr int kPair = 2 * V::kWidth;

@@ -70,12 +70,11 @@ class Sweep {
             return;
         }
         const StatGradients grads{d.logprob, d.entropy, 0.0};
-        const RowGradient gradient = row_gradient(dtype, transform_, stats.logsumexp, stats.entropy, grads);
+        const RowGradient gradient = row_gradient(stats, grads);
         // The target is part of the row's sum like any other element; only a gradient of the log-probability sets it
         // apart.
         const bool has_own = target >= 0 && d.logprob != 0.0;
-        const double own =
-            has_own ? target_gradient(call_.rows.transform, transform_, gradient, target_x, stats.entropy, grads) : 0.0;
+        const double own = has_own ? target_gradient(call_.rows.transform, transform_, stats, target_x, grads) : 0.0;
         if (keeps_powers_) {
             const double scale = -d.logprob * transform_.slope / merger.total.sum;
             for_blocks([&](std::int64_t block) {

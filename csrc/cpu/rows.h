@@ -73,15 +73,12 @@ inline double read_stat(DType dtype, const void* base, std::int64_t index) {
                                     : static_cast<double>(static_cast<const float*>(base)[index]);
 }
 
-// Returns the error of rounding to the statistics' type.
-inline double write_stat(DType dtype, void* base, std::int64_t index, double value) {
+inline void write_stat(DType dtype, void* base, std::int64_t index, double value) {
     if (dtype == DType::kFloat64) {
         static_cast<double*>(base)[index] = value;
-        return 0.0;
+    } else {
+        static_cast<float*>(base)[index] = static_cast<float>(value);
     }
-    const float rounded = static_cast<float>(value);
-    static_cast<float*>(base)[index] = rounded;
-    return value - static_cast<double>(rounded);
 }
 
 // A matrix of logits seen as rows of blocks.
@@ -188,6 +185,8 @@ struct RowStats {
     double logprob = kNaN;
     double entropy = kNaN;
     double logsumexp = kNaN;
+    double maximum = kNaN;  // y, not z
+    double total = kNaN;
 };
 
 // target_y: the target's transformed logit, computed by the code that found the maximum, so that it cannot exceed it.
@@ -196,6 +195,8 @@ inline RowStats row_stats(const BlockSums& total, double slope, bool has_target,
     if (!(total.sum > 0)) return out;  // every z is -inf, or some z is NaN or +inf
     const double log_sum = std::log(total.sum);
     out.logsumexp = total.max * slope + log_sum;
+    out.maximum = total.max;
+    out.total = total.sum;
     // Neither term is negative but by rounding, so that the maximum only keeps a certain row's 0 from becoming -0.
     out.entropy = std::max(0.0, log_sum - total.weighted / total.sum);
     if (has_target) out.logprob = (target_y - total.max) * slope - log_sum;
@@ -209,21 +210,16 @@ struct StatGradients {
     double logsumexp;
 };
 
-inline RowGradient row_gradient(DType dtype, const Transform& transform, double logsumexp, double entropy,
-                                const StatGradients& grads) {
-    RowGradient out{};
-    out.reference = logsumexp / transform.slope;
-    if (dtype != DType::kFloat64) out.reference = static_cast<double>(static_cast<float>(out.reference));
-    out.remainder = logsumexp - out.reference * transform.slope;
-    out.constant = grads.logsumexp - grads.logprob - grads.entropy * entropy;
-    out.entropy_grad = grads.entropy;
-    return out;
+// With p = exp(d) / total: p * (logsumexp's - logprob's - entropy's * (log p + entropy)).
+inline RowGradient row_gradient(const RowStats& stats, const StatGradients& grads) {
+    const double constant = grads.logsumexp - grads.logprob - grads.entropy * (stats.entropy - std::log(stats.total));
+    return {stats.maximum, constant / stats.total, -grads.entropy / stats.total};
 }
 
 // The target's own gradient; x is its logit. Computed separately and in double, since 1 - p cancels where the model is
 // certain.
-inline double target_gradient(const LogitTransform& given, const Transform& transform, const RowGradient& row, double x,
-                              double entropy, const StatGradients& grads) {
+inline double target_gradient(const LogitTransform& given, const Transform& transform, const RowStats& stats, double x,
+                              const StatGradients& grads) {
     double slope = transform.slope;
     double y = x;
     if (!transform.linear) {
@@ -236,10 +232,11 @@ inline double target_gradient(const LogitTransform& given, const Transform& tran
         }
     }
     // For a target of -inf the formula's 1 remains, as in PyTorch; the operation that masked it blocks the gradient.
-    const double exact = (y - row.reference) * transform.slope - row.remainder;
+    const double exact = (y - stats.maximum) * transform.slope - std::log(stats.total);
     const double logp = std::max(exact, -800.0);  // exp is 0 there, and p * logp must be too
     const double p = std::exp(logp);
-    return (p * (grads.logsumexp - grads.entropy * (logp + entropy)) - grads.logprob * std::expm1(logp)) * slope;
+    const double spread = logp + stats.entropy;
+    return (p * (grads.logsumexp - grads.entropy * spread) - grads.logprob * std::expm1(logp)) * slope;
 }
 
 }  // namespace edge::cpu

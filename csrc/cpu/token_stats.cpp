@@ -11,7 +11,7 @@ namespace {
 void finish_row(const TokenStatsForward& call, const Grid& grid, const BlockKernels& kernels,
                 const Transform& transform, std::int64_t row, const BlockSums& total) {
     const DType dtype = call.rows.dtype;
-    RowStats stats{0.0, 0.0, 0.0};
+    RowStats stats{0.0, 0.0, 0.0, 0.0, 0.0};
     if (!grid.ignored(row)) {
         const std::int64_t target = grid.target(row);
         const double y = target >= 0 ? kernels.forward(grid.at(row, target), 1, transform).max : kNaN;
@@ -19,8 +19,9 @@ void finish_row(const TokenStatsForward& call, const Grid& grid, const BlockKern
     }
     if (call.logprobs != nullptr) write_stat(dtype, call.logprobs, row, stats.logprob);
     write_stat(dtype, call.entropy, row, stats.entropy);
-    const double low = write_stat(dtype, call.logsumexp, row, stats.logsumexp);
-    if (call.logsumexp_low != nullptr) write_stat(dtype, call.logsumexp_low, row, low);
+    write_stat(dtype, call.logsumexp, row, stats.logsumexp);
+    if (call.maximum != nullptr) write_stat(dtype, call.maximum, row, stats.maximum);
+    if (call.total != nullptr) write_stat(dtype, call.total, row, stats.total);
 }
 
 }  // namespace
@@ -81,17 +82,19 @@ void token_stats_backward(const TokenStatsBackward& call, const Launch& launch) 
             std::memset(grad + begin * grid.bytes, 0, static_cast<std::size_t>((end - begin) * grid.bytes));
             return;
         }
-        const double entropy = read_stat(dtype, call.entropy, row);
-        const double logsumexp = read_stat(dtype, call.logsumexp, row) + read_stat(dtype, call.logsumexp_low, row);
+        RowStats stats;
+        stats.entropy = read_stat(dtype, call.entropy, row);
+        stats.maximum = read_stat(dtype, call.maximum, row);
+        stats.total = read_stat(dtype, call.total, row);
         const StatGradients grads{grad_logprob, grad_entropy, grad_logsumexp};
-        const RowGradient gradient = row_gradient(dtype, transform, logsumexp, entropy, grads);
+        const RowGradient gradient = row_gradient(stats, grads);
 
         const std::int64_t target = grad_logprob == 0.0 ? -1 : grid.target(row);
         const bool has_target = target >= first * kBlock && target < last * kBlock;
         double at_target = 0.0;
         if (has_target) {  // read before it is overwritten
             const double x = read_element(dtype, grid.at(row, target), 0);
-            at_target = target_gradient(call.rows.transform, transform, gradient, x, entropy, grads);
+            at_target = target_gradient(call.rows.transform, transform, stats, x, grads);
         }
         for (std::int64_t block = first; block < last; ++block) {
             kernels.backward(grid.at(row, block * kBlock), grad + block * kBlock * grid.bytes, grid.count(block),

@@ -120,6 +120,13 @@ __device__ __forceinline__ float2 mul2(float2 a, float2 b) {
 #endif
 }
 
+// Values in memory are read again after it: a compiler that kept them in registers would run out of these.
+__device__ __forceinline__ void forget_registers() {
+#ifdef __CUDA_ARCH__
+    asm volatile("" ::: "memory");
+#endif
+}
+
 // How long the L2 cache should hold a line: a matrix larger than it is not worth holding, and what is read once more
 // soon is worth more than what is not.
 enum class Keep { kNormal, kBriefly, kLong };

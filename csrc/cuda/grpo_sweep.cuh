@@ -31,23 +31,28 @@ struct SweepArguments : GrpoSweep {
 // At the front of grpo_sweep_kernel's shared memory; the kept packets follow.
 struct SweepShared {
     Sums partial[kMaxWarps];
+    RowStats stats;
     RowGradient gradient;
     alignas(sizeof(Packet)) Packet kept[1];
 };
 
 // Writes a row's statistics, on one thread, and returns what its gradient needs. The logits are still there.
-__device__ inline RowGradient finish_sweep_row(const SweepArguments& call, std::int64_t row, const Sums& total) {
+// stats: room for the statistics.
+__device__ inline RowGradient finish_sweep_row(const SweepArguments& call, std::int64_t row, const Sums& total,
+                                               RowStats& stats) {
     const std::int64_t target = target_of(call.rows, row);
     float target_x = 0.0f;
     if (target >= 0) target_x = read_element(call.rows.dtype, call.rows.logits, row * call.rows.row_stride + target);
-    const RowStats stats = row_stats(total, call.transform, target >= 0, curve_of(call.transform, target_x));
+    stats = row_stats(total, call.transform, target >= 0, curve_of(call.transform, target_x));
     write_stat(call.logprobs, row, stats.logprob);
     write_stat(call.entropy, row, stats.entropy);
+    forget_registers();
     const TokenRule rule = token_rule(call.rule, call.tensors, DType::kFloat32);
     const TokenTerms terms = token_terms(call.tensors, DType::kFloat32, row);
     const TokenDerivatives d = token_derivatives(rule, terms, stats.logprob, stats.entropy);
+    forget_registers();
     const StatGradients grads{d.logprob, d.entropy, 0.0};
-    return row_gradient(call.transform, stats.logsumexp, stats.entropy, grads, target, target_x);
+    return row_gradient(call.transform, stats, grads, target, target_x);
 }
 
 __device__ inline void write_ignored(const SweepArguments& call, std::int64_t row) {
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(kSweepThreads<Curve>, 1) grpo_sweep_kernel(con
     const CachePolicy once(call.streams ? Keep::kBriefly : Keep::kNormal);
     const CachePolicy again(call.streams ? Keep::kLong : Keep::kNormal);
     const Curve curve(call.transform);
-    const float gain = call.transform.gain;
+    const Gain gain = call.transform.gain;
     for (std::int64_t i = blockIdx.x; i < call.rows.rows; i += gridDim.x) {
         const T* const logits = static_cast<const T*>(call.rows.logits) + i * call.rows.row_stride;
         const Row<T> grad(static_cast<T*>(call.grad_logits) + i * call.grad_row_stride, call.rows.vocab);
@@ -91,7 +96,7 @@ __global__ void __launch_bounds__(kSweepThreads<Curve>, 1) grpo_sweep_kernel(con
         });
         add_packets(sums, row, kept, row.packets, curve, gain, again);
         const Sums total = merge_block(sums.total(), shared.partial);
-        if (threadIdx.x == 0) shared.gradient = finish_sweep_row(call, i, total);
+        if (threadIdx.x == 0) shared.gradient = finish_sweep_row(call, i, total, shared.stats);
         // Also: everybody has read before anybody writes, and may write partial sums again.
         __syncthreads();
         const RowGradient gradient = shared.gradient;
@@ -99,7 +104,7 @@ __global__ void __launch_bounds__(kSweepThreads<Curve>, 1) grpo_sweep_kernel(con
             clear_part(grad, all_grad, once);
             continue;
         }
-        const GradientOf<T, Curve> gradient_of{curve, gain, gradient};
+        const GradientOf<T, Curve> gradient_of{curve, gain.of(gradient.reference), gradient};
         all_grad.ends(grad, [&](std::int64_t j) {
             grad.begin[j] = Element<T>::from_float(gradient_of.of(Element<T>::to_float(logits[j])));
         });
@@ -139,7 +144,8 @@ __global__ void grpo_finish_kernel(const SweepArguments call, unsigned parts) {
         return;
     }
     const Sums total = merge_parts(call.parts + row * parts, parts);
-    if (writes) call.gradients[row] = finish_sweep_row(call, row, total);
+    RowStats stats;
+    if (writes) call.gradients[row] = finish_sweep_row(call, row, total, stats);
 }
 
 }  // namespace edge::cuda

@@ -10,16 +10,31 @@ namespace edge::cuda {
 inline constexpr double kLog2E = 1.44269504088896340736;
 inline constexpr double kLn2 = 0.69314718055994530942;
 
+// y * gain is z * log2(e), in float. Beyond kHuge the largest product's rounding alone would be a power of two that
+// float does not hold, of every element equal to it. The coarse gain, a power of two, makes the product exact;
+// different elements are at least 64 apart there, so that only which are equal matters.
+struct Gain {
+    static constexpr float kHuge = 1073741824.0f;  // 2^30
+
+    float fine;
+    float coarse;  // at least fine
+
+    // For elements of which y is the largest.
+    __device__ __forceinline__ float at(float y) const { return std::fabs(y * fine) > kHuge ? coarse : fine; }
+    // For elements whose largest product is u.
+    __device__ __forceinline__ float of(float u) const { return std::fabs(u) > kHuge ? coarse : fine; }
+};
+
 // LogitTransform, prepared on the host. y is x where the transform is linear with a positive slope, else f(x);
 // z = y * slope, and z * log2(e) is computed as y * gain.
 struct Transform {
     bool linear;
-    float gain;
+    Gain gain;
     float softcap;  // 0 for none
     float inv_softcap;
     float logit_scale;
     double slope;
-    double gain_error;  // how much larger slope * log2(e) is than gain, relative to gain
+    double gain_error;  // how much larger slope * log2(e) is than gain.fine, relative to it
 };
 
 inline Transform prepare(const LogitTransform& given) {
@@ -27,8 +42,9 @@ inline Transform prepare(const LogitTransform& given) {
     Transform out{};
     out.linear = given.softcap == 0.0 && product > 0;
     out.slope = out.linear ? product : given.inv_temperature;
-    out.gain = static_cast<float>(out.slope * kLog2E);
-    out.gain_error = (out.slope * kLog2E - static_cast<double>(out.gain)) / static_cast<double>(out.gain);
+    out.gain.fine = static_cast<float>(out.slope * kLog2E);
+    out.gain.coarse = static_cast<float>(std::exp2(std::ceil(std::log2(out.slope * kLog2E))));
+    out.gain_error = (out.slope * kLog2E - static_cast<double>(out.gain.fine)) / static_cast<double>(out.gain.fine);
     out.softcap = static_cast<float>(given.softcap);
     out.inv_softcap = given.softcap > 0 ? static_cast<float>(1.0 / given.softcap) : 0.0f;
     out.logit_scale = static_cast<float>(given.logit_scale);

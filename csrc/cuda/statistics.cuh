@@ -6,10 +6,13 @@
 
 namespace edge::cuda {
 
+// In float, as they are kept: the one sweep has no register to spare for more.
 struct RowStats {
-    double logprob;
-    double entropy;
-    double logsumexp;
+    float logprob;
+    float entropy;
+    float logsumexp;
+    float maximum;  // Sums::max and Sums::sum
+    float total;
 };
 
 // The incoming gradients of a row's statistics.
@@ -20,12 +23,12 @@ struct StatGradients {
 };
 
 // Null is 0.
-__device__ __forceinline__ double read_stat(const void* base, std::int64_t index) {
-    return base == nullptr ? 0.0 : static_cast<double>(static_cast<const float*>(base)[index]);
+__device__ __forceinline__ float read_stat(const void* base, std::int64_t index) {
+    return base == nullptr ? 0.0f : static_cast<const float*>(base)[index];
 }
 
-__device__ __forceinline__ void write_stat(void* base, std::int64_t index, double value) {
-    static_cast<float*>(base)[index] = static_cast<float>(value);
+__device__ __forceinline__ void write_stat(void* base, std::int64_t index, float value) {
+    static_cast<float*>(base)[index] = value;
 }
 
 __device__ __forceinline__ float read_element(DType dtype, const void* base, std::int64_t index) {
@@ -40,21 +43,31 @@ __device__ __forceinline__ float curve_of(const Transform& transform, float x) {
     return transform.linear ? x : Curved(transform)(x);
 }
 
+// log p of an element y, from the numbers that the sums were made with; those are of z / (1 + gain_error). To first
+// order, which is far below their own precision, log p moves by the error times what it is above its mean, -entropy.
+__device__ inline double log_p(const Transform& transform, const RowStats& stats, float y) {
+    const float gain = transform.gain.of(stats.maximum);
+    const double above = static_cast<double>(y) * static_cast<double>(gain) - static_cast<double>(stats.maximum);
+    const double log_p = (above - std::log2(static_cast<double>(stats.total))) * kLn2;
+    const double error = gain == transform.gain.fine ? transform.gain_error : 0.0;
+    return log_p * (1.0 + error) + error * static_cast<double>(stats.entropy);
+}
+
 // target_y: f of the target's logit; read only if has_target.
-__device__ inline RowStats row_stats(const Sums& total, const Transform& transform, bool has_target, float target_y) {
-    RowStats out{NAN, NAN, NAN};
+__device__ inline RowStats row_stats(const Sums& sums, const Transform& transform, bool has_target, float target_y) {
+    RowStats out{NAN, NAN, NAN, NAN, NAN};
     // Otherwise some z is NaN or +inf, or every z is -inf.
-    if (!(total.sum > 0.0f && total.sum <= -kLowest && total.max <= -kLowest)) return out;
-    const double log_sum = std::log2(static_cast<double>(total.sum));
-    const double entropy = log_sum - static_cast<double>(total.weighted) / static_cast<double>(total.sum);
-    out.entropy = entropy < 0.0 ? 0.0 : entropy * kLn2;  // below it by rounding only
-    // The sums are those of z / (1 + gain_error): to first order, which is far below their own precision, logsumexp
-    // moves by the error times the mean of z, logsumexp - entropy.
-    out.logsumexp = (static_cast<double>(total.max) + log_sum) * kLn2;
-    out.logsumexp += transform.gain_error * (out.logsumexp - out.entropy);
+    if (!(sums.sum > 0.0f && sums.sum <= -kLowest && sums.max <= -kLowest)) return out;
+    out.maximum = sums.max;
+    out.total = sums.sum;
+    const double log_sum = std::log2(static_cast<double>(sums.sum));
+    const double entropy = log_sum - static_cast<double>(sums.weighted) / static_cast<double>(sums.sum);
+    out.entropy = static_cast<float>(entropy < 0.0 ? 0.0 : entropy * kLn2);  // below it by rounding only
+    const double z = static_cast<double>(sums.max) / static_cast<double>(transform.gain.of(sums.max)) * transform.slope;
+    out.logsumexp = static_cast<float>(z + log_sum * kLn2);
     if (has_target) {
-        const double logprob = static_cast<double>(target_y) * transform.slope - out.logsumexp;
-        out.logprob = logprob > 0.0 ? 0.0 : logprob;
+        const double logprob = log_p(transform, out, target_y);
+        out.logprob = static_cast<float>(logprob > 0.0 ? 0.0 : logprob);
     }
     return out;
 }
@@ -74,35 +87,35 @@ __device__ __forceinline__ RowGradient zero_gradient() {
     return {0.0f, 0.0f, 0.0f, 0.0f, -1, true};
 }
 
-// target_x: the target's logit; read only if target >= 0.
-__device__ inline RowGradient row_gradient(const Transform& transform, double logsumexp, double entropy,
+// target_x: the target's logit; read only if target >= 0, as is the row's logprob.
+__device__ inline RowGradient row_gradient(const Transform& transform, const RowStats& stats,
                                            const StatGradients& grads, std::int64_t target, float target_x) {
     if (grads.logprob == 0.0 && grads.entropy == 0.0 && grads.logsumexp == 0.0) return zero_gradient();
     RowGradient out{};
-    // In the units that the elements are computed in. What the reference loses by rounding goes into the factors.
-    const double exact = (logsumexp - transform.gain_error * (logsumexp - entropy)) * kLog2E;
-    out.reference = static_cast<float>(exact);
-    const double remainder = exact - static_cast<double>(out.reference);
-    const double factor = transform.slope * std::exp2(-remainder);
-    const double constant = grads.logsumexp - grads.logprob - grads.entropy * entropy;
-    out.base = static_cast<float>(factor * (constant + grads.entropy * kLn2 * remainder));
+    out.reference = stats.maximum;
+    const double total = static_cast<double>(stats.total);
+    const double entropy = static_cast<double>(stats.entropy);
+    const double factor = transform.slope / total;  // p is 2^u / total
+    const double spread = entropy - std::log2(total) * kLn2;
+    out.base = static_cast<float>(factor * (grads.logsumexp - grads.logprob - grads.entropy * spread));
     out.tilt = static_cast<float>(-factor * grads.entropy * kLn2);
     out.target = target >= 0 && grads.logprob != 0.0 ? target : -1;
     if (out.target >= 0) {
         // Computed separately and in double, since 1 - p cancels where the model is certain.
-        double y = static_cast<double>(target_x);
         double slope = transform.slope;
         if (!transform.linear) {
+            const Curved curve(transform);
             float dy;
-            y = static_cast<double>(Curved(transform)(target_x, dy));
+            curve(target_x, dy);
             slope *= static_cast<double>(dy);
         }
         // For a target of -inf the formula's 1 remains, as in PyTorch; the operation that masked it blocks the
         // gradient.
-        const double exact_logp = y * transform.slope - logsumexp;
-        const double logp = exact_logp < -800.0 ? -800.0 : exact_logp;  // exp is 0 there, and p * logp must be too
+        const double exact = static_cast<double>(stats.logprob);
+        const double logp = exact < -800.0 ? -800.0 : exact;  // exp is 0 there, and p * logp must be too
         const double p = std::exp(logp);
-        const double own = p * (grads.logsumexp - grads.entropy * (logp + entropy)) - grads.logprob * std::expm1(logp);
+        const double above = logp + entropy;
+        const double own = p * (grads.logsumexp - grads.entropy * above) - grads.logprob * std::expm1(logp);
         out.own = static_cast<float>(own * slope);
     }
     return out;

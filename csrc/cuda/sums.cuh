@@ -51,14 +51,17 @@ struct ThreadSums {
     float2 sum = {0.0f, 0.0f};
     float2 weighted = {0.0f, 0.0f};
 
-    // Makes top the maximum if it is larger. NaN and +inf end up in the sums as NaN.
-    __device__ __forceinline__ void raise(float top) {
-        top = max_or_nan(max, top);
+    // Makes top * gain the maximum if it is larger, and returns the gain for elements of which top is the largest. NaN
+    // and +inf end up in the sums as NaN.
+    __device__ __forceinline__ float raise(float largest, const Gain& gains) {
+        const float gain = gains.at(largest);
+        const float top = max_or_nan(max, largest * gain);
         const float shift = max_or_nan(max - top, kFloor);
         const float scale = exp2_approx(shift);
         weighted = mul2(fma2({shift, shift}, sum, weighted), {scale, scale});
         sum = mul2(sum, {scale, scale});
         max = top;
+        return gain;
     }
 
     __device__ __forceinline__ void add(float2 y, float gain, bool by_polynomial) {
@@ -70,11 +73,13 @@ struct ThreadSums {
     }
 
     template <class T, class Curve, int kPackets>
-    __device__ __forceinline__ void add_packets(const Packet (&packets)[kPackets], const Curve& curve, float gain) {
+    __device__ __forceinline__ void add_packets(const Packet (&packets)[kPackets], const Curve& curve,
+                                                const Gain& gains) {
         constexpr int kPairs = Element<T>::kPairs * kPackets;
         float2 y[kPairs];
+        float gain;
         if constexpr (Curve::kIsLinear) {
-            raise(Element<T>::largest(packets) * gain);  // with the pairs still packed
+            gain = raise(Element<T>::largest(packets), gains);  // with the pairs still packed
         } else {
             float top = kLowest;
 #pragma unroll
@@ -83,7 +88,7 @@ struct ThreadSums {
                 y[k] = {curve(x.x), curve(x.y)};
                 top = max_or_nan(top, max_or_nan(y[k].x, y[k].y));
             }
-            raise(top * gain);
+            gain = raise(top, gains);
         }
 #pragma unroll
         for (int k = 0; k < kPairs; ++k) {
@@ -94,8 +99,8 @@ struct ThreadSums {
         }
     }
 
-    __device__ __forceinline__ void add_single(float y, float gain) {
-        raise(y * gain);
+    __device__ __forceinline__ void add_single(float y, const Gain& gains) {
+        const float gain = raise(y, gains);
         const float u = max_or_nan(std::fma(y, gain, -max), kFloor);
         const float power = exp2_approx(u);
         sum.x += power;

@@ -12,7 +12,7 @@ __global__ void token_stats_finish_kernel(const ForwardArguments call, unsigned 
     if (row >= call.rows.rows) return;
     const bool writes = threadIdx.x % kWarp == 0;
     if (is_ignored(call.rows, row)) {
-        if (writes) write_stats(call, row, {0.0, 0.0, 0.0});
+        if (writes) write_stats(call, row, RowStats{});
         return;
     }
     const Sums total = merge_parts(call.parts + row * parts, parts);

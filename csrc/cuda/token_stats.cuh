@@ -35,10 +35,8 @@ __device__ inline void write_stats(const ForwardArguments& call, std::int64_t ro
     if (call.logprobs != nullptr) write_stat(call.logprobs, row, stats.logprob);
     write_stat(call.entropy, row, stats.entropy);
     write_stat(call.logsumexp, row, stats.logsumexp);
-    if (call.logsumexp_low != nullptr) {
-        const float high = static_cast<float>(stats.logsumexp);
-        write_stat(call.logsumexp_low, row, stats.logsumexp - static_cast<double>(high));
-    }
+    if (call.maximum != nullptr) write_stat(call.maximum, row, stats.maximum);
+    if (call.total != nullptr) write_stat(call.total, row, stats.total);
 }
 
 __device__ inline void finish_row(const ForwardArguments& call, std::int64_t row, const Sums& total) {
@@ -54,7 +52,7 @@ __device__ inline void finish_row(const ForwardArguments& call, std::int64_t row
 // Adds packets [first, last) of a row. No other thread may write them at the same time.
 template <class T, class Curve>
 __device__ __forceinline__ void add_packets(ThreadSums& sums, const Row<const T>& row, unsigned first, unsigned last,
-                                            const Curve& curve, float gain, const CachePolicy& policy) {
+                                            const Curve& curve, const Gain& gain, const CachePolicy& policy) {
     const T* const body = row.packet(0);
     for_packets<kPacketsAtOnce<Curve>>(first, last, [&](unsigned i, auto count) {
         constexpr int kCount = decltype(count)::value;
@@ -69,7 +67,7 @@ __device__ __forceinline__ void add_packets(ThreadSums& sums, const Row<const T>
 
 template <class T, class Curve>
 __device__ __forceinline__ void add_ends(ThreadSums& sums, const Row<const T>& row, const Part& part,
-                                         const Curve& curve, float gain) {
+                                         const Curve& curve, const Gain& gain) {
     part.ends(row, [&](std::int64_t i) { sums.add_single(curve(Element<T>::to_float(row.begin[i])), gain); });
 }
 
@@ -79,11 +77,11 @@ __global__ void __launch_bounds__(kStatsThreads, 4) token_stats_fwd_kernel(const
     Sums* const partial = reinterpret_cast<Sums*>(shared_memory());  // 2 * kMaxWarps, used alternately
     const CachePolicy policy(call.streams ? Keep::kBriefly : Keep::kNormal);
     const Curve curve(call.transform);
-    const float gain = call.transform.gain;
+    const Gain gain = call.transform.gain;
     unsigned turn = 0;
     for (std::int64_t i = blockIdx.x; i < call.rows.rows; i += gridDim.x) {
         if (is_ignored(call.rows, i)) {
-            if (call.parts == nullptr && threadIdx.x == 0) write_stats(call, i, {0.0, 0.0, 0.0});
+            if (call.parts == nullptr && threadIdx.x == 0) write_stats(call, i, RowStats{});
             continue;
         }
         const Row<const T> row(static_cast<const T*>(call.rows.logits) + i * call.rows.row_stride, call.rows.vocab);
@@ -202,8 +200,13 @@ __device__ inline RowGradient gradient_from_stats(const BackwardArguments& call,
     if (target >= 0) {
         target_x = read_element(call.rows.dtype, call.rows.logits, row * call.rows.row_stride + target);
     }
-    const double logsumexp = read_stat(call.logsumexp, row) + read_stat(call.logsumexp_low, row);
-    return row_gradient(call.transform, logsumexp, read_stat(call.entropy, row), grads, target, target_x);
+    RowStats stats{};
+    stats.entropy = read_stat(call.entropy, row);
+    stats.maximum = read_stat(call.maximum, row);
+    stats.total = read_stat(call.total, row);
+    if (target >= 0)
+        stats.logprob = static_cast<float>(log_p(call.transform, stats, curve_of(call.transform, target_x)));
+    return row_gradient(call.transform, stats, grads, target, target_x);
 }
 
 // Grid (blocks, parts of a row); blocks take rows in turn.
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(kStatsThreads, 4) token_stats_bwd_kernel(const
             continue;
         }
         const T* const logits = static_cast<const T*>(call.rows.logits) + i * call.rows.row_stride;
-        const GradientOf<T, Curve> gradient_of{curve, call.transform.gain, gradient};
+        const GradientOf<T, Curve> gradient_of{curve, call.transform.gain.of(gradient.reference), gradient};
         part.ends(grad, [&](std::int64_t j) {
             grad.begin[j] = Element<T>::from_float(gradient_of.of(Element<T>::to_float(logits[j])));
         });

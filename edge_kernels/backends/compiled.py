@@ -48,7 +48,8 @@ def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Trans
             logprobs=_address(None if targets is None else out.logprobs, start),
             entropy=_address(out.entropy, start),
             logsumexp=_address(out.logsumexp, start),
-            logsumexp_low=_address(out.logsumexp_low, start),
+            maximum=_address(out.maximum, start),
+            total=_address(out.total, start),
         )
     return out
 
@@ -71,8 +72,8 @@ def token_stats_backward(
             launch,
             rows,
             entropy=_address(stats.entropy, start),
-            logsumexp=_address(stats.logsumexp, start),
-            logsumexp_low=_address(stats.logsumexp_low, start),
+            maximum=_address(stats.maximum, start),
+            total=_address(stats.total, start),
             grad_logprobs=_address(gradients.logprobs, start),
             grad_entropy=_address(gradients.entropy, start),
             grad_logsumexp=_address(gradients.logsumexp, start),

@@ -28,7 +28,8 @@ from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO, k3
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     stats = reference.token_stats(logits, targets, **transform._asdict())
     logprobs, entropy, logsumexp = (value.contiguous() for value in stats)
-    return KernelStats(logprobs, entropy, logsumexp, torch.zeros_like(logsumexp))
+    unused = (torch.zeros_like(logsumexp), torch.ones_like(logsumexp))  # the backward pass below starts from the logits
+    return KernelStats(logprobs, entropy, logsumexp, *unused)
 
 
 def token_stats_backward(

@@ -50,7 +50,7 @@ def linear_token_stats_op(
     dtype: torch.dtype,
     memory_budget: int,
     transform: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     unpacked = Transform.unpack(transform)
     check_targets_in_range(targets, weight.shape[0], unpacked.ignore_index)
     head = _way(hidden, weight, bias, dtype, memory_budget)
@@ -74,9 +74,8 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, head: Head, transf
 @linear_token_stats_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (targets.new_empty(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields)
-    return a, b, c, d
+) -> tuple[Tensor, ...]:
+    return tuple(targets.new_empty(targets.shape, dtype=stats_dtype(dtype)) for _ in KernelStats._fields)
 
 
 def _gradient(
@@ -145,7 +144,7 @@ def linear_token_stats_backward_op(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    stats: list[Tensor],  # without logprobs
+    stats: list[Tensor],  # entropy, maximum, total
     gradients: list[Tensor | None],
     wanted: list[bool],
     dtype: torch.dtype,
@@ -168,8 +167,8 @@ linear_token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.dtype, ctx.memory_budget, transform = inputs
-    ctx.save_for_backward(*tensors, transform, *output[1:])
-    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(*tensors, transform, output[1], *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 

@@ -35,7 +35,9 @@ def run_backward(
 
 
 @torch.library.custom_op("edge_kernels::token_stats", mutates_args=())
-def token_stats_op(logits: Tensor, targets: Tensor | None, transform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_stats_op(
+    logits: Tensor, targets: Tensor | None, transform: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     unpacked = Transform.unpack(transform)
     if targets is not None:
         check_targets_in_range(targets, logits.shape[-1], unpacked.ignore_index)
@@ -43,21 +45,21 @@ def token_stats_op(logits: Tensor, targets: Tensor | None, transform: Tensor) ->
 
 
 @token_stats_op.register_fake
-def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return new_stats(logits), new_stats(logits), new_stats(logits), new_stats(logits)
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(new_stats(logits) for _ in KernelStats._fields)
 
 
 def stats_for_backward(saved: list[Tensor]) -> KernelStats:
-    """Return the statistics from those that are saved: the gradient has no use for the logprobs."""
-    entropy, logsumexp, logsumexp_low = saved
-    return KernelStats(entropy, entropy, logsumexp, logsumexp_low)
+    """Return the statistics from those that are saved: the gradient has no use for logprobs and logsumexp."""
+    entropy, maximum, total = saved
+    return KernelStats(entropy, entropy, entropy, maximum, total)
 
 
 @torch.library.custom_op("edge_kernels::token_stats_backward", mutates_args=())
 def token_stats_backward_op(
     logits: Tensor,
     targets: Tensor | None,
-    stats: list[Tensor],  # without logprobs
+    stats: list[Tensor],  # entropy, maximum, total
     gradients: list[Tensor | None],
     transform: Tensor,
 ) -> Tensor:
@@ -78,8 +80,8 @@ token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
-    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(*inputs, output[1], *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)  # what is not used stays None, and the kernel skips it
 
 

@@ -197,7 +197,8 @@ void forward(Call& call, const edge::TokenRows& rows, const edge::cuda::Launch& 
     arguments.logprobs = call.buffer();
     arguments.entropy = call.buffer();
     arguments.logsumexp = call.buffer();
-    arguments.logsumexp_low = call.buffer();
+    arguments.maximum = call.buffer();
+    arguments.total = call.buffer();
     edge::cuda::token_stats_forward(arguments, launch);
 }
 
@@ -214,8 +215,8 @@ void backward(Call& call, const edge::TokenRows& rows, const edge::cuda::Launch&
     arguments.rows = rows;
     take_gradient(call, arguments);
     arguments.entropy = call.buffer();
-    arguments.logsumexp = call.buffer();
-    arguments.logsumexp_low = call.buffer();
+    arguments.maximum = call.buffer();
+    arguments.total = call.buffer();
     arguments.grad_logprobs = call.buffer();
     arguments.grad_entropy = call.buffer();
     arguments.grad_logsumexp = call.buffer();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -55,7 +56,8 @@ def forward_case(name: str, given: Matrix, device: Device) -> Case:
             "logprobs": None if given.targets is None else fresh(rows),
             "entropy": fresh(rows),
             "logsumexp": fresh(rows),
-            "logsumexp_low": fresh(rows),
+            "maximum": fresh(rows),
+            "total": fresh(rows),
         },
     )
 
@@ -64,15 +66,26 @@ def forward_case(name: str, given: Matrix, device: Device) -> Case:
         close(result["entropy"], entropy, rtol=1e-5, atol=1e-5, name="entropy")
         assert not (result["entropy"] < 0).any(), "negative entropy"
         close(result["logsumexp"], logsumexp, rtol=1e-6, atol=1e-5, name="logsumexp")
-        exact_sum = result["logsumexp"].double() + result["logsumexp_low"].double()
-        # A soft cap's z is as exact as float32 can hold it.
-        rtol = 1e-9 if given.transform["softcap"] is None else 1e-7
-        close(exact_sum, logsumexp, rtol=rtol, atol=1e-5, name="logsumexp and its low part")
+        # What the backward pass makes p of. z is in powers of two there, its slope as exact as float32 can hold it.
+        log_total = result["total"].double().log2().masked_fill(result["total"] == 0, 0)  # ignored rows
+        pair = (result["maximum"].double() + log_total) * math.log(2)
+        close(pair, logsumexp, rtol=1e-7, atol=1e-5, name="maximum and total")
         if given.targets is not None:
             close(result["logprobs"], logprobs, rtol=1e-6, atol=1e-5, name="logprobs")
             assert not (result["logprobs"] > 0).any(), "positive log-probability"
 
     return Case(f"forward {name}", call, check, given.logits.dtype)
+
+
+def sums_of(given: Matrix) -> tuple[Tensor, Tensor]:
+    """Return each row's maximum and total as the kernels would: of z in powers of two, by a slope of float32."""
+    temperature, softcap, logit_scale = (given.transform[n] for n in ("temperature", "softcap", "logit_scale"))
+    is_linear = softcap is None and logit_scale > 0
+    slope = torch.tensor((logit_scale if is_linear else 1) / temperature / math.log(2))  # float32
+    y = given.exact if is_linear else reference.transform_logits(given.exact, 1.0, softcap, logit_scale)
+    u = y * slope.double()
+    maximum = u.amax(-1).float()
+    return maximum, (u - maximum[:, None]).exp2().sum(-1).float()
 
 
 def backward_case(
@@ -86,14 +99,14 @@ def backward_case(
     out_offset: int | None = None,
 ) -> Case:
     rows = len(given.logits)
-    _, entropy, logsumexp = exact_stats(given)
+    _, entropy, _ = exact_stats(given)
     incoming = [some(rows, 100 + i) if wanted else None for i, wanted in enumerate(grads)]
     if given.targets is None:
         incoming[0] = None
     for gradient in incoming:
         if gradient is not None and rows > 5:
             gradient[rows - 2] = 0.0  # a row without gradient is not read
-    high = logsumexp.float()
+    maximum, total = sums_of(given)
     out_stride = given.stride if inplace or out_stride is None else out_stride
     call = Call(
         "backward",
@@ -105,8 +118,8 @@ def backward_case(
             "targets": per_row(given.targets),
             "grad_logits": None if inplace else given.buffer(filled=False, stride=out_stride, offset=out_offset),
             "entropy": Buffer(entropy.float()),
-            "logsumexp": Buffer(high),
-            "logsumexp_low": Buffer((logsumexp - high.double()).float()),
+            "maximum": Buffer(maximum),
+            "total": Buffer(total),
             "grad_logprobs": per_row(incoming[0]),
             "grad_entropy": per_row(incoming[1]),
             "grad_logsumexp": per_row(incoming[2]),

@@ -53,7 +53,8 @@ def grpo_sweep_kernel(
         out_start = out.first + long_row * out.stride
         target = tl.load(targets + row)
         column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-        reference = zero
+        m = zero
+        slope = zero
         a = zero
         b = zero
         own = zero
@@ -62,7 +63,7 @@ def grpo_sweep_kernel(
         if counts:
             x = target_logit(logits.pointer, start, target, V, transform)
             m, s, t = row_sums(logits.pointer, start, V, 0, V, transform, tile)
-            lp, h, lse, lse_low = statistics(m, s, t, target_shifted(x, m, transform))
+            lp, h, _, total = statistics(m, s, t, target_shifted(x, m, transform), transform)
             tl.store(logprobs + row, lp)
             tl.store(entropy + row, h)
             _, direct, through, acting, _, _, _, _, _, _ = contribution(
@@ -71,14 +72,14 @@ def grpo_sweep_kernel(
             d_logprob = tl.load(terms.weight + row) * (direct + through)
             d_entropy = tl.where(acting, -bonus, 0.0)
             active = (d_logprob != 0) | (d_entropy != 0)
-            reference, a, b, own = gradient_factors(h, lse, lse_low, d_logprob, d_entropy, zero, transform.slope_of_x)
+            m, slope, a, b, own = gradient_factors(h, m, total, d_logprob, d_entropy, zero, transform)
         else:
             tl.store(logprobs + row, 0.0)
             tl.store(entropy + row, 0.0)
         tl.debug_barrier()  # every thread has read the target's logit before another writes its gradient there
         if active:
             write_gradient(
-                logits.pointer, start, out.pointer, out_start, column, V, 0, V, (reference, a, b, own), transform,
+                logits.pointer, start, out.pointer, out_start, column, V, 0, V, (m, slope, a, b, own), transform,
                 SAME_SHIFT, tile,
             )  # fmt: skip
         else:

@@ -7,6 +7,7 @@ are known when the kernel is compiled.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -67,6 +68,7 @@ class LogitTransform(NamedTuple):
     cap_in: float | None  # None: no soft cap
     cap_out: float | None
     slope: float  # positive; 1 with a soft cap, which has the slope in it
+    coarse_slope: float  # the next power of two
     slope_of_x: float  # d y / d x, without the soft cap's own derivative
     NEGATIVE: tl.constexpr  # the logit is turned before it meets the slope
     ignore_index: int
@@ -76,9 +78,10 @@ def transform_of(transform: Transform) -> LogitTransform:
     """Return a transform as kernels take it."""
     slope = transform.logit_scale / transform.temperature * _LOG2E
     if transform.softcap is None:
-        return LogitTransform(None, None, abs(slope), slope, tl.constexpr(slope < 0), transform.ignore_index)
+        coarse, is_negative = 2.0 ** math.ceil(math.log2(abs(slope) or 1.0)), tl.constexpr(slope < 0)
+        return LogitTransform(None, None, abs(slope), coarse, slope, is_negative, transform.ignore_index)
     cap_in, cap_out = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature * _LOG2E
-    return LogitTransform(cap_in, cap_out, 1.0, slope, tl.constexpr(False), transform.ignore_index)
+    return LogitTransform(cap_in, cap_out, 1.0, 1.0, slope, tl.constexpr(False), transform.ignore_index)
 
 
 def packed(record: _Record) -> _Record:

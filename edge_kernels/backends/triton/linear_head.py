@@ -30,9 +30,11 @@ from edge_kernels.backends.triton.arithmetic import (
     gradient,
     gradient_factors,
     oriented,
+    per_row,
     rescaled,
     scaled,
     shifted,
+    slope_below,
 )
 from edge_kernels.backends.triton.launch import LAUNCH, on_its_device, packed, transform_of
 from edge_kernels.backends.triton.token_stats import load_shares, store_statistics, target_shifted
@@ -129,9 +131,10 @@ def linear_fwd_kernel(
             target_logit += tl.sum(tl.where(is_target, x, 0.0), 1)
             x = tl.where((column < end)[None, :], x, float("-inf"))
             top = tl.max(x, 1)
-            new_m = tl.maximum(m, scaled(top, transform))
+            slope = slope_below(top, transform)
+            new_m = tl.maximum(m, scaled(top, slope, transform))
             s, t = rescaled(m, s, t, new_m)
-            y = shifted(x, new_m[:, None], transform)
+            y = shifted(x, new_m[:, None], per_row(slope, transform), transform)
             e = tl.exp2(y)
             s += tl.sum(e, 1)
             t += tl.sum(e * y, 1)
@@ -167,7 +170,7 @@ def linear_merge_kernel(
     m, s, t = load_shares(partial, place, N, counts, num_parts, PARTS)
     inside = counts & (target >= 0) & (target < V)
     x = tl.where(inside, tl.load(target_logits + place, mask=inside, other=0.0), float("nan"))
-    store_statistics(stats, row, valid, counts, m, s, t, target_shifted(x, m, transform), True)
+    store_statistics(stats, row, valid, counts, m, s, t, target_shifted(x, m, transform), transform, True)
 
 
 @triton.jit
@@ -203,16 +206,16 @@ def linear_bwd_logits_kernel(
         g_logprob = absent if gradients.logprobs is None else tl.load(gradients.logprobs + row, mask=valid, other=0.0)
         g_entropy = absent if gradients.entropy is None else tl.load(gradients.entropy + row, mask=valid, other=0.0)
         g_lse = absent if gradients.logsumexp is None else tl.load(gradients.logsumexp + row, mask=valid, other=0.0)
-        reference, a, b, own = gradient_factors(
+        m, slope, a, b, own = gradient_factors(
             tl.load(stats.entropy + row, mask=valid, other=0.0),
-            tl.load(stats.logsumexp + row, mask=valid, other=0.0),
-            tl.load(stats.logsumexp_low + row, mask=valid, other=0.0),
+            tl.load(stats.maximum + row, mask=valid, other=0.0),
+            tl.load(stats.total + row, mask=valid, other=1.0),
             g_logprob,
             g_entropy,
             g_lse,
-            transform.slope_of_x,
+            transform,
         )
-        factors = (reference[:, None], a[:, None], b[:, None], own[:, None])
+        factors = (m[:, None], per_row(slope, transform), a[:, None], b[:, None], own[:, None])
         target = tl.load(targets + row, mask=valid, other=-1)
         is_target = column[None, :] == target[:, None]
         g = gradient(x, factors, is_target, transform)

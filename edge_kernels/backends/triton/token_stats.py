@@ -12,7 +12,15 @@ from torch import Tensor
 
 from edge_kernels.backends.rows import row_blocks, with_unit_stride
 from edge_kernels.backends.triton import tuning
-from edge_kernels.backends.triton.arithmetic import LOWEST, gradient_factors, merged, oriented, shifted, statistics
+from edge_kernels.backends.triton.arithmetic import (
+    LOWEST,
+    gradient_factors,
+    merged,
+    oriented,
+    shifted,
+    slope_of,
+    statistics,
+)
 from edge_kernels.backends.triton.launch import LAUNCH, on_its_device, packed, part_of, rows_of, transform_of
 from edge_kernels.backends.triton.rows import row_sums, write_gradient
 from edge_kernels.contract import KernelStats, StatsGradients, Transform, new_stats
@@ -29,7 +37,7 @@ def target_logit(logits, start, target, V, transform):
 @triton.jit
 def target_shifted(x, m, transform):
     """y - m of a target; unlike in a sum, -inf stays -inf."""
-    return tl.where(x == float("-inf"), x, shifted(x, m, transform))
+    return tl.where(x == float("-inf"), x, shifted(x, m, slope_of(m, transform), transform))
 
 
 @triton.jit
@@ -57,7 +65,8 @@ def token_stats_fwd_kernel(
             tl.store(stats.logprobs + row, 0.0)
             tl.store(stats.entropy + row, 0.0)
             tl.store(stats.logsumexp + row, 0.0)
-            tl.store(stats.logsumexp_low + row, 0.0)
+            tl.store(stats.maximum + row, 0.0)
+            tl.store(stats.total + row, 0.0)
     else:
         m, s, t = row_sums(logits.pointer, start, V, part, chunk, transform, tile)
         if partial is not None:
@@ -69,12 +78,13 @@ def token_stats_fwd_kernel(
             target_y = 0.0
             if targets is not None:
                 target_y = target_shifted(target_logit(logits.pointer, start, target, V, transform), m, transform)
-            logprob, h, lse, low = statistics(m, s, t, target_y)
+            logprob, h, lse, total = statistics(m, s, t, target_y, transform)
             if targets is not None:
                 tl.store(stats.logprobs + row, logprob)
             tl.store(stats.entropy + row, h)
             tl.store(stats.logsumexp + row, lse)
-            tl.store(stats.logsumexp_low + row, low)
+            tl.store(stats.maximum + row, m)
+            tl.store(stats.total + row, total)
 
 
 @triton.jit
@@ -90,14 +100,15 @@ def load_shares(partial, place, rows, present, num_parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(stats, row, valid, counts, m, s, t, target_y, HAS_TARGETS: tl.constexpr):
+def store_statistics(stats, row, valid, counts, m, s, t, target_y, transform, HAS_TARGETS: tl.constexpr):
     """Store what the sums of rows say, and 0 for the rows that do not count."""
-    logprob, h, lse, low = statistics(m, s, t, target_y)
+    logprob, h, lse, total = statistics(m, s, t, target_y, transform)
     if HAS_TARGETS:
         tl.store(stats.logprobs + row, tl.where(counts, logprob, 0.0), mask=valid)
     tl.store(stats.entropy + row, tl.where(counts, h, 0.0), mask=valid)
     tl.store(stats.logsumexp + row, tl.where(counts, lse, 0.0), mask=valid)
-    tl.store(stats.logsumexp_low + row, tl.where(counts, low, 0.0), mask=valid)
+    tl.store(stats.maximum + row, tl.where(counts, m, 0.0), mask=valid)
+    tl.store(stats.total + row, tl.where(counts, total, 0.0), mask=valid)
 
 
 @triton.jit
@@ -127,7 +138,7 @@ def token_stats_merge_kernel(
         at = logits.first + row.to(tl.int64) * logits.stride + target
         x = tl.load(logits.pointer + at, mask=inside, other=0.0)
         target_y = target_shifted(tl.where(inside, oriented(x, transform), float("nan")), m, transform)
-    store_statistics(stats, row, valid, counts, m, s, t, target_y, targets is not None)
+    store_statistics(stats, row, valid, counts, m, s, t, target_y, transform, targets is not None)
 
 
 @triton.jit
@@ -160,12 +171,12 @@ def token_stats_bwd_kernel(
     if active:
         factors = gradient_factors(
             tl.load(stats.entropy + row),
-            tl.load(stats.logsumexp + row),
-            tl.load(stats.logsumexp_low + row),
+            tl.load(stats.maximum + row),
+            tl.load(stats.total + row),
             g_logprob,
             g_entropy,
             g_logsumexp,
-            transform.slope_of_x,
+            transform,
         )
         write_gradient(
             logits.pointer, start, out.pointer, out_start, target, V, part, chunk, factors, transform, SAME_SHIFT, tile

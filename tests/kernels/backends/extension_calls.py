@@ -26,7 +26,8 @@ class Stats(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
     logsumexp: Tensor
-    logsumexp_low: Tensor
+    maximum: Tensor
+    total: Tensor
 
 
 def poisoned(rows: int, like: torch.dtype) -> Tensor:
@@ -52,7 +53,7 @@ def call(function: Callable[..., None], *, threads: int = 1, **arguments: Any) -
 def forward(logits: Tensor, targets: Tensor | None, *, threads: int = 1, **options: float) -> Stats:
     """Statistics of (N, V) logits whose rows may lie at any stride."""
     rows, vocab = logits.shape
-    stats = Stats(*(poisoned(rows, logits.dtype) for _ in range(4)))
+    stats = Stats(*(poisoned(rows, logits.dtype) for _ in Stats._fields))
     call(
         _C.token_stats_forward,
         dtype=CODES[logits.dtype],
@@ -66,7 +67,8 @@ def forward(logits: Tensor, targets: Tensor | None, *, threads: int = 1, **optio
         logprobs=0 if targets is None else stats.logprobs.data_ptr(),
         entropy=stats.entropy.data_ptr(),
         logsumexp=stats.logsumexp.data_ptr(),
-        logsumexp_low=stats.logsumexp_low.data_ptr(),
+        maximum=stats.maximum.data_ptr(),
+        total=stats.total.data_ptr(),
         threads=threads,
     )
     return stats
@@ -79,7 +81,6 @@ def backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     *,
     out: Tensor | None = None,
-    low: bool = True,
     threads: int = 1,
     **options: float,
 ) -> Tensor:
@@ -98,8 +99,8 @@ def backward(
         ignore_index=IGNORE,
         **transform(**options),
         entropy=stats.entropy.data_ptr(),
-        logsumexp=stats.logsumexp.data_ptr(),
-        logsumexp_low=stats.logsumexp_low.data_ptr() if low else 0,
+        maximum=stats.maximum.data_ptr(),
+        total=stats.total.data_ptr(),
         grad_logprobs=addresses[0],
         grad_entropy=addresses[1],
         grad_logsumexp=addresses[2],

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import huge_logits
 import pytest
 import torch
 from cuda_on_cpu import harness
@@ -73,7 +74,7 @@ def test_without_a_driver_a_call_raises_and_names_the_kernel() -> None:
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"token_stats_bwd_kernel: CUDA error \d+ \(cudaError\w+\): .*driver"):
         EXTENSION.token_stats_backward(
-            EXTENSION.CudaLaunch(device=0, stream=0), rows, entropy=16, logsumexp=16, logsumexp_low=0, grad_logprobs=0,
+            EXTENSION.CudaLaunch(device=0, stream=0), rows, entropy=16, maximum=16, total=16, grad_logprobs=0,
             grad_entropy=0, grad_logsumexp=0, grad_logits=16, grad_row_stride=8,
         )  # fmt: skip
     assert "no CUDA driver" in str(_extension.cuda_unavailable(EXTENSION))
@@ -276,6 +277,14 @@ def test_the_heads_tiles(
         found.append([value.double() for value in (out.loss, out.logprobs, out.entropy, *gradients)])
     for actual, exact in zip(*found, strict=True):
         torch.testing.assert_close(actual, exact, rtol=2**-6, atol=2**-6 * max(1.0, exact.abs().max().item()))
+
+
+@pytest.mark.slow
+@needs_harness
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_without_a_fraction(dtype: torch.dtype, emulated: None) -> None:
+    for temperature in (1.0, 0.7):
+        huge_logits.check(dtype, temperature)
 
 
 @pytest.mark.slow

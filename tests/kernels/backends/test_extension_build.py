@@ -76,7 +76,7 @@ def threads_after(torch_threads, asked):
     rows = C.TokenRows(dtype=0, logits=logits.data_ptr(), row_stride=20000, rows=64, vocab=20000, targets=0,
         ignore_index=-100, inv_temperature=1.0, softcap=0.0, logit_scale=1.0)
     C.token_stats_forward(C.CpuLaunch(threads=asked), rows, logprobs=0, entropy=out[0].data_ptr(),
-        logsumexp=out[1].data_ptr(), logsumexp_low=0)
+        logsumexp=out[1].data_ptr(), maximum=0, total=0)
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)
 base = len(os.listdir("/proc/self/task"))
@@ -209,10 +209,11 @@ FORWARD = {
     "logprobs": 64,
     "entropy": 64,
     "logsumexp": 64,
-    "logsumexp_low": 0,
+    "maximum": 64,
+    "total": 64,
 }
 BACKWARD = {
-    **{name: value for name, value in FORWARD.items() if name != "logprobs"},
+    **{name: value for name, value in FORWARD.items() if name not in ("logprobs", "logsumexp")},
     "grad_logprobs": 64,
     "grad_entropy": 0,
     "grad_logsumexp": 0,
@@ -238,6 +239,7 @@ BACKWARD = {
         (FORWARD, {"entropy": 0}, "entropy must be the address"),
         (FORWARD, {"threads": -1}, "threads must be at least 1, or 0 for OpenMP's setting; got -1"),
         (BACKWARD, {"grad_logits": 0}, "grad_logits must be the address"),
+        (BACKWARD, {"total": 0}, "total must be the address"),
         (BACKWARD, {"grad_row_stride": 7}, r"grad_row_stride must be at least vocab \(8\), so that no two rows share"),
         (BACKWARD, {"grad_logits": 64, "grad_row_stride": 9}, r"grad_row_stride must be row_stride \(8\) in place"),
         (BACKWARD, {"targets": 0}, "grad_logprobs must be 0 where there are no targets"),
@@ -252,7 +254,7 @@ def test_arguments_are_checked(arguments: dict[str, object], wrong: dict[str, ob
 RULE = {**LossRule.of(GRPOLossConfig())._asdict(), "max_log_ratio": 80.0, "max_kl_log_ratio": 10.0}
 TENSORS = dict.fromkeys(TokenTerms._fields, 64)
 SWEEP = {
-    **{name: value for name, value in FORWARD.items() if not name.startswith("logsumexp")},
+    **{name: value for name, value in FORWARD.items() if name not in ("logsumexp", "maximum", "total")},
     "grad_logits": 128,
     "grad_row_stride": 8,
 }

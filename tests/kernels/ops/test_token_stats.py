@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import huge_logits
 import pytest
 import torch
 from backends import BACKENDS, DTYPES, INTERPRETING, WIDEST
@@ -206,6 +207,13 @@ def test_entropy_alone() -> None:
     )
     categorical = torch.distributions.Categorical(logits=logits / 0.7).entropy()
     torch.testing.assert_close(entropy, categorical)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's, of lanes that store nothing
+@pytest.mark.parametrize("temperature", [0.7] if INTERPRETING else [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16])
+def test_logits_without_a_fraction(dtype: torch.dtype, temperature: float) -> None:
+    huge_logits.check(dtype, temperature)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="finite differences need float64")
