@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, peers
-from benchmarks.harness import COMPILED, OURS, Config, Result, Run, main, take_turns
+from benchmarks.harness import COMPILED, OURS, Config, Result, Run, main, name_of, take_turns
+from edge_kernels.ops.head import product_dtype
 
 ACCUMULATED = (OURS, COMPILED)
 WORK = "loss from hidden states"
@@ -76,11 +77,14 @@ def measure(config: Config) -> list[Result]:
     if not config.get("memory_only"):
         floors = limits.products(hidden.flatten(0, 1), weight) | limits.square_product(dtype)
         floors = {name: run for name, run in floors.items() if name not in left_out}
+    products = product_dtype(dtype, hidden.device)
     times = take_turns({**runs, **floors}, config["repetitions"])
     measured = {name: times.pop(name) for name in floors}
     for name, row in times.items():
         row |= {"errors": errors[name]} if name in errors else {}
         row |= {"note": peers.NOTES[name]} if name in peers.NOTES else {}
+        if name.startswith(OURS) and products != dtype:
+            row["note"] = f"computes in {name_of(products)}: this CPU has no {name_of(dtype)} instructions"
     times |= {name: {"failed": reason} for name, reason in failed.items()}
     where = {key: config[key] for key in ("dtype", "vocab", "rows", "hidden", "pages")}
     floor_of = limits.rates(measured, num_flops=num_flops)

@@ -38,12 +38,14 @@ BLOCK_BYTES = 8 * 2**20
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return what products of ``dtype`` are computed in: a CPU without bfloat16 instructions emulates them slowly.
 
-    There float32 products of blocks converted on the fly are several times faster, and the logits are not rounded.
+    There float32 products of blocks converted on the fly are several times faster, and the logits are not rounded. A
+    process that is told to do without AVX-512 (EDGE_KERNELS_ISA) is taken to run on such a CPU.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    is_native = dtype == torch.bfloat16 and unavailable("cpu") is None and extension().cpu_features().get("avx512bf16")
-    return dtype if is_native else torch.float32
+    if dtype == torch.float16 or unavailable("cpu") is not None or extension().instruction_set() != "avx512":
+        return torch.float32
+    return dtype if extension().cpu_features().get("avx512bf16") else torch.float32
 
 
 class Head:

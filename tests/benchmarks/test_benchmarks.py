@@ -92,6 +92,17 @@ def test_what_a_cpu_multiplies_too_slowly_is_left_out_and_named(monkeypatch: pyt
     assert result["missing"] == {}
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_computes_in_float32_says_so(products: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "product_dtype", lambda dtype, device: products)
+    config = {"dtype": "bfloat16", "vocab": 301, "rows": 8, "hidden": 16, "pages": "huge", "repetitions": 1}
+    (result,) = head.measure({**config, "contenders": [], "accumulated": True})
+    note = "computes in float32: this CPU has no bfloat16 instructions"
+    for name in (OURS, f"{OURS}, accumulated"):
+        assert (result["contenders"][name].get("note") == note) == (products == torch.float32)
+    assert any(note in line for line in table(result).splitlines()) == (products == torch.float32)
+
+
 def test_the_rate_of_products_is_measured_until_it_is_enough() -> None:
     assert limits.too_slow({"a product": 1e3}, torch.float32, max_seconds=60.0) == {}
     assert limits.too_slow({"a product": 1e30}, torch.float32, max_seconds=None) == {}

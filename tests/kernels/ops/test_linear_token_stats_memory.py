@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edge_kernels import GRPOLossConfig, linear_edge_grpo_loss, linear_token_stats
+from edge_kernels.backend import extension as load_extension
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
@@ -179,3 +180,19 @@ def test_memory_is_one_tile_whatever_the_number_of_rows(op: str, dtype: str, num
     allocated, resident, logits_bytes = map(int, output.split())
     assert 40e6 < allocated < 100e6  # two tiles of 128 rows, or one of 256
     assert resident < 100e6 < logits_bytes / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_products_of_a_cpu_without_bfloat16_instructions_are_float32(dtype: torch.dtype, backend: str) -> None:
+    """As they are in a process that is told to do without AVX-512."""
+    product_dtype, extension = sys.modules["edge_kernels.ops.head"].product_dtype, load_extension()
+    before = extension.instruction_set()
+    widest = torch.float32 if dtype.itemsize == 2 else dtype
+    try:
+        for name in extension.instruction_sets():
+            extension.use_instruction_set(name)
+            is_native = name == "avx512" and extension.cpu_features()["avx512bf16"] and dtype == torch.bfloat16
+            assert product_dtype(dtype, torch.device("cpu")) == (dtype if is_native else widest)
+            assert product_dtype(dtype, torch.device("cuda")) == dtype
+    finally:
+        extension.use_instruction_set(before)
