@@ -38,7 +38,8 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
 
     The processes of one run share the claim of the main one. Raises FileExistsError, and leaves everything as it is,
     for a folder that another process holds, and for one with an earlier run unless this one is to ``resume`` or
-    ``overwrite`` it. Overwriting itself is left to ``discard``, once the new run has loaded.
+    ``overwrite`` it; ValueError where a file of that run is a link. Overwriting itself is left to ``discard``, once the
+    new run has loaded.
     """
     if not is_main_process():
         yield
@@ -58,6 +59,11 @@ def claim(output: Path, *, resume: bool = False, overwrite: bool = False) -> Ite
             raise FileExistsError(
                 f"{output} already holds a run; continue it with --resume, replace it with --overwrite, or choose "
                 "another folder with --output"
+            )
+        if links := [name for name in RUN_FILES if "." in name and (output / name).is_symlink()]:
+            raise ValueError(
+                f"{output}: {', '.join(links)} is a link, through which a run would write elsewhere; replace it by the "
+                "file itself"
             )
         yield
     finally:

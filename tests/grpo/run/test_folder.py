@@ -98,6 +98,19 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     assert precious.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "identity.json"])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_a_link_in_place_of_a_file_of_a_run_is_not_written_through(tmp_path: Path, name: str, options: dict) -> None:
+    """Somebody else's folder may hold one to any file of its user; a folder of checkpoints on another disk is fine."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with claim(tmp_path, **options):
+        pass
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=rf"{name} is a link, through which"), claim(tmp_path, **options):
+        pass
+
+
 def test_an_output_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from edge_grpo.commands import main as cli
-from edge_grpo.config import ModelConfig
+from edge_grpo.config import DataConfig, ModelConfig
+from edge_grpo.data.prompts import render_prompts
 from edge_grpo.policy.loading import load_model
 from edge_grpo.trainer import train
+from edge_grpo.types import Example
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*use_reentrant.*")]
 
@@ -51,6 +54,19 @@ def test_no_file_of_a_run_folder_runs_code(config, tmp_path, capfd):
         assert not mark.exists(), file
         shutil.rmtree(run)
         shutil.copytree(tmp_path / "kept", run)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["cycler.__init__.__globals__.os.mkdir(mark)", "''.__class__.__mro__[1].__subclasses__()", "messages.clear()"],
+)
+def test_a_chat_template_runs_in_a_sandbox(tiny_tokenizer, tmp_path, expression):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    code = expression.replace("mark", repr(str(tmp_path / "ran")))
+    tokenizer.chat_template = f"{{% set x = {code} %}}{{{{ messages[0]['content'] }}}}"
+    with pytest.raises(ValueError, match=r"chat template failed: (SecurityError|UndefinedError)"):
+        render_prompts([Example(0, "What is 2 + 3?")], tokenizer, DataConfig())
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
