@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edge_grpo.types import Prompt, Provenance, Response, Reward
-from edge_kernels.config import InjectedTreatment
+from edge_kernels import GRPOLossConfig
 
 
 @dataclass
@@ -35,6 +35,11 @@ class Sample:
     ref_logprobs: Tensor | None = None  # (T,)
     advantage: float = 0.0
     weight: float = 1.0
+    reward_kl: float = 0.0  # the estimated KL divergence to the reference policy, summed over the response
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.response.finish_reason == "length"
 
     @property
     def length(self) -> int:
@@ -50,6 +55,7 @@ class Batch:
     targets: Tensor  # (B, T) int64
     completion_mask: Tensor  # (B, T) bool
     injected_mask: Tensor  # (B, T) bool
+    truncated_mask: Tensor  # (B,) bool: the length limit cut the response off
     advantages: Tensor  # (B,) float32
     logprobs: Tensor | None  # (B, T) float32, 0 outside of completion_mask; the same for the two below
     ref_logprobs: Tensor | None
@@ -87,6 +93,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
         targets=input_ids[:, 1:].to(device),
         completion_mask=completion_mask.to(device),
         injected_mask=injected_mask.to(device),
+        truncated_mask=torch.tensor([sample.is_truncated for sample in samples], device=device),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device),
         logprobs=per_token([sample.logprobs for sample in samples]),
         ref_logprobs=per_token([sample.ref_logprobs for sample in samples]),
@@ -94,12 +101,14 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
     )
 
 
-def counted_tokens(response: Response, injected: InjectedTreatment) -> list[bool]:
-    """Return which tokens have a loss and count in the response's entropy: all but injected ones that are masked.
+def counted_tokens(response: Response, loss: GRPOLossConfig) -> list[bool]:
+    """Return which tokens have a loss and count in the response's entropy: all that the loss does not mask.
 
-    ``injected`` is what the loss does with those (``GRPOLossConfig.injected``).
+    It may mask injected tokens, and responses that were cut off.
     """
-    return [not (injected == "mask" and mark == Provenance.INJECTED) for mark in response.provenance]
+    if loss.mask_truncated_completions and response.finish_reason == "length":
+        return [False] * len(response.provenance)
+    return [not (loss.injected == "mask" and mark == Provenance.INJECTED) for mark in response.provenance]
 
 
 def unpad(values: Tensor, batch: Batch) -> list[Tensor]:

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from edge_grpo.batching import Sample, counted_tokens
-from edge_kernels import EDAConfig, GRPOLossConfig, group_advantages, response_entropy, response_entropy_weights
+from edge_grpo.types import Provenance
+from edge_kernels import (
+    EDAConfig,
+    GRPOLossConfig,
+    group_advantages,
+    kl_penalized_rewards,
+    response_entropy,
+    response_entropy_weights,
+)
 from edge_kernels.advantages import apply_weights
+from edge_kernels.config import KLEstimator
 
 
 class Credit(NamedTuple):
@@ -62,9 +71,19 @@ def credit(
     return Credit(apply_weights(advantages, weights), weights)
 
 
-def counted_rewards(samples: Sequence[Sample]) -> list[float]:
-    """Return the rewards of the responses that take part in advantages."""
-    return [sample.reward.total for sample in samples if not sample.reward.skipped]
+def counted_rewards(samples: Sequence[Sample], kl_coef: float = 0.0) -> list[float]:
+    """Return the rewards of the responses that take part in advantages, less their KL penalty."""
+    return [sample.reward.total - kl_coef * sample.reward_kl for sample in samples if not sample.reward.skipped]
+
+
+def measure_kl(samples: Sequence[Sample], estimator: KLEstimator) -> None:
+    """Fill each sample's KL divergence to the reference policy, of the tokens that the policy sampled."""
+    for sample in samples:
+        assert sample.logprobs is not None, "the scoring pass fills the logprobs of every sample"
+        assert sample.ref_logprobs is not None, "it fills the reference's where there is a reference"
+        sampled = torch.tensor([mark != Provenance.INJECTED for mark in sample.response.provenance], dtype=torch.bool)
+        rows = (sample.logprobs[None], sample.ref_logprobs[None], sampled[None])
+        sample.reward_kl = -float(kl_penalized_rewards(torch.zeros(1), *rows, coef=1.0, estimator=estimator))
 
 
 def assign_advantages(
@@ -72,6 +91,7 @@ def assign_advantages(
     loss: GRPOLossConfig,
     *,
     entropy_driven: bool,
+    kl_coef: float = 0.0,
     batch_rewards: Sequence[float] | None = None,
 ) -> None:
     """Fill the advantages and weights of samples whose groups are whole and whose entropy is known.
@@ -84,10 +104,10 @@ def assign_advantages(
         return
     means = mean_entropies(
         [sample.entropy for sample in samples if sample.entropy is not None],
-        [counted_tokens(sample.response, loss.injected) for sample in samples],
+        [counted_tokens(sample.response, loss) for sample in samples],
     )
     result = credit(
-        torch.tensor(counted_rewards(samples), dtype=torch.float64),
+        torch.tensor(counted_rewards(samples, kl_coef), dtype=torch.float64),
         means,
         torch.tensor([sample.group for sample in samples]),
         loss.eda,

@@ -48,7 +48,8 @@ class Learner:
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
-        if config.loss.beta and not adds_nothing(model):
+        self.needs_reference = bool(config.loss.beta or config.reward.kl_coef)
+        if self.needs_reference and not adds_nothing(model):
             frozen = copy.deepcopy(model).requires_grad_(False).eval()
             self.reference = PolicyModel(frozen).to(accelerator.device)
         policy = PolicyModel(model)
@@ -68,7 +69,7 @@ class Learner:
         """Fill logprobs and entropy: from the sampler's record, or from a forward pass over what has no record.
 
         Correcting for a mismatch between sampler and trainer needs the trainer's own logprobs, so then everything is
-        scored. Reference logprobs, when the loss has a KL term, are always scored.
+        scored. Reference logprobs, when the loss or the reward has a KL term, are always scored.
         """
         score_all = self.loss.sampler_ratio_cap is not None
         unscored = []
@@ -82,7 +83,7 @@ class Learner:
         for chunk in micro_batches(unscored, self.optim.micro_batch_size):
             for sample, logprobs, entropy in zip(chunk, *self.token_stats(self.unwrapped, chunk), strict=True):
                 sample.logprobs, sample.entropy = logprobs, entropy
-        if self.loss.beta:
+        if self.needs_reference:
             self._score_by_reference(samples)
 
     def _score_by_reference(self, samples: Sequence[Sample]) -> None:
@@ -222,6 +223,7 @@ class Learner:
 
     def _loss_of(self, batch: Batch, normalizers: Normalizers) -> GRPOLossOutput:
         corrects_sampler = self.loss.sampler_ratio_cap is not None
+        reads_sampler = corrects_sampler or self.loss.off_policy_mask_threshold is not None
         off_policy = self.optim.epochs * self.optim.minibatches > 1 or corrects_sampler
 
         def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
@@ -235,8 +237,9 @@ class Learner:
                 # With one optimizer step per rollout the ratio's denominator is the current logprob, detached.
                 old_logprobs=batch.logprobs if off_policy else None,
                 ref_logprobs=batch.ref_logprobs,
-                sampling_logprobs=batch.sampling_logprobs if corrects_sampler else None,
+                sampling_logprobs=batch.sampling_logprobs if reads_sampler else None,
                 injected_mask=batch.injected_mask,
+                truncated_mask=batch.truncated_mask,
                 **normalizers._asdict(),
                 config=self.loss,
             )
@@ -246,13 +249,19 @@ class Learner:
     def _normalizers(self, part: Sequence[Sample]) -> Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
         part = [sample for sample in part if not sample.reward.skipped]
-        tokens = sum(sum(counted_tokens(sample.response, self.loss.injected)) for sample in part)
+        tokens = sum(sum(counted_tokens(sample.response, self.loss)) for sample in part)
         counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
         tokens, sequences = self.accelerator.reduce(counts, reduction="sum").tolist()
         threshold = None
         if self.loss.top_entropy_quantile < 1:
             entropies = gather_object(
-                [value for sample in part if sample.entropy is not None for value in sample.entropy]
+                [
+                    value
+                    for sample in part
+                    if sample.entropy is not None
+                    for value, counts in zip(sample.entropy, counted_tokens(sample.response, self.loss), strict=True)
+                    if counts
+                ]
             )
             if entropies:
                 threshold = float(np.quantile(torch.stack(entropies).numpy(), 1 - self.loss.top_entropy_quantile))
@@ -266,6 +275,8 @@ class Learner:
         """
         all_contribute = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
         active = [sample for sample in part if not sample.reward.skipped]
+        if self.loss.mask_truncated_completions:
+            active = [sample for sample in active if not sample.is_truncated] or active[:1]
         return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1] or part[:1]
 
     def _pad(self, samples: Sequence[Sample]) -> Batch:
@@ -326,6 +337,8 @@ class LossTotals:
         }
         if "kl_sum" in sums:
             metrics["kl/mean"] = sums["kl_sum"] / tokens
+        if "off_policy_tokens" in sums:
+            metrics["masked/off_policy"] = sums["off_policy_tokens"] / tokens
         return metrics
 
 

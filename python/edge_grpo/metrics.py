@@ -125,6 +125,16 @@ def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[s
     }
 
 
+def reward_kl_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean over responses of the KL divergence that their rewards were lessened by, before its weight."""
+    return {"reward/kl": _mean([sample.reward_kl for sample in samples if not sample.reward.skipped])}
+
+
+def truncation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the share of responses that the loss leaves out because they were cut off."""
+    return {"masked/truncated": _share(sample.is_truncated for sample in samples if not sample.reward.skipped)}
+
+
 def num_generated(samples: Sequence[Sample]) -> int:
     """Return how many tokens the policy generated: its first attempts and its continuations."""
     return sum(

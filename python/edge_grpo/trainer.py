@@ -30,12 +30,21 @@ from edge_grpo.collect import (
 )
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.credit import assign_advantages, counted_rewards
+from edge_grpo.credit import assign_advantages, counted_rewards, measure_kl
 from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.learner import Learner
-from edge_grpo.metrics import PhaseTimes, correction_metrics, num_generated, peak_bytes, sampler_metrics, step_metrics
+from edge_grpo.metrics import (
+    PhaseTimes,
+    correction_metrics,
+    num_generated,
+    peak_bytes,
+    reward_kl_metrics,
+    sampler_metrics,
+    step_metrics,
+    truncation_metrics,
+)
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.run import checkpoint, identity
@@ -231,6 +240,10 @@ class Trainer:
 
         everyone: list[Sample] = gather_object(samples)
         metrics = step_metrics(everyone) | update_metrics
+        if self.config.reward.kl_coef:
+            metrics |= reward_kl_metrics(everyone)
+        if self.learner.loss.mask_truncated_completions:
+            metrics |= truncation_metrics(everyone)
         if self.learner.loss.sampler_ratio_cap is not None:
             metrics |= sampler_metrics(everyone, self.learner.loss)
         metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}
@@ -245,10 +258,13 @@ class Trainer:
         return everyone, metrics
 
     def _assign_advantages(self, samples: Sequence[Sample]) -> None:
-        loss, everyone = self.learner.loss, None
+        loss, everyone, kl_coef = self.learner.loss, None, self.config.reward.kl_coef
+        if kl_coef:
+            measure_kl(samples, self.config.reward.kl_penalty)
         if loss.eda.scale_rewards == "batch":
-            everyone = gather_object(counted_rewards(samples))
-        assign_advantages(samples, loss, entropy_driven=self.config.use_eda, batch_rewards=everyone)
+            everyone = gather_object(counted_rewards(samples, kl_coef))
+        entropy_driven = self.config.use_eda
+        assign_advantages(samples, loss, entropy_driven=entropy_driven, kl_coef=kl_coef, batch_rewards=everyone)
 
     def plan(self) -> Plan:
         """Make a step, and another one if that was quick, since the first also pays for what is made once."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from corrections import INJECTED, SAMPLED, prompt, sampled
 
 from edge_grpo.batching import Sample
-from edge_grpo.credit import assign_advantages, credit, mean_entropies
+from edge_grpo.credit import assign_advantages, counted_rewards, credit, mean_entropies, measure_kl
 from edge_grpo.types import Provenance, Response, Reward
 from edge_kernels import EDAConfig, GRPOLossConfig, entropy_driven_advantages, entropy_weights, group_advantages
 
@@ -56,6 +57,24 @@ def test_one_scale_for_the_whole_batch_over_processes():
             REWARDS[own], torch.zeros(6)[own], groups[own], config, entropy_driven=False, batch_rewards=REWARDS
         )
         torch.testing.assert_close(part.advantages, whole.advantages[own])
+
+
+def test_the_kl_divergence_lessens_the_reward_by_its_sum_over_sampled_tokens():
+    """Differences of 0.3 and -0.1 to the reference; the third token is injected."""
+    first, second = sample(0, 1.0, [1.0] * 3), sample(0, 1.0, [1.0] * 3)
+    marks = (Provenance.SAMPLED, Provenance.SAMPLED, Provenance.INJECTED)
+    for each, differences in ((first, [0.3, -0.1, 9.0]), (second, [0.0, 0.0, 0.0])):
+        each.response = replace(each.response, provenance=marks)
+        each.logprobs = torch.tensor([-1.0, -2.0, -3.0])
+        each.ref_logprobs = each.logprobs - torch.tensor(differences)
+    for estimator, expected in (("k1", 0.2), ("abs", 0.4), ("k2", 0.05)):
+        measure_kl([first, second], estimator)
+        assert first.reward_kl == pytest.approx(expected)
+        assert second.reward_kl == 0
+    assert counted_rewards([first, second], kl_coef=2.0) == pytest.approx([1 - 2 * 0.05, 1])
+    assign_advantages([first, second], GRPOLossConfig(), entropy_driven=False, kl_coef=2.0)
+    assert first.advantage == pytest.approx(-second.advantage)
+    assert first.advantage < 0
 
 
 @pytest.mark.parametrize("config", [EDAConfig(), EDAConfig(preserve_scale=True), EDAConfig(mean_over="batch")])

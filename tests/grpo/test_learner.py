@@ -14,8 +14,8 @@ import torch
 import yaml
 from training import LOSSES, assign, collect, flat_gradient, gradient, rollout
 
-from edge_grpo.config import DataConfig, ModelConfig, OptimConfig, to_dict
-from edge_grpo.learner import learning_rate_factor
+from edge_grpo.config import AdvantageConfig, DataConfig, ModelConfig, OptimConfig, to_dict
+from edge_grpo.learner import LossTotals, learning_rate_factor
 from edge_grpo.metrics import step_metrics
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Provenance
@@ -121,6 +121,59 @@ def test_collapsed_groups_are_left_out_and_change_nothing(config, monkeypatch):
     everything = gradient(trainer.learner, samples)
     trainer.close()
     torch.testing.assert_close(ours, everything, rtol=0, atol=float(2e-5 * everything.abs().max()))
+
+
+def test_truncated_responses_leave_the_loss(config):
+    """Its gradient and its totals are those of the others alone, for a loss that is normalized by tokens."""
+    loss = GRPOLossConfig(mask_truncated_completions=True)
+    trainer = Trainer(replace(config, loss=loss, method="grpo"))
+    samples = rollout(trainer)
+    for number, sample in enumerate(samples):
+        sample.response = replace(sample.response, finish_reason="length" if number % 3 else "stop")
+        sample.advantage = float(number) - 3.5
+    ours = gradient(trainer.learner, samples)
+    others = gradient(trainer.learner, [sample for sample in samples if not sample.is_truncated])
+    torch.testing.assert_close(ours, others, rtol=0, atol=float(2e-5 * others.abs().max()))
+    assert (gradient(trainer.learner, [sample for sample in samples if sample.is_truncated]) == 0).all()
+    trainer.close()
+
+
+def test_responses_off_the_samplers_policy_lose_a_negative_advantage(config):
+    loss = GRPOLossConfig(off_policy_mask_threshold=0.5)
+    trainer = Trainer(replace(config, loss=loss, method="grpo"))
+    samples = rollout(trainer)
+    for number, sample in enumerate(samples):
+        sample.advantage = float(number) - 3.5
+        if number % 2:  # the sampler was surer of each token than the trainer is
+            response = sample.response
+            sample.response = replace(response, logprobs=tuple(value + 0.6 for value in response.logprobs))
+    totals = LossTotals()
+    trainer.learner.accumulate_gradient(samples, totals)
+    dropped = sum(len(sample.response.token_ids) for sample in samples[1:4:2])
+    assert totals.metrics(1)["masked/off_policy"] == pytest.approx(dropped / sum(len(s.logprobs) for s in samples))
+    ours = flat_gradient(trainer.learner)
+    samples[1].advantage = samples[3].advantage = 0.0
+    expected = gradient(trainer.learner, samples)
+    trainer.close()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=float(2e-5 * expected.abs().max()))
+
+
+def test_a_step_with_every_mask_and_penalty_outside_the_loss(config):
+    """On the first step the policy is the reference: the KL divergence is that of a rounding error."""
+    config = replace(
+        config,
+        loss=GRPOLossConfig(loss_type="sapo", mask_truncated_completions=True, off_policy_mask_threshold=0.5),
+        reward=replace(config.reward, kl_coef=0.1, kl_penalty="k2"),
+        eda=AdvantageConfig(scale_rewards="batch"),
+    )
+    trainer = Trainer(config)
+    samples, metrics = trainer.step(1)
+    trainer.close()
+    assert 0 <= metrics["reward/kl"] < 1e-6
+    truncated = [sample.response.finish_reason == "length" for sample in samples]
+    assert metrics["masked/truncated"] == sum(truncated) / len(samples)
+    assert metrics["masked/off_policy"] == 0
+    assert math.isfinite(metrics["grad/norm"])
 
 
 def test_scoring_covers_only_what_sampling_left_without_a_record(config, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
 from edge_grpo.config.model import ModelConfig
 from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
-from edge_kernels.config import EDAConfig, GRPOLossConfig, MeanOver, ScaleRewards, scale_of
+from edge_kernels.config import EDAConfig, GRPOLossConfig, KLEstimator, MeanOver, ScaleRewards, scale_of
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
@@ -127,10 +127,13 @@ class RewardConfig:
     timeout: float = 5.0  # seconds to compare one answer, after which its outcome is timed_out
     function_timeout: float = 60.0  # seconds for one call of a function
     on_error: OnError = "fail"  # when a function fails: end the run, count it as 0, or leave the response out
+    kl_coef: float = 0.0  # subtracts so much times the KL divergence to the initial policy, summed over the response
+    # its estimate, with d = logprob - reference's: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) + d - 1
+    kl_penalty: KLEstimator = "k1"
 
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
-        problems += real(">= 0", tolerance=self.tolerance)
+        problems += real(">= 0", tolerance=self.tolerance, kl_coef=self.kl_coef)
         problems += real("[-1e30, 1e30]", **{f"weights[{name!r}]": weight for name, weight in self.weights.items()})
         own = ("accuracy", "format")
         problems += [
@@ -376,6 +379,8 @@ LOSS_VALUES = {
     "logit_scale": "taken from the model",
     "max_completion_length": "taken from rollout.max_completion_length",
     "sampler_ratio_floor": "always 0",
+    "reward_kl_coef": "reward.kl_coef here",
+    "reward_kl_penalty": "reward.kl_penalty here",
     "eda": "set in the section eda",
 }
 
