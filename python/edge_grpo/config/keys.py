@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
 from edge_grpo.config.model import ModelConfig
 from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
-from edge_kernels.config import EDAConfig, GRPOLossConfig, KLEstimator, MeanOver, ScaleRewards, scale_of
+from edge_kernels.config import EDAConfig, GRPOLossConfig, KLEstimator, MeanOver, ScaleRewards
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
@@ -128,8 +128,7 @@ class RewardConfig:
     function_timeout: float = 60.0  # seconds for one call of a function
     on_error: OnError = "fail"  # when a function fails: end the run, count it as 0, or leave the response out
     kl_coef: float = 0.0  # subtracts so much times the KL divergence to the initial policy, summed over the response
-    # its estimate, with d = logprob - reference's: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) + d - 1
-    kl_penalty: KLEstimator = "k1"
+    kl_penalty: KLEstimator = "k1"  # of d = logprob - reference's: k1 d, abs |d|, k2 d^2 / 2, k3 exp(-d) + d - 1
 
     def __post_init__(self) -> None:
         problems = real("(0, 1e6]", timeout=self.timeout, function_timeout=self.function_timeout)
@@ -217,12 +216,11 @@ class AdvantageConfig:
     clip: float = 10.0  # bounds P_hat, a response's relative entropy, to [1/clip, clip]; .inf for no bound
     preserve_scale: bool = False  # rescale the weights of a group so that its mean absolute advantage is unchanged
     mean_over: MeanOver = "group"  # P_hat is relative to the response's group (paper), or to the batch (published code)
-    # whose standard deviation divides the group advantage: the group's (true), the whole batch's, or none (false)
-    scale_rewards: bool | ScaleRewards = "group"
+    scale_rewards: bool | ScaleRewards = (
+        "group"  # divide by the standard deviation of group (true), batch, none (false)
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale_rewards, bool):
-            object.__setattr__(self, "scale_rewards", scale_of(self.scale_rewards))
         refuse(real(">= 1", clip=self.clip))
 
 
