@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,24 @@ def check_finite(name: str, value: Tensor, counts: Tensor | None = None, *, reme
         raise ValueError(f"{name} must be finite; got {float(value[position])} at {position}; {remedy}")
 
 
-def check_transform(temperature: float, softcap: float | None) -> None:
+def check_temperature(temperature: Any, like: Tensor) -> Any:
+    """Return a positive number as it is, a tensor (B,) in float64 on the CPU; ``like`` has B entries."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    if temperature.dim() == 0 or not temperature.is_floating_point() or temperature.shape != like.shape[:1]:
+        raise ValueError(
+            f"temperature must be a number, or floating point with shape (B,) = ({like.shape[0]},); got "
+            f"{describe(temperature)}; pass one per entry of the first dimension"
+        )
+    values = temperature.detach().to(device="cpu", dtype=torch.float64)
+    if not torch.compiler.is_compiling() and not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"temperature must be finite and greater than 0; got {values.tolist()}")
+    return values
+
+
+def check_transform(temperature: Any, softcap: float | None) -> None:
     """Require a positive temperature and a positive soft cap, or none."""
-    if not 0 < temperature < math.inf:
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number greater than 0; got {temperature!r}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a number greater than 0, or None; got {softcap!r}")

@@ -35,18 +35,27 @@ def pack_numbers(values: Sequence[float]) -> Tensor:
 class Transform(NamedTuple):
     """What happens to raw logits first, and which target means "no token here"."""
 
-    temperature: float
+    temperature: (
+        Any  # a number for backends; for ops also one for each entry of the first dimension: a float64 tensor on
+    )
+    # the CPU before ``pack``, a tuple after ``unpack``
     softcap: float | None
     logit_scale: float
     ignore_index: int
 
     def pack(self) -> Tensor:
         """Return the transform as an op's argument ``transform``."""
-        return pack_numbers([self.temperature, self.softcap or 0.0, self.logit_scale, float(self.ignore_index)])
+        numbers = [self.softcap or 0.0, self.logit_scale, float(self.ignore_index)]
+        if isinstance(self.temperature, Tensor):
+            return torch.cat([pack_numbers(numbers), self.temperature])
+        return pack_numbers([*numbers, self.temperature])
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Transform:
-        temperature, softcap, logit_scale, ignore_index = packed.tolist()
+        softcap, logit_scale, ignore_index, *temperatures = packed.tolist()
+        if not temperatures:  # of no response
+            temperatures = [1.0]
+        temperature = temperatures[0] if len(temperatures) == 1 else tuple(temperatures)
         return cls(temperature, softcap or None, logit_scale, int(ignore_index))
 
 

@@ -23,8 +23,10 @@ MAX_LOG_RATIO = 80.0  # exp of it is finite in float32, so that a clipped or zer
 MAX_KL_LOG_RATIO = 10.0  # beyond it the KL estimate is continued linearly: one drifted token cannot fill a gradient
 
 
-def transform_logits(logits: Tensor, temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
+def transform_logits(logits: Tensor, temperature: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     """Return z = f(x) / temperature, where f scales by ``logit_scale`` and then caps softly: c * tanh(x / c)."""
+    if isinstance(temperature, Tensor):  # one for each entry of the first dimension
+        temperature = temperature.to(logits.device).view(-1, *[1] * (logits.dim() - 1))
     z = logits.to(stats_dtype(logits.dtype)) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -35,7 +37,7 @@ def token_stats(
     logits: Tensor,  # (..., V)
     targets: Tensor | None,  # (...), int64; None: entropy and logsumexp only, logprobs are 0
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a number, or one for each entry of the first dimension
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
@@ -205,6 +207,7 @@ def edge_grpo_loss(
     sampling_logprobs: Tensor | None = None,  # (B, T)
     injected_mask: Tensor | None = None,  # (B, T), bool
     truncated_mask: Tensor | None = None,  # (B,), bool
+    temperature: Tensor | None = None,  # (B,); None: the configuration's
     num_items: Tensor | float | None = None,
     num_sequences: Tensor | float | None = None,
     entropy_threshold: Tensor | float | None = None,
@@ -220,7 +223,7 @@ def edge_grpo_loss(
     stats = token_stats(
         logits,
         targets.masked_fill(~mask, IGNORE_INDEX),
-        temperature=config.temperature,
+        temperature=config.temperature if temperature is None else temperature,
         softcap=config.softcap,
         logit_scale=config.logit_scale,
     )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import IGNORE_INDEX, check_finite, check_like, describe, stats_dtype
+from edge_kernels._checks import IGNORE_INDEX, check_finite, check_like, check_temperature, describe, stats_dtype
 from edge_kernels.advantages import advantages_of_checked, kl_penalized_rewards
 from edge_kernels.backends.plain import sampler_correction
 from edge_kernels.config import GRPOLossConfig
@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     sampler_ratio: Tensor | None
     sampling_logprobs: Tensor | None
     injected: Tensor | None
+    temperature: Any  # as ``Transform``'s
     behavior_logprobs: Tensor | None  # (B, T): what the off-policy mask compares with
     masked: dict[str, Tensor]  # the metrics of what a mask has dropped
     num_items: Total
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     def transform(self) -> Transform:
         config = self.config
         softcap = None if config.softcap is None else float(config.softcap)
-        return Transform(float(config.temperature), softcap, float(config.logit_scale), IGNORE_INDEX)
+        return Transform(self.temperature, softcap, float(config.logit_scale), IGNORE_INDEX)
 
     def needs_statistics_first(self) -> bool:
         """Whether some token's coefficient depends on other tokens' statistics, so that one sweep is not enough."""
@@ -261,6 +262,7 @@ def check_batch(
     sampling_logprobs: Tensor | None,
     injected_mask: Tensor | None,
     truncated_mask: Tensor | None,
+    temperature: Tensor | float | None,
     num_items: Total,
     num_sequences: Total,
     entropy_threshold: Total,
@@ -319,6 +321,7 @@ def check_batch(
         sampler_ratio=sampler_ratio,
         sampling_logprobs=sampling,
         injected=injected_mask if config.injected in ("sft", "shaped") else None,
+        temperature=float(config.temperature) if temperature is None else check_temperature(temperature, like),
         behavior_logprobs=behavior,
         masked=masked,
         num_items=num_items,

@@ -18,6 +18,7 @@ from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform, new_
 from edge_kernels.ops.autograd import hand_out, keep_gradients, waits_for_loss_gradient, wants_gradient
 from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
 from edge_kernels.ops.memory import fresh
+from edge_kernels.ops.temperatures import grpo_sweep
 from edge_kernels.ops.token_stats import check_writable_rows, inplace_token_stats, token_stats
 from edge_kernels.types import GRPOLossOutput
 
@@ -38,7 +39,7 @@ def _sweep(
     """
     check_targets_in_range(targets, logits.shape[-1], transform.ignore_index)
     backend = kernels(logits)
-    logprobs, entropy = backend.grpo_sweep(logits, targets, terms, rule, transform, out=out)
+    logprobs, entropy = grpo_sweep(backend, logits, targets, terms, rule, transform, out=out)
     total = backend.token_loss(logprobs, entropy, terms, rule)
     return total.loss, total.metrics, logprobs, entropy
 
@@ -109,6 +110,7 @@ def edge_grpo_loss(
     sampling_logprobs: Tensor | None = None,
     injected_mask: Tensor | None = None,
     truncated_mask: Tensor | None = None,
+    temperature: Tensor | None = None,
     num_items: Total = None,
     num_sequences: Total = None,
     entropy_threshold: Total = None,
@@ -162,6 +164,9 @@ def edge_grpo_loss(
                        "shaped" p / (p + shaped_gamma) replaces the clipped ratio. KL penalty and entropy bonus stay.
     truncated_mask     (B,), bool: responses that the length limit cut off. Under ``mask_truncated_completions`` (needed
                        then) their tokens leave everything, ``num_items`` included; they still count as sequences.
+    temperature        (B,), floating point, > 0: one for each response, in place of ``config.temperature``, as in verl;
+                       logprobs, entropy and gradient are those at it. A GPU waits for it unless it is on the CPU. The
+                       kernels run once for each stretch of responses of one temperature.
     num_items, num_sequences  totals, numbers or scalar tensors, over everything whose losses are summed, ranks and
                        micro-batches; this batch's own by default. With them the losses add up to the big batch's.
                        ``num_items`` counts the tokens that have a loss.
@@ -200,6 +205,7 @@ def edge_grpo_loss(
         sampling_logprobs=sampling_logprobs,
         injected_mask=injected_mask,
         truncated_mask=truncated_mask,
+        temperature=temperature,
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
@@ -209,7 +215,8 @@ def edge_grpo_loss(
         terms, rule = batch.terms(batch.advantages, None), LossRule.of(batch.config)
         if inplace and not torch.compiler.is_compiling():
             check_writable_rows(logits)
-            results = _InplaceLoss.apply(logits, batch.targets, batch.transform(), terms, rule)
+            transform = Transform.unpack(batch.transform().pack())
+            results = _InplaceLoss.apply(logits, batch.targets, transform, terms, rule)
         else:
             results = grpo_loss_op(logits, batch.targets, batch.transform().pack(), terms.pack(), rule.pack())
         loss, metrics, logprobs, entropy, *_ = results

@@ -40,7 +40,7 @@ from edge_kernels.ops.head import (
     weight_gradient_by_columns,
 )
 from edge_kernels.ops.head_plan import FUSED, plan_of, selects_rows
-from edge_kernels.ops.linear_token_stats import linear_token_stats
+from edge_kernels.ops.linear_token_stats import at_temperatures, linear_token_stats
 from edge_kernels.ops.memory import fresh
 from edge_kernels.types import GRPOLossOutput
 
@@ -293,6 +293,7 @@ def linear_edge_grpo_loss(
     sampling_logprobs: Tensor | None = None,
     injected_mask: Tensor | None = None,
     truncated_mask: Tensor | None = None,
+    temperature: Tensor | None = None,
     num_items: Total = None,
     num_sequences: Total = None,
     entropy_threshold: Total = None,
@@ -305,7 +306,8 @@ def linear_edge_grpo_loss(
     weight  (V, D), and bias (V,) or None, in the dtype of ``hidden`` (under autocast in any).
 
     Everything else as ``edge_grpo_loss``; hidden, weight and bias receive gradients, each only if it requires one.
-    Masked rows are left out before the first product (not from tiles on a GPU).
+    Masked rows are left out before the first product (not from tiles on a GPU). A ``temperature`` for each response
+    divides the hidden states, in their dtype; it takes neither a bias nor a soft cap.
 
     One sweep of tiles and three products (logits, d hidden, d weight) where a token's coefficient is known once its
     own statistics are. On a CPU a batch of one tile (``TILE_BYTES``; 138 rows of V = 151,936 in float32) keeps that
@@ -334,6 +336,8 @@ def linear_edge_grpo_loss(
     dtype = check_head(hidden, weight, bias)
     if hidden.dim() != 3:
         raise ValueError(f"hidden must have shape (B, T, D); got {describe(hidden)}; add the dimension of sequences")
+    if temperature is not None:
+        hidden = at_temperatures(hidden, bias, temperature, (config or GRPOLossConfig()).softcap)
     batch = check_batch(
         hidden,
         dtype,
@@ -348,6 +352,7 @@ def linear_edge_grpo_loss(
         sampling_logprobs=sampling_logprobs,
         injected_mask=injected_mask,
         truncated_mask=truncated_mask,
+        temperature=None if temperature is None else 1.0,
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,

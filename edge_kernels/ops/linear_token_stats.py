@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import IGNORE_INDEX, check_like, check_targets_in_range, check_transform, stats_dtype
+from edge_kernels._checks import (
+    IGNORE_INDEX,
+    check_like,
+    check_targets_in_range,
+    check_temperature,
+    check_transform,
+    describe,
+    stats_dtype,
+)
 from edge_kernels.backend import fused_head, kernels
 from edge_kernels.contract import HeadKernels, KernelStats, StatsGradients, Transform
 from edge_kernels.ops.autograd import grad_to_add_to, none_if_unwanted, refuse_second_derivative
@@ -194,6 +202,20 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
+
+def at_temperatures(hidden: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
+    """Return the hidden states divided by each response's temperature, which divides their logits, in their dtype."""
+    if bias is not None or softcap is not None:
+        raise ValueError(
+            "a temperature for each response divides the hidden states, so it takes neither bias nor softcap; got "
+            f"bias={'None' if bias is None else describe(bias)}, softcap={softcap}; pass the logits to token_stats or "
+            "edge_grpo_loss"
+        )
+    divisor = check_temperature(temperature, hidden).to(hidden.device)
+    divided = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor.view(-1, *[1] * (hidden.dim() - 1))
+    return divided.to(hidden.dtype)
+
+
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +225,7 @@ def linear_token_stats(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
@@ -216,11 +238,12 @@ def linear_token_stats(
     bias     (V,), in the same dtype, or None.
     targets  (...), int64, in [0, V) or ``ignore_index``: such rows are left out before the first product.
 
-    Options, results and special values as ``token_stats``. Differentiable once in hidden, weight and bias; only what
-    requires a gradient is computed. The backward pass makes the logits again, tile by tile (four products in all), for
-    the rows that have a gradient, and adds to an existing ``weight.grad`` in place. The weight's gradient is
-    summed in float32 at least; for a 16-bit weight and more than one tile by a pass of its own (a fifth product)
-    instead of in a float32 tensor of the weight's size.
+    Options, results and special values as ``token_stats``; a temperature for each entry of the first dimension divides
+    the hidden states, in their dtype, and takes neither bias nor softcap. Differentiable once in hidden, weight and
+    bias; only what requires a gradient is computed. The backward pass makes the logits again, tile by tile (four
+    products in all), for the rows that have a gradient, and adds to an existing ``weight.grad`` in place. The weight's
+    gradient is summed in float32 at least; for a 16-bit weight and more than one tile by a pass of its own (a fifth
+    product) instead of in a float32 tensor of the weight's size.
 
     memory_budget  bytes in use besides inputs and results, as in ``linear_edge_grpo_loss``; None: 80 MiB for the tile
                    of logits on a CPU, 3 GiB on a GPU, where it and the sizes decide between tiles and fused kernels.
@@ -233,6 +256,8 @@ def linear_token_stats(
     dtype = check_head(hidden, weight, bias)
     remedy = "pass one token id per row of hidden"
     check_like("targets", targets, {"hidden.shape[:-1]": tuple(hidden.shape[:-1])}, "int64", hidden, remedy=remedy)
+    if isinstance(temperature, Tensor):
+        hidden, temperature = at_temperatures(hidden, bias, temperature, softcap), 1.0
     check_transform(temperature, softcap)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
     inputs = (hidden.flatten(0, -2), weight, bias, targets.flatten())

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import IGNORE_INDEX, check_float, check_like, check_targets_in_range, check_transform
+from edge_kernels._checks import (
+    IGNORE_INDEX,
+    check_float,
+    check_like,
+    check_targets_in_range,
+    check_temperature,
+    check_transform,
+)
 from edge_kernels.backend import kernels
 from edge_kernels.contract import KernelStats, StatsGradients, Transform, new_stats
 from edge_kernels.ops.autograd import refuse_second_derivative
 from edge_kernels.ops.memory import fresh
+from edge_kernels.ops.temperatures import token_stats_backward, token_stats_forward
 from edge_kernels.types import TokenStats
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -31,7 +39,7 @@ def run_backward(
     """Write the gradient of the logits into ``out``: a contiguous tensor of their shape, or the logits themselves."""
     if targets is None:
         gradients = gradients._replace(logprobs=None)
-    kernels(logits).token_stats_backward(logits, targets, stats, gradients, transform, out=out)
+    token_stats_backward(kernels(logits), logits, targets, stats, gradients, transform, out=out)
 
 
 @torch.library.custom_op("edge_kernels::token_stats", mutates_args=())
@@ -41,7 +49,7 @@ def token_stats_op(
     unpacked = Transform.unpack(transform)
     if targets is not None:
         check_targets_in_range(targets, logits.shape[-1], unpacked.ignore_index)
-    return kernels(logits).token_stats_forward(logits, targets, unpacked)
+    return token_stats_forward(kernels(logits), logits, targets, unpacked)
 
 
 @token_stats_op.register_fake
@@ -129,7 +137,7 @@ def token_stats(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
@@ -152,7 +160,8 @@ def token_stats(
     logits        (..., V): float32, bfloat16, float16 or float64, V >= 1; any strides (copied only if a row's elements
                   are not adjacent).
     targets       (...), int64, in [0, V) or ``ignore_index``.
-    temperature   > 0; softcap > 0 or None; logit_scale: see above.
+    temperature   > 0, a number or one for each entry of the first dimension (floating point; on the CPU, or a GPU
+                  waits for it); softcap > 0 or None; logit_scale: see above.
     ignore_index  rows with this target are not read, give 0 in all three and get no gradient.
 
     Returns float32 (float64 for float64 logits) in the shape of ``targets``; all three are differentiable in
@@ -160,7 +169,7 @@ def token_stats(
     and targets (a target out of range gives NaN on a GPU, where checking it would wait for all queued work). Under
     autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
-    transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    transform = Transform(check_temperature(temperature, logits), softcap, logit_scale, ignore_index)
     _check(logits, targets, transform)
     return TokenStats(*token_stats_op(logits, targets, transform.pack())[:3])
 

@@ -216,9 +216,7 @@ class AdvantageConfig:
     clip: float = 10.0  # bounds P_hat, a response's relative entropy, to [1/clip, clip]; .inf for no bound
     preserve_scale: bool = False  # rescale the weights of a group so that its mean absolute advantage is unchanged
     mean_over: MeanOver = "group"  # P_hat is relative to the response's group (paper), or to the batch (published code)
-    scale_rewards: bool | ScaleRewards = (
-        "group"  # divide by the standard deviation of group (true), batch, none (false)
-    )
+    scale_rewards: bool | ScaleRewards = "group"  # divide by the standard deviation of the group, of the batch, or none
 
     def __post_init__(self) -> None:
         refuse(real(">= 1", clip=self.clip))
