@@ -226,6 +226,10 @@ def _masks(
     dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return where a loss is taken, (B, T), and the metrics of what is masked so far."""
+    if truncated_mask is not None:
+        remedy = "pass which responses the length limit cut off"
+        shapes = {"(B,)": tuple(completion_mask.shape[:1])}
+        check_like("truncated_mask", truncated_mask, shapes, "bool", completion_mask, remedy=remedy)
     mask, masked = completion_mask, {}
     if config.injected == "mask" and injected_mask is not None:
         mask = mask & ~injected_mask
@@ -285,9 +289,6 @@ def check_batch(
     if injected_mask is not None:
         remedy = "pass the mask of tokens that the policy did not sample"
         check_like("injected_mask", injected_mask, tokens, "bool", like, remedy=remedy)
-    if truncated_mask is not None:
-        remedy = "pass which responses the length limit cut off"
-        check_like("truncated_mask", truncated_mask, {"(B,)": (B,)}, "bool", like, remedy=remedy)
     _check_needs(config, ref_logprobs, sampling_logprobs, truncated_mask, rewards)
     _check_total("num_items", num_items)
     _check_total("num_sequences", num_sequences)
