@@ -46,8 +46,9 @@ class EdgeGRPOTrainer(ConfiguredTrainer):
 
         trainer = EdgeGRPOTrainer(model=..., reward_funcs=..., args=EdgeGRPOConfig(...), train_dataset=...)
 
-    Takes what GRPOTrainer takes. Rewards, generation, evaluation, adapters, checkpoints and trackers are TRL's. All
-    three concern training only; evaluation samples and scores as TRL does, with the fused loss.
+    Takes what GRPOTrainer takes. Rewards, generation, evaluation, adapters, checkpoints and trackers are TRL's.
+    Evaluation is without corrections and entropy weights. Raises ImportError for a TRL that does not fit, TypeError for
+    a GRPOConfig, and ValueError for settings that cannot work together.
 
     Where the fused loss lacks an option of TRL, the loss is TRL's own on statistics from ``edge_kernels``, and one
     warning names the option.
