@@ -16,7 +16,7 @@ import huge_logits
 import pytest
 import torch
 from cuda_on_cpu import harness
-from scaled_gradients import SCALES, check_logits_gradient, check_overflow
+from scaled_gradients import SCALES, check_head_gradients, check_logits_gradient, check_overflow
 from torch import Tensor
 
 import edge_kernels
@@ -277,6 +277,19 @@ def test_the_heads_tiles(
         found.append([value.double() for value in (out.loss, out.logprobs, out.entropy, *gradients)])
     for actual, exact in zip(*found, strict=True):
         torch.testing.assert_close(actual, exact, rtol=2**-6, atol=2**-6 * max(1.0, exact.abs().max().item()))
+
+
+@pytest.mark.slow
+@needs_harness
+@pytest.mark.parametrize("way", [TILES, COLUMNS])
+def test_no_factor_is_left_out_before_a_tile_of_float16(
+    way: str, emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (head, linear_grpo_loss):  # a GPU's products
+        monkeypatch.setattr(module, "product_dtype", lambda dtype, device: dtype)
+    with use_way(way):
+        for scale in SCALES:
+            check_head_gradients(scale, GRPOLossConfig())
 
 
 @pytest.mark.slow
