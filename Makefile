@@ -13,8 +13,12 @@ BIN := $(VENV)/bin
 
 # A process of one thread for each core, since the tensors are small. A file's tests share a process: what they compile or
 # build is made once. (pytest-xdist's groups have no effect from pytest 9.2 on.) The order: tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
+PYTEST_OPTIONS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15
+PYTEST := $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 PYTEST_ARGS ?=
+# What runs with the oldest and the newest releases that pyproject.toml allows, each in an environment of its own.
+VERSIONS ?= oldest newest
+VERSIONS_TESTS ?= tests/kernels tests/benchmarks/test_gpu_static.py
 DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=
 
@@ -27,11 +31,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
-demo test test-fast test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
-test test-fast test-vllm: export OMP_NUM_THREADS ?= 1
+demo test test-fast test-vllm test-versions: export OMP_WAIT_POLICY ?= PASSIVE
+test test-fast test-vllm test-versions: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build vllm test test-fast test-vllm lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist \
+.PHONY: help build vllm test test-fast test-vllm test-versions lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist \
     clean clean-venv
 
 help:  ## this list
@@ -62,6 +66,21 @@ test-fast: build  ## the tests that neither compile nor start a process which im
 # The fast ones again, since vLLM brings an older transformers along.
 test-vllm: vllm smollm2  ## the tests that need vLLM or SmolLM2, and the fast ones
 	$(PYTEST) -m 'vllm or smollm2 or not slow' $(PYTEST_ARGS)
+
+.venv-%/.installed: pyproject.toml scripts/version_set.py | build
+	$(BIN)/python scripts/version_set.py $* .venv-$*
+	touch $@
+
+.venv-%/.built: .venv-%/.installed $(SOURCES)
+	$(BIN)/python scripts/version_set.py $* .venv-$* --only-compile
+	touch $@
+
+# The interpreter's tests and the machine code's budgets are among the kernels' tests.
+test-versions: build $(VERSIONS:%=.venv-%/.built)  ## kernels and a short demo with the oldest and newest releases
+	set -e; for name in $(VERSIONS); do \
+	    .venv-$$name/bin/python -m pytest $(PYTEST_OPTIONS) $(VERSIONS_TESTS) $(PYTEST_ARGS); \
+	    .venv-$$name/bin/python -m edge_grpo train --recipe tiny --overwrite --output runs/$$name steps=3 eval.size=16; \
+	done
 
 lint: build  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -118,4 +137,4 @@ clean:  ## remove what was built, but not .venv
 	rm -rf build dist edge_kernels/_C.*.so *.egg-info $(VENV)/.built
 
 clean-venv: clean  ## remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest .venv-newest

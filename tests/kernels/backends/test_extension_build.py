@@ -188,6 +188,7 @@ def test_build_options_are_checked(tmp_path: Path, options: list[str], message: 
         ROOT,
         "-B",
         tmp_path,
+        f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     ]
     result = subprocess.run([*command, *options], capture_output=True, text=True, check=False)

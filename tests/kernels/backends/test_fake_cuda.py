@@ -24,6 +24,8 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>)
 @pytest.mark.slow
 def test_every_op_is_traced_for_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="without it nothing serves GPU tensors: pip install '.[triton]'")
+    if torch.version.cuda is not None and not torch.cuda.is_available() and torch.__version__.startswith("2.9."):
+        pytest.skip("torch 2.9 built with CUDA asks a fake tensor's device for its number, and there is none")
     library = []
     if torch.version.cuda is None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
