@@ -65,13 +65,13 @@ class Item(NamedTuple):
 
 
 def items(architecture: int) -> Iterator[Item]:
-    """Every kernel for bfloat16, with rows of any length too, and for sm_90 those over rows for float32.
+    """Every kernel for bfloat16, with rows of any length too, and for sm_90 and sm_100 those over rows for float32.
 
     Not the products: without matrix instructions one takes half a minute to compile.
     """
     launchers = [(ours.triton_logits, {}), (ours.triton_capped, {}), (ours.triton_logits, {"vocab": 50_257})]
     launchers += [(ours.triton_loss, {}), (ours.triton_head, {}), (ours.triton_tiles, {})]
-    if architecture == 90:
+    if architecture in (90, 100):
         launchers += [(ours.triton_tiles, {"vocab": 50_257})]
         launchers += [(launch, {"dtype": torch.float32}) for launch in (ours.triton_logits, ours.triton_capped)]
     for launch, options in launchers:
@@ -90,14 +90,18 @@ def test_budgets(architecture: int, instructions: float) -> None:
     for name, dtype, is_capped, itemsize, compiled in items(architecture):
         seen.add(name)
         (kernel,) = cubin.read(compiled.asm["cubin"])
-        assert kernel.num_spills == 0, f"{name} spills registers"
+        # Triton 3.6 keeps two values of the whole launch in local memory there: written once, read once a row.
+        allowed = 4 if (name, dtype, architecture) == ("grpo_sweep", torch.float32, 100) else 0
+        assert kernel.num_spills <= allowed, f"{name} spills registers"
         if name in NUM_LOOPS:
             innermost = [loop for loop in kernel.loops if loop.depth and not loop.encloses]
             loops = [loop for loop in innermost if any(i.name == "LDG" for i in loop.instructions)]
             assert len(loops) == NUM_LOOPS[name], name
             for loop in loops:
                 assert all(i.num_bytes >= 16 for i in loop.instructions if i.name in ("LDG", "STG")), name
-                assert not any(i.name.startswith(("BAR", "SHFL", "LDS", "STS")) for i in loop.instructions), name
+                assert not any(
+                    i.name.startswith(("BAR", "SHFL", "LDS", "STS", "LDL", "STL")) for i in loop.instructions
+                ), name
             if name == "token_stats_fwd" and dtype == torch.bfloat16 and not is_capped:
                 (loop,) = loops
                 elements = loop.loaded_bytes / itemsize  # of a lane in one round
