@@ -7,7 +7,7 @@ import math
 import huge_logits
 import pytest
 import torch
-from backends import BACKENDS, DTYPES, INTERPRETING, WIDEST
+from backends import BACKENDS, DTYPES, INTERPRETING, ROUNDS_ONCE, WIDEST
 from error_budget import assert_within_budget
 from token_rows import gradients, make_rows
 from torch import Tensor
@@ -81,18 +81,19 @@ def test_rows_that_are_certain(dtype: torch.dtype) -> None:
 
 def test_logits_of_ten_thousand_lose_no_digits(backend: str) -> None:
     # Offsets that float32 represents: the exact answer is that of the small logits.
+    tolerance = 1e-6 if ROUNDS_ONCE else 2e-3  # half a unit of 32768 * log2(e)
     small = torch.tensor([[0.0, 1.0, 2.0, -3.0]])
     for offset in (1e4, -1e4, 32768.0):
         large = (small + offset).requires_grad_()
         stats = token_stats(large, torch.tensor([2]))
         exact = reference.token_stats(small.double().requires_grad_(), torch.tensor([2]))
-        assert stats.logprobs.item() == pytest.approx(exact.logprobs.item(), abs=1e-6)
-        assert stats.entropy.item() == pytest.approx(exact.entropy.item(), abs=1e-6)
+        assert stats.logprobs.item() == pytest.approx(exact.logprobs.item(), abs=tolerance)
+        assert stats.entropy.item() == pytest.approx(exact.entropy.item(), abs=tolerance)
         (gradient,) = torch.autograd.grad(stats.logprobs + stats.entropy, large)
         wide = small.double().requires_grad_()
         exact = reference.token_stats(wide, torch.tensor([2]))
         (expected,) = torch.autograd.grad(exact.logprobs + exact.entropy, wide)
-        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-import triton
-from backends import DTYPES
+from backends import DTYPES, ROUNDS_ONCE
 from torch import Tensor
 
 from edge_kernels import GRPOLossConfig, edge_grpo_loss, reference, token_stats, use_backend
@@ -17,8 +16,6 @@ from edge_kernels.contract import StatsGradients, Transform
 # Statistics are sums in float32. A gradient is rounded to the logits' type; the interpreter truncates where a GPU
 # rounds to nearest, so that two units in the last place of the largest element are allowed.
 STATS_TOLERANCE = 2e-5
-# Before 3.9 the interpreter also rounds the product in a multiply-add, as no GPU does: at logits of 1e4 it costs 3e-5.
-ROUNDS_ONCE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
