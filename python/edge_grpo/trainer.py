@@ -279,6 +279,7 @@ class Trainer:
             num_held_out=len(self.eval_prompts),
             parameters=sum(value.numel() for value in parameters),
             weight_bytes=sum(value.numel() * value.element_size() for value in parameters),
+            trained_bytes=sum(value.numel() * value.element_size() for value in parameters if value.requires_grad),
             generated_tokens=round(metrics["throughput/tokens_per_s"] * metrics["time/total"]),
             truncated=metrics["length/truncated"],
             peak_bytes=int(metrics["memory/peak_bytes"]),

@@ -26,6 +26,7 @@ class Plan:
     num_held_out: int
     parameters: int
     weight_bytes: int
+    trained_bytes: int  # of the weights that have a gradient: less where adapters are trained
     generated_tokens: int  # in the step
     truncated: float  # share of responses that the length limit cut off
     peak_bytes: int
@@ -35,8 +36,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The size of a checkpoint, nearly all of which is weights and what AdamW keeps."""
-        return (1 + _OF_ADAMW) * self.weight_bytes
+        """The size of a checkpoint at most, nearly all of which is weights and what AdamW keeps."""
+        return self.weight_bytes + _OF_ADAMW * self.trained_bytes
 
     def lines(self) -> list[str]:
         """Return the plan in lines for a terminal."""
@@ -46,7 +47,7 @@ class Plan:
         drawn = config.steps * rollout.num_prompts
         longest = rollout.max_completion_length + (config.correction.max_length if config.use_gec else 0)
         mean = sum(self.prompt_lengths) / len(self.prompt_lengths)
-        state = (2 + _OF_ADAMW + bool(config.loss.beta)) * self.weight_bytes
+        state = (1 + bool(config.loss.beta)) * self.weight_bytes + (1 + _OF_ADAMW) * self.trained_bytes
         checkpoints = (
             f"{KEPT_CHECKPOINTS} checkpoints of {_size(self.checkpoint_bytes)}" if config.save_every else "none"
         )

@@ -55,7 +55,9 @@ def test_a_dry_run_refuses_what_a_run_refuses(capsys):
 def test_a_disk_that_is_too_small_and_a_folder_in_use_are_said(config, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    made = plan.Plan(replace(config, save_every=5), [4, 6], 0, 10**9, 4 * 10**9, 99, 0.5, 10**10, "the CPU", 2, 3.0)
+    made = plan.Plan(
+        replace(config, save_every=5), [4, 6], 0, 10**9, 4 * 10**9, 4 * 10**9, 99, 0.5, 10**10, "the CPU", 2, 3.0
+    )
     usage = shutil.disk_usage(Path("/"))
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=31 * 10**9))
     lines = made.lines()
@@ -64,4 +66,5 @@ def test_a_disk_that_is_too_small_and_a_folder_in_use_are_said(config, tmp_path,
     assert "time    3 s a step on 2 processes: 6 s for all" in "\n".join(lines)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=33 * 10**9))
     assert "too small" not in "".join(made.lines())
+    assert "checkpoints of 4.2 GB" in "".join(replace(made, trained_bytes=10**8).lines())  # adapters
     assert "too small" not in "".join(replace(made, config=config).lines())  # without checkpoints
