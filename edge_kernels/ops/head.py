@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_float, check_like, describe, stats_dtype
+from edge_kernels._checks import stats_dtype
 from edge_kernels.backend import extension, get_backend, kernels, unavailable
 from edge_kernels.contract import KernelStats, StatsGradients, Transform
 from edge_kernels.ops import head_plan
 from edge_kernels.ops.head_plan import COLUMNS, Plan, row_elements
 from edge_kernels.ops.memory import fresh
 
-Wanted = Sequence[bool]  # whether hidden states, weight and bias receive a gradient
+Wanted = Sequence[bool]  # whether hidden states, weight and bias (and a factor) receive a gradient
 
 # The logits of one tile take at most this many bytes. Each tile reads the whole weight and reads and writes its whole
 # gradient, so that fewer rows leave the cores waiting for memory: with V = 151,936 this is 276 rows in bfloat16 and 138
@@ -49,10 +49,20 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class Head:
-    """The linear map whose outputs are logits: weight (V, D), bias (V,) or None; products in the dtype ``products``."""
+    """The linear map whose outputs are logits: weight (V, D), bias (V,) or None; products in the dtype ``products``.
+
+    With ``factor`` (V, r) hidden states have D + r columns, and the last ones are multiplied by it: a weight of low
+    rank beside the other, as an adapter has, without a sum of the two.
+    """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, plan: Plan | None = None, tile_bytes: int = 0
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        plan: Plan | None = None,
+        tile_bytes: int = 0,
+        factor: Tensor | None = None,
     ) -> None:
         """``plan``: a GPU's; without one a tile of logits has at most ``tile_bytes`` (0: the default)."""
         self.products = dtype if plan is not None else product_dtype(dtype, weight.device)
@@ -61,7 +71,13 @@ class Head:
         self.block_bytes = BLOCK_BYTES if plan is None else head_plan.BLOCK_BYTES
         self._weight = weight
         self._bias = None if bias is None else self.convert(bias)
+        self.factor = None if factor is None else self.convert(factor)
         self._block: Tensor | None = None
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns (n, D) that the weight multiplies, and those (n, r) that the factor does."""
+        D = self._weight.shape[1]
+        return hidden[:, :D], hidden[:, D:]
 
     def convert(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.products)
@@ -88,12 +104,15 @@ class Head:
 
     def multiply(self, hidden: Tensor, out: Tensor, columns: slice | None = None) -> None:
         """Write the logits (n, V) of ``hidden`` (n, D), or those of one block of columns, into ``out``."""
+        states, low_rank = self.split(hidden)
         for part in self.columns() if columns is None else [columns]:
             target = out[:, part] if columns is None else out
             if self._bias is None:
-                torch.mm(hidden, self.part(part).t(), out=target)
+                torch.mm(states, self.part(part).t(), out=target)
             else:
-                torch.addmm(self._bias[part], hidden, self.part(part).t(), out=target)
+                torch.addmm(self._bias[part], states, self.part(part).t(), out=target)
+            if self.factor is not None:
+                target.addmm_(low_rank, self.factor[part].t())
 
     def count(self, active: Tensor) -> int:
         """Return how many rows the tiles of the rows where ``active`` (N,) holds have."""
@@ -197,6 +216,9 @@ class HeadGradient:
             self._weight = fresh(weight.shape, weight, sums)
         self._bias = weight.new_zeros(weight.shape[0], dtype=stats_dtype(weight.dtype)) if wanted[2] else None
         self._has_weight = not self._sums_apart
+        self._factor: Tensor | None = None
+        if len(wanted) > 3 and wanted[3] and head.factor is not None:
+            self._factor = head.factor.new_zeros(head.factor.shape, dtype=stats_dtype(weight.dtype))
         self._block: Tensor | None = None
 
     def add(self, tile: Tile, scale: Tensor | None = None) -> None:
@@ -205,15 +227,20 @@ class HeadGradient:
         if self._bias is not None:
             summed = grad_logits.sum(0, dtype=self._bias.dtype)
             self._bias += summed if scale is None else summed * scale
-        scaled_hidden = hidden if scale is None else hidden * scale
+        states, low_rank = self._head.split(hidden if scale is None else hidden * scale)
         hidden_part = torch.empty_like(hidden) if self._hidden is not None else None
         for columns in self._head.columns():
             part = grad_logits[:, columns]
             if hidden_part is not None:
+                target = self._head.split(hidden_part)[0]
                 beta = 0 if columns.start == 0 else 1
-                torch.addmm(hidden_part, part, self._head.part(columns), beta=beta, out=hidden_part)
+                torch.addmm(target, part, self._head.part(columns), beta=beta, out=target)
             if self._weight is not None:
-                self._add_to_weight(self._weight[columns], part.t(), scaled_hidden)
+                self._add_to_weight(self._weight[columns], part.t(), states)
+        if hidden_part is not None and self._head.factor is not None:
+            torch.mm(grad_logits, self._head.factor, out=self._head.split(hidden_part)[1])
+        if self._factor is not None:
+            self._factor += torch.mm(grad_logits.t(), low_rank)
         if self._hidden is not None and hidden_part is not None:
             self._hidden[tile.rows] = (hidden_part if scale is None else hidden_part.mul_(scale)).to(self._hidden.dtype)
         self._has_weight = True
@@ -250,6 +277,12 @@ class HeadGradient:
         parts = zip((self._hidden, weight, self._bias), self._inputs, strict=True)
         hidden, weight, bias = (like.new_empty(0) if part is None else part.to(like.dtype) for part, like in parts)
         return hidden, weight, bias
+
+    def factor_result(self, factor: Tensor | None) -> Tensor:
+        """Return the gradient of ``factor`` in its dtype, or an empty tensor."""
+        if factor is None or self._factor is None:
+            return self._inputs[0].new_empty(0)
+        return self._factor.to(factor.dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
@@ -307,7 +340,7 @@ def weight_gradient_by_columns(
             parts = StatsGradients(*(None if gradient is None else gradient[chunk] for gradient in gradients))
             chunk_stats = KernelStats(*(value[chunk] for value in stats))
             backend.token_stats_backward(logits, in_block, chunk_stats, parts, transform, out=logits)
-            add_product(total, logits.t(), chunk_hidden, 1)
+            add_product(total, logits.t(), head.split(chunk_hidden)[0], 1)
         if into is None:
             out[columns] = total
         else:
@@ -322,42 +355,3 @@ def fake_head_gradient(
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     like = tuple(t.new_empty(t.shape) if w else t.new_empty(0) for t, w in zip(inputs, wanted, strict=True))
     return like[0], like[1], like[2]
-
-
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.9 does not trace what it calls
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Require hidden states, weight and bias to fit together; return the dtype of their products."""
-    check_float("hidden", hidden, least_dims=2)
-    check_float("weight", weight, least_dims=2)
-    V, D = weight.shape[0], hidden.shape[-1]
-    remedy = "pass the LM head's weight and bias, as nn.Linear holds them"
-    check_like("weight", weight, {"(V, D)": (V, D)}, "floating point", hidden, remedy=remedy)
-    if V == 0:
-        raise ValueError(f"weight must have at least one row, V >= 1; got {describe(weight)}; {remedy}")
-    if bias is not None:
-        check_like("bias", bias, {"(V,)": (V,)}, "floating point", hidden, remedy=remedy)
-    device = hidden.device.type
-    autocasts = _has_autocast(device) and torch.is_autocast_enabled(device)
-    if autocasts and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}; got {tensor.dtype}; "
-                + ("convert one of them" if autocasts else "convert one of them, or run under torch.autocast")
-            )
-    return hidden.dtype
-
-
-def check_memory_budget(memory_budget: int | None) -> int:
-    """Require a positive number of bytes or None; return it as an op's argument, 0 for None."""
-    if memory_budget is None:
-        return 0
-    is_number = isinstance(memory_budget, int | torch.SymInt) and not isinstance(memory_budget, bool)
-    if not is_number or memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes; got {memory_budget!r}; or leave it out")
-    return memory_budget

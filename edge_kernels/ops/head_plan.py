@@ -118,6 +118,7 @@ def plan_of(
     *,
     advantages_known: bool,
     wants_weight: bool = True,
+    may_fuse: bool = True,
 ) -> Plan | None:
     """Return what to do for ``hidden`` (N, D) and ``weight`` (V, D); None where ``selects_rows``, which needs no plan.
 
@@ -125,7 +126,7 @@ def plan_of(
     """
     if selects_rows(hidden):
         return None
-    (N, D), V = hidden.shape, weight.shape[0]
+    N, (V, D) = len(hidden), weight.shape
     problem = Problem(
         rows=N,
         hidden=D,
@@ -135,7 +136,7 @@ def plan_of(
         advantages_known=advantages_known,
         wants_weight=wants_weight,
         sums_in_place=sums_in_place(hidden.device.type, dtype),
-        fuses=fused_head(hidden) is not None,
+        fuses=may_fuse and fused_head(hidden) is not None,
         takes_statistics=get_backend(weight) != "reference",
     )
     return choose(problem, memory_budget or MEMORY_BUDGET, rates_of(hidden.device))

@@ -30,8 +30,6 @@ from edge_kernels.ops.head import (
     HeadGradient,
     Tile,
     Wanted,
-    check_head,
-    check_memory_budget,
     fake_head_gradient,
     product_dtype,
     rows_per_tile,
@@ -39,6 +37,7 @@ from edge_kernels.ops.head import (
     tiles,
     weight_gradient_by_columns,
 )
+from edge_kernels.ops.head_checks import LowRank, check_head, check_memory_budget
 from edge_kernels.ops.head_plan import FUSED, plan_of, selects_rows
 from edge_kernels.ops.linear_token_stats import at_temperatures, linear_token_stats
 from edge_kernels.ops.memory import fresh
@@ -298,6 +297,7 @@ def linear_edge_grpo_loss(
     num_sequences: Total = None,
     entropy_threshold: Total = None,
     config: GRPOLossConfig | None = None,
+    low_rank: LowRank | None = None,
     memory_budget: int | None = None,
 ) -> GRPOLossOutput:
     """Return ``edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, ...)`` without all the logits.
@@ -323,6 +323,9 @@ def linear_edge_grpo_loss(
     old_logprobs; with
     ``top_entropy_quantile`` < 1 but no entropy_threshold, or, where there is an entropy bonus, no num_items. Without
     gradients there is one product.
+
+    low_rank       states (B, T, r) and factor (V, r) that add ``states @ factor.T`` to the logits, as an adapter on the
+                   head does; see ``linear_token_stats``. Always two sweeps.
 
     memory_budget  bytes that the op may have in use besides its inputs and results. On a CPU it bounds the tile of
                    logits (None: 80 MiB). On a GPU (None: 3 GiB) it decides, with the sizes, between tiles by the
@@ -363,8 +366,8 @@ def linear_edge_grpo_loss(
     # The products of a kept tile are taken in the backward pass.
     rounded = (products,) if keep_tile else (products, hidden.dtype, weight.dtype)
     takes_one_sweep = not (batch.needs_statistics_first() or waits_for_loss_gradient(*rounded))
-    if batch.advantages is None or not takes_one_sweep or not any(wanted):
-        options = batch.transform()._asdict() | {"memory_budget": memory_budget}
+    if batch.advantages is None or not takes_one_sweep or not any(wanted) or low_rank is not None:
+        options = batch.transform()._asdict() | {"low_rank": low_rank, "memory_budget": memory_budget}
         stats = linear_token_stats(hidden, weight, batch.targets, bias, **options)
         return loss_of_stats(stats, batch)
     terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)

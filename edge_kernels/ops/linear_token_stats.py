@@ -26,13 +26,12 @@ from edge_kernels.ops.head import (
     Head,
     HeadGradient,
     Wanted,
-    check_head,
-    check_memory_budget,
     fake_head_gradient,
     tile_buffer,
     tiles,
     weight_gradient_by_columns,
 )
+from edge_kernels.ops.head_checks import LowRank, check_head, check_low_rank, check_memory_budget
 from edge_kernels.ops.head_plan import FUSED, plan_of
 from edge_kernels.ops.token_stats import stats_for_backward
 from edge_kernels.types import TokenStats
@@ -41,12 +40,17 @@ from edge_kernels.types import TokenStats
 
 
 def _way(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    memory_budget: int,
+    factor: Tensor | None = None,
 ) -> HeadKernels | Head:
     """Return the kernels that make the logits themselves, or the head whose tiles are to be made."""
-    plan = plan_of(hidden, weight, dtype, memory_budget, advantages_known=False)
-    fused = fused_head(hidden) if plan is None or plan.way == FUSED else None
-    return fused or Head(weight, bias, dtype, plan, memory_budget)
+    plan = plan_of(hidden, weight, dtype, memory_budget, advantages_known=False, may_fuse=factor is None)
+    fused = fused_head(hidden) if factor is None and (plan is None or plan.way == FUSED) else None
+    return fused or Head(weight, bias, dtype, plan, memory_budget, factor)
 
 
 @torch.library.custom_op("edge_kernels::linear_token_stats", mutates_args=())
@@ -58,10 +62,12 @@ def linear_token_stats_op(
     dtype: torch.dtype,
     memory_budget: int,
     transform: Tensor,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``factor`` (V, r): hidden has D + r columns then, the last ones for it."""
     unpacked = Transform.unpack(transform)
     check_targets_in_range(targets, weight.shape[0], unpacked.ignore_index)
-    head = _way(hidden, weight, bias, dtype, memory_budget)
+    head = _way(hidden, weight, bias, dtype, memory_budget, factor)
     if not isinstance(head, Head):
         return head.linear_forward(hidden, weight, bias, targets, dtype, unpacked)
     return _forward(hidden, weight, targets, head, unpacked)
@@ -98,13 +104,18 @@ def _gradient(
     memory_budget: int,
     transform: Transform,
     into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden states, weight and bias; the weight's is added to ``into`` where that is given."""
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden states, weight, bias, and factor.
+
+    The weight's is added to ``into`` where that is given.
+    """
     inputs = (hidden, weight, bias, targets)
-    head = _way(hidden, weight, bias, dtype, memory_budget)
+    head = _way(hidden, weight, bias, dtype, memory_budget, factor)
     if not isinstance(head, Head):
-        return head.linear_backward(*inputs, stats, gradients, wanted, dtype, transform, into)
-    return _by_tiles(*inputs, stats, gradients, wanted, head, transform, into)
+        parts = head.linear_backward(*inputs, stats, gradients, wanted[:3], dtype, transform, into)
+        return *parts, hidden.new_empty(0)
+    return _by_tiles(*inputs, stats, gradients, wanted, head, transform, into, factor)
 
 
 def _by_tiles(
@@ -118,7 +129,8 @@ def _by_tiles(
     head: Head,
     transform: Transform,
     into: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend = kernels(weight)
     # Besides ignored rows, those without a gradient are left out: clipped tokens, and groups of equal rewards.
     active = torch.zeros_like(targets, dtype=torch.bool)
@@ -128,7 +140,7 @@ def _by_tiles(
     active &= targets != transform.ignore_index
     num_rows = head.count(active)
     by_columns = wanted[1] and (into is None or head.plan is not None) and head.needs_column_pass(num_rows)
-    in_tiles = (wanted[0], wanted[1] and not by_columns, wanted[2])
+    in_tiles = (wanted[0], wanted[1] and not by_columns, *wanted[2:])
     is_one_tile = num_rows <= head.height
     into_tiles = None if by_columns else into
     total = HeadGradient(hidden, weight, bias, head, in_tiles, is_one_tile=is_one_tile, into=into_tiles)
@@ -143,7 +155,7 @@ def _by_tiles(
         d_weight = weight_gradient_by_columns(
             hidden, weight, head, active, targets, stats, gradients, transform, buffer, into
         )
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, d_bias, total.factor_result(factor)
 
 
 @torch.library.custom_op("edge_kernels::linear_token_stats_backward", mutates_args=())
@@ -158,14 +170,29 @@ def linear_token_stats_backward_op(
     dtype: torch.dtype,
     memory_budget: int,
     transform: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, kept, given = (hidden, weight, bias, targets), stats_for_backward(stats), StatsGradients(*gradients)
-    return _gradient(*inputs, kept, given, wanted, dtype, memory_budget, Transform.unpack(transform))
+    return _gradient(*inputs, kept, given, wanted, dtype, memory_budget, Transform.unpack(transform), None, factor)
 
 
 @linear_token_stats_backward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_head_gradient(hidden, weight, bias, rest[3])
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: list[Tensor],
+    gradients: list[Tensor | None],
+    wanted: list[bool],
+    dtype: torch.dtype,
+    memory_budget: int,
+    transform: Tensor,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_factor = factor is not None and len(wanted) > 3 and wanted[3]
+    part = factor.new_empty(factor.shape) if factor is not None and has_factor else hidden.new_empty(0)
+    return *fake_head_gradient(hidden, weight, bias, wanted[:3]), part
 
 
 linear_token_stats_backward_op.register_autograd(refuse_second_derivative)
@@ -174,30 +201,30 @@ linear_token_stats_backward_op.register_autograd(refuse_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.dtype, ctx.memory_budget, transform = inputs
-    ctx.save_for_backward(*tensors, transform, output[1], *output[3:])
+    *tensors, ctx.dtype, ctx.memory_budget, transform, factor = inputs
+    ctx.save_for_backward(*tensors, transform, factor, output[1], *output[3:])
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    none = (None,) * 7
+    none = (None,) * 8
     if all(g is None for g in grads[:3]):
         return none
-    hidden, weight, bias, targets, transform, *stats = (
-        ctx.saved_tensors
-    )  # once: checkpointing recomputes them at each access
-    wanted = list(ctx.needs_input_grad[:3])
+    # Once: checkpointing recomputes them at each access.
+    hidden, weight, bias, targets, transform, factor, *stats = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[7]]
     inputs, gradients = (hidden, weight, bias, targets), list(grads[:3])
     into = grad_to_add_to(weight) if wanted[1] else None
     if into is None:
-        options = (ctx.dtype, ctx.memory_budget, transform)
+        options = (ctx.dtype, ctx.memory_budget, transform, factor)
         parts = linear_token_stats_backward_op(*inputs, stats, gradients, wanted, *options)
     else:
         kept, given, unpacked = stats_for_backward(stats), StatsGradients(*gradients), Transform.unpack(transform)
-        parts = _gradient(*inputs, kept, given, wanted, ctx.dtype, ctx.memory_budget, unpacked, into)
+        parts = _gradient(*inputs, kept, given, wanted, ctx.dtype, ctx.memory_budget, unpacked, into, factor)
         wanted[1] = False
-    return *none_if_unwanted(parts, wanted), *none[3:]
+    of_hidden, of_weight, of_bias, of_factor = none_if_unwanted(parts, wanted)
+    return of_hidden, of_weight, of_bias, *none[3:7], of_factor
 
 
 linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
@@ -229,6 +256,7 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
+    low_rank: LowRank | None = None,
     memory_budget: int | None = None,
 ) -> TokenStats:
     """Return ``token_stats(F.linear(hidden, weight, bias), targets, ...)`` without ever holding all the logits.
@@ -245,6 +273,10 @@ def linear_token_stats(
     gradient is summed in float32 at least; for a 16-bit weight and more than one tile by a pass of its own (a fifth
     product) instead of in a float32 tensor of the weight's size.
 
+    low_rank       states (..., r) and factor (V, r): the logits have ``states @ factor.T`` added, in the dtype of the
+                   products. So an adapter on the head is computed, ``(scale * F.linear(hidden, A), B)``, without a
+                   sum of weights; states and factor receive gradients.
+
     memory_budget  bytes in use besides inputs and results, as in ``linear_edge_grpo_loss``; None: 80 MiB for the tile
                    of logits on a CPU, 3 GiB on a GPU, where it and the sizes decide between tiles and fused kernels.
 
@@ -260,6 +292,10 @@ def linear_token_stats(
         hidden, temperature = at_temperatures(hidden, bias, temperature, softcap), 1.0
     check_transform(temperature, softcap)
     transform = Transform(temperature, softcap, logit_scale, ignore_index)
+    check_low_rank(low_rank, hidden, weight)
+    factor = None
+    if low_rank is not None:
+        hidden, factor = torch.cat([hidden, low_rank[0].to(hidden.dtype)], dim=-1), low_rank[1]
     inputs = (hidden.flatten(0, -2), weight, bias, targets.flatten())
-    stats = linear_token_stats_op(*inputs, dtype, check_memory_budget(memory_budget), transform.pack())
+    stats = linear_token_stats_op(*inputs, dtype, check_memory_budget(memory_budget), transform.pack(), factor)
     return TokenStats(*(value.view(targets.shape) for value in stats[:3]))

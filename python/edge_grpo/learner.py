@@ -207,6 +207,7 @@ class Learner:
                 softcap=rule.softcap,
                 logit_scale=rule.logit_scale,
                 ignore_index=_IGNORE_INDEX,
+                low_rank=head.low_rank(hidden[:, :-1]),
             )
             return out.logprobs, out.entropy
 
@@ -242,6 +243,7 @@ class Learner:
                 truncated_mask=batch.truncated_mask,
                 **normalizers._asdict(),
                 config=self.loss,
+                low_rank=head.low_rank(hidden[:, :-1]),
             )
 
         return self.policy(batch.input_ids, batch.attention_mask, loss)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from edge_grpo.config import ModelConfig, RolloutConfig, TrainConfig, load_config
 from edge_grpo.policy import adapters
 from edge_grpo.policy.loading import load_model
-from edge_grpo.policy.model import PolicyModel, hidden_states
+from edge_grpo.policy.model import PolicyModel, hidden_states, lm_head
+from edge_kernels import linear_token_stats, reference
 
 peft = pytest.importorskip("peft", reason="adapters are peft's")
 
@@ -209,3 +210,43 @@ def test_missing_peft_is_a_sentence(saved, monkeypatch):
 def test_settings_on_the_command_line():
     config = load_config(overrides=["model.lora.rank=16", "model.lora.targets=q_proj,v_proj", "model.lora.dropout=0.1"])
     assert config.model.lora == {"rank": 16, "targets": "q_proj,v_proj", "dropout": 0.1}
+
+
+# ---- An adapter on the output layer --------------------------------------------------------------------------------
+
+HEAD_LORA = {"rank": 4, "targets": "q_proj,lm_head"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_an_adapter_on_the_head_is_that_of_the_whole_logits(make_model, tiny_tokenizer, tmp_path, tied):
+    make_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model = shaken(load(tmp_path, lora=HEAD_LORA))
+    mask = torch.ones_like(IDS)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert any("lm_head.lora_B" in name for name in trained)
+
+    def stats(hidden, head):
+        low_rank = head.low_rank(hidden[:, :-1])
+        return linear_token_stats(hidden[:, :-1], head.weight, IDS[:, 1:], head.bias, low_rank=low_rank).logprobs
+
+    fused = PolicyModel(model)(IDS, mask, stats)
+    logits = model(input_ids=IDS, attention_mask=mask, use_cache=False).logits[:, :-1]
+    whole = reference.token_stats(logits, IDS[:, 1:]).logprobs
+    torch.testing.assert_close(fused, whole)
+    weights = torch.arange(1.0, 9).view_as(whole)
+    expected = torch.autograd.grad((whole * weights).sum(), list(trained.values()))
+    got = torch.autograd.grad((fused * weights).sum(), list(trained.values()))
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+    with adapters.disabled(model):
+        assert lm_head(model).low_rank(torch.ones(1, 32)) is None
+    assert "lm_head.weight" in dict(adapters.merged_weights(model))
+
+
+def test_an_adapter_on_the_head_that_is_not_plain_is_refused(saved, tmp_path):
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"], "use_dora": True}))
+    with pytest.raises(ValueError, match=r"carries an adapter \(Linear\) that is not plain LoRA"):
+        load(saved, lora={"config": str(file)})

@@ -70,14 +70,11 @@ def check_gradients(dtype: torch.dtype) -> None:
     ]
     head = [((N, D), dtype), ((V, D), dtype), ((V,), dtype)]
     wanted = [True] * 3
-    assert (
-        describe(
-            linear_token_stats_backward_op(
-                hidden, weight, bias, targets, [row] * 3, [row, row, None], wanted, dtype, 0, TRANSFORM.pack()
-            )
+    assert describe(
+        linear_token_stats_backward_op(
+            hidden, weight, bias, targets, [row] * 3, [row, row, None], wanted, dtype, 0, TRANSFORM.pack(), None
         )
-        == head
-    )
+    ) == [*head, ((0,), dtype)]
     terms = TokenTerms(
         cuda(N, dtype=torch.bool),
         row,

@@ -165,7 +165,7 @@ def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backen
     weight, advantages = of(B, T).abs(), -of(B, T).abs()
     terms = TokenTerms(mask, weight, advantages).pack()
     rows = TokenTerms(column(mask), column(weight), column(advantages)).pack()
-    stats, gradients = [of(B, T)] * 3, [of(B, T), None, None]
+    stats, gradients = [of(B, T).abs() + 1] * 3, [of(B, T), None, None]  # entropy, maximum, sum
     head = (leaf(B, D), leaf(V, D), torch.randn(2 * V)[::2].requires_grad_())
     plain = [tensor.detach() for tensor in head]
     wanted = [True] * 3
@@ -174,7 +174,7 @@ def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backen
         (token_stats_backward_op, (of(B, T, V), targets, stats, gradients, transform)),
         (token_loss_op, (leaf(B, T), leaf(B, T), terms, rule)),
         (grpo_loss_op, (leaf(B, T, V), targets, transform, terms, rule)),
-        (linear_token_stats_op, (*head, column(targets), torch.float32, 0, transform)),
+        (linear_token_stats_op, (*head, column(targets), torch.float32, 0, transform, None)),
         (
             linear_token_stats_backward_op,
             (
@@ -186,6 +186,7 @@ def test_opcheck_whatever_the_strides(layout: Callable[[Tensor], Tensor], backen
                 torch.float32,
                 0,
                 transform,
+                None,
             ),
         ),
         (linear_grpo_loss_op, (*head, column(targets), wanted, False, torch.float32, 0, transform, rows, rule)),

@@ -206,7 +206,7 @@ class TestMachinery:
     def test_opcheck(self) -> None:
         hidden, weight, bias = make_head(torch.float32, (4,))
         targets = torch.tensor([1, IGNORE_INDEX, 4, 0])
-        options = (torch.float32, 0, Transform(0.7, None, 1.0, IGNORE_INDEX).pack())
+        options = (torch.float32, 0, Transform(0.7, None, 1.0, IGNORE_INDEX).pack(), None)
         torch.library.opcheck(linear_token_stats_op, (hidden, weight, bias, targets, *options))
         torch.library.opcheck(linear_token_stats_op, (hidden, weight.detach(), None, targets, *options))
 

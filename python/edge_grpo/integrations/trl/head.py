@@ -64,6 +64,7 @@ def use_edge_kernels(model: PreTrainedModel, *, temperature: float, cast_to_fp32
                 temperature=temperature,
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
+                low_rank=head.low_rank(hidden),
             )
         return FusedCausalLMOutput(log_probs=stats.logprobs, entropy=stats.entropy, label_mask=targets != -100)
 

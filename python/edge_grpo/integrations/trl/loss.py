@@ -43,6 +43,7 @@ def fused_loss(
             advantages=inputs["advantages"],
             old_logprobs=inputs.get("old_per_token_logps"),
             ref_logprobs=inputs.get("ref_per_token_logps") if config.beta else None,
+            low_rank=head.low_rank(hidden[:, -length:]),
             sampling_logprobs=inputs.get("sampling_per_token_logps") if needs_sampler else None,
             injected_mask=inputs.get("injected_mask"),
             num_items=num_items,
