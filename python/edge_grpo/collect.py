@@ -5,10 +5,11 @@ What is corrected and how is ``correction``; nothing here learns. Every process 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.policy.encoding import TextEncoder
-from edge_grpo.types import Prompt, Response, RolloutEngine, Sampling
+from edge_grpo.types import Prompt, Response, Reward, RolloutEngine, Sampling, TrainerState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Collected:
     samples: list[Sample]
     fallbacks: int = 0  # corrections that did not fit and became a shorter kind or none
     num_truncated: int = 0  # solutions that were cut to fit
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what reward functions logged, by name
 
 
 class Collector:
@@ -62,7 +64,7 @@ class Collector:
         self.seed, self.rank, self.processes = config.seed, rank, processes
         self.num_prompts, self.num_generations = config.rollout.num_prompts, config.rollout.num_generations
         self.prompts, self.engine, self.rewarder, self.tokenizer = prompts, engine, rewarder, tokenizer
-        self.sampling = sampling_of(config)
+        self.sampling, self.num_steps = sampling_of(config), config.steps
         self.corrector: Corrector | None = None
         if config.use_gec:
             encoder = TextEncoder(tokenizer)
@@ -91,7 +93,7 @@ class Collector:
                 seed=derive_seed(self.seed, "rollout", step, self.rank),
             )
         with timed("reward"):
-            first_rewards = self.rewarder(prompts, self._texts(first))
+            first_rewards = self._judge(step, prompts, first)
         responses, rewards = list(first), list(first_rewards)
         plan: CorrectionPlan | None = None
         if self.corrector is not None:
@@ -101,13 +103,16 @@ class Collector:
                 responses = carry_out(plan, self.engine, self.sampling, seed=derive_seed(seed, "continuation", start))
             with timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
-                again = self.rewarder(
-                    [prompts[index] for index in changed], self._texts([responses[index] for index in changed])
+                again = self._judge(
+                    step, [prompts[index] for index in changed], [responses[index] for index in changed]
                 )
                 for index, reward in zip(changed, again, strict=True):
                     rewards[index] = reward
         samples = [Sample(*row) for row in zip(prompts, groups, first, first_rewards, responses, rewards, strict=True)]
-        return Collected(samples) if plan is None else Collected(samples, plan.fallbacks.total(), plan.num_truncated)
+        logged = self.rewarder.take_metrics()
+        if plan is None:
+            return Collected(samples, logged=logged)
+        return Collected(samples, plan.fallbacks.total(), plan.num_truncated, logged)
 
     def prompts_of(self, step: int) -> list[Prompt]:
         """Return this process's prompts of a step; each epoch has its own order of the data."""
@@ -120,6 +125,12 @@ class Collector:
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
         return torch.randperm(len(self.prompts), generator=generator)
+
+    def _judge(self, step: int, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Reward]:
+        seen, rows = (step - 1) * self.num_prompts, len(self.prompts)
+        state = TrainerState(step - 1, self.num_steps, seen / rows, math.ceil(self.num_steps * self.num_prompts / rows))
+        ids = [response.token_ids for response in responses]
+        return self.rewarder(prompts, self._texts(responses), completion_ids=ids, state=state)
 
     def _texts(self, responses: Sequence[Response]) -> list[str]:
         return [str(self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)) for one in responses]

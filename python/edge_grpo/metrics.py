@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, pvariance, stdev
 
 import torch
@@ -94,6 +94,12 @@ def _grading(samples: Sequence[Sample]) -> dict[str, float]:
         "grading/functions_failed": float(ends.total() - ends["timed_out"]),
         "grading/skipped": float(sum(sample.reward.skipped for sample in samples)),
     }
+
+
+def function_metrics(logged: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Return the mean of each metric that reward functions logged; one mapping of values by name per process."""
+    names = dict.fromkeys(name for own in logged for name in own)
+    return {f"function/{name}": _mean([value for own in logged for value in own.get(name, ())]) for name in names}
 
 
 def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[str, float]:

@@ -38,6 +38,7 @@ from edge_grpo.learner import Learner
 from edge_grpo.metrics import (
     PhaseTimes,
     correction_metrics,
+    function_metrics,
     num_generated,
     peak_bytes,
     reward_kl_metrics,
@@ -239,7 +240,7 @@ class Trainer:
         total = time.perf_counter() - started
 
         everyone: list[Sample] = gather_object(samples)
-        metrics = step_metrics(everyone) | update_metrics
+        metrics = step_metrics(everyone) | update_metrics | function_metrics(gather_object([collected.logged]))
         if self.config.reward.kl_coef:
             metrics |= reward_kl_metrics(everyone)
         if self.learner.loss.mask_truncated_completions:

@@ -82,12 +82,22 @@ class Response:
 
 
 @dataclass(frozen=True)
+class TrainerState:
+    """How far training is, by transformers' names: steps made, of how many, and passes over the data."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: int = 0
+
+
+@dataclass(frozen=True)
 class Reward:
     """What a response earned: the weighted total, its unweighted parts by name, and the accuracy reward's verdict.
 
     ``failures`` says which functions of the user gave nothing, and how they ended. A response that is ``skipped`` for
     it takes no part in anything: it is not corrected, its group's advantages are formed as if it had not been sampled,
-    and it has no gradient and counts in no mean.
+    and it has no gradient and counts in no mean. ``logged`` is what the functions had to say besides.
     """
 
     total: float
@@ -95,6 +105,7 @@ class Reward:
     outcome: Outcome
     failures: dict[str, FailureKind] = field(default_factory=dict)
     skipped: bool = False
+    logged: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def correct(self) -> bool:

@@ -14,6 +14,7 @@ from training import collect
 from edge_grpo.collect import Collector, check_answers
 from edge_grpo.config import CorrectionConfig, DataConfig, RewardConfig, RolloutConfig, TrainConfig
 from edge_grpo.metrics import PhaseTimes
+from edge_grpo.run.log import completion_record
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Example, Prompt, Reward
 
@@ -43,7 +44,10 @@ class Grades:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Reward]:
+    def take_metrics(self) -> dict[str, list[float]]:
+        return {"calls": [float(len(self.calls))]}
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], **given: object) -> list[Reward]:
         self.calls.append(list(texts))
         return [Reward(1.0, {}, "correct") if text.endswith("5") else Reward(0.0, {}, "wrong") for text in texts]
 
@@ -141,6 +145,28 @@ def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_pa
     ]
     assert kinds[0] - {None} == {"solution"}
     assert kinds[1] - {None} == {"answer"}
+
+
+def test_functions_know_the_step_and_what_they_log_is_recorded(config, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "logging_rewards.py").write_text("""
+def judge(prompts, completions, completion_ids, trainer_state, log_metric, log_extra):
+    assert [message["role"] for message in prompts[0]] == ["user"]
+    assert len(completion_ids) == len(completions) and max(map(len, completion_ids)) > 0
+    log_metric("step", trainer_state.global_step)
+    log_extra("ids", [str(ids) for ids in completion_ids])
+    return [trainer_state.global_step + trainer_state.max_steps / 100] * len(completions)
+""")
+    reward = RewardConfig(weights={"accuracy": 1.0, "logging_rewards:judge": 1.0})
+    trainer = Trainer(replace(config, reward=reward))
+    for step in (1, 2):
+        samples, metrics = trainer.step(step)
+        assert metrics["function/step"] == step - 1
+        assert metrics["reward/logging_rewards:judge"] == pytest.approx(step - 1 + 0.02)
+        for sample in samples:
+            record = completion_record(step, sample, trainer.tokenizer.decode)
+            assert record["logged"] == {"ids": str(list(sample.response.token_ids))}
+    trainer.close()
 
 
 def test_what_data_quotes_is_text_and_an_injected_text_ends_once(config, tmp_path):

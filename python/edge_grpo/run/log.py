@@ -175,6 +175,7 @@ def completion_record(step: int, sample: Sample, decode: Callable[[Sequence[int]
         "parts": dict(sample.reward.parts),
         "failures": sample.first_reward.failures | sample.reward.failures,
         "skipped": sample.reward.skipped,
+        "logged": dict(sample.reward.logged),
         "advantage": sample.advantage,
         "weight": sample.weight,
     }

@@ -157,8 +157,9 @@ def columns(prompts, completions, problem, answer, solution, level):
             for prompt, p, a, s, l in zip(prompts, problem, answer, solution, level)]
 
 def everything(**columns):
-    return [float(sorted(columns) == ["answer", "completions", "level", "problem", "prompts", "solution"])
-            for _ in columns["completions"]]
+    expected = ["answer", "completions", "level", "log_extra", "log_metric", "problem", "prompts", "solution",
+                "trainer_state"]
+    return [float(sorted(columns) == expected) for _ in columns["completions"]]
 
 def sometimes(completions):
     return [None if "nothing" in completion else 0.5 for completion in completions]
@@ -255,7 +256,10 @@ def test_what_a_function_prints_is_not_in_the_way(call, capfd):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("needs_more", "requires difficulty; there are answer, completions, problem, prompts, solution"),
+        (
+            "needs_more",
+            "requires difficulty; there are answer, completions, log_extra, log_metric, problem, prompts, sol",
+        ),
         ("too_short", "must return a number per completion; got 1 for 2"),
         ("a_number", "must return a list with a number per completion; got float"),
     ],
