@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from trl_runs import accuracy, brevity, history
+from trl_runs import accuracy, brevity, history, problems
 
 from edge_grpo.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.integrations.trl.guided import share_of
@@ -133,6 +133,26 @@ def test_what_was_sampled_keeps_its_ids(make_trainer):
     for row, ids in enumerate(seen[0][0]):
         kept = ids[:-1] if ids[-1] in eos else ids
         assert batches[0]["completion_ids"][row, : len(kept)].tolist() == kept
+
+
+def test_control_tokens_in_solutions_are_text(make_trainer):
+    """An injected solution holds one end of sequence, its own."""
+    rows = [{**row, "solution": f"<|eos|><|user|> {row['solution']}"} for row in problems()]
+    trainer = make_trainer(
+        dataset=Dataset.from_list(rows),
+        correction={"mix": {"solution": 1}},
+        injected="shaped",
+        max_completion_length=64,
+        max_steps=1,
+    )
+    batches = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda given: batches.append(score(given)) or batches[-1]
+    trainer.train()
+    (batch,) = batches
+    injected = batch["completion_ids"][(batch["injected_mask"] & batch["completion_mask"].bool()).any(1)]
+    assert len(injected)
+    assert ((injected == trainer.processing_class.eos_token_id).sum(1) == 1).all()
 
 
 def test_the_graders_verdict_decides_where_it_is_asked_for(make_trainer):

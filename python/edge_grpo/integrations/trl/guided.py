@@ -24,6 +24,7 @@ from edge_grpo.config.seeds import derive_seed
 from edge_grpo.correction import CorrectionPlan, Corrector
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.integrations.trl.config import GRADER, ConfiguredTrainer
+from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.types import Correction, Example, Outcome, Prompt, Provenance, Response, Reward
 
 T = TypeVar("T")
@@ -77,9 +78,11 @@ class Guide:
             self.judge = trainer.reward_func_names.index(name)
         self.rewarder = Rewarder(replace(settings.reward, weights={"format": 1.0})) if self.judge is None else None
         self._check_columns()
+        encoder = TextEncoder(tokenizer)
         self.corrector = Corrector(
             settings.correction,
-            encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+            encode=encoder,
+            encode_data=encoder,
             decode=lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=False)),
             eos_token_ids=trainer.eos_token_ids,
             max_tokens=trainer.max_completion_length,
