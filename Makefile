@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
+VERL ?= .venv-verl
 
 # A process of one thread for each core, since the tensors are small. A file's tests share a process: what they compile or
 # build is made once. (pytest-xdist's groups have no effect from pytest 9.2 on.) The order: tests/conftest.py.
@@ -31,12 +32,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
-demo test test-fast test-vllm test-versions: export OMP_WAIT_POLICY ?= PASSIVE
-test test-fast test-vllm test-versions: export OMP_NUM_THREADS ?= 1
+demo test test-fast test-vllm test-verl test-versions: export OMP_WAIT_POLICY ?= PASSIVE
+test test-fast test-vllm test-verl test-versions: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build vllm test test-fast test-vllm test-versions lint format bench bench-quick gpu-static gpu demo smollm2 wheel sdist \
-    clean clean-venv
+.PHONY: help build vllm verl test test-fast test-vllm test-verl test-versions lint format bench bench-quick gpu-static \
+    gpu demo smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -120,6 +121,20 @@ gpu-static: build $(VENV)/.bench  ## what compilers make of our GPU kernels and 
 gpu: build $(VENV)/.bench  ## on a GPU: every backend against float64, then times; under 5 minutes
 	$(BIN)/python -m benchmarks.gpu
 
+# verl wants an older transformers and Ray; its environment shares nothing with $(VENV) but the compiled extension.
+$(VERL)/.installed: pyproject.toml VERSION
+	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -c 'import torch' 2>/dev/null || \
+	    $(VERL)/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(VERL)/bin/python -m pip install -q 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12' pytest hypothesis
+	$(VERL)/bin/python -m pip install -q --no-build-isolation --editable '.[verl]'
+	touch $@
+
+verl: build $(VERL)/.installed  ## verl 0.9 in an environment of its own, .venv-verl
+
+test-verl: verl  ## the tests of EDGE-GRPO in verl
+	$(VERL)/bin/python -m pytest --durations 5 tests/grpo/integrations/test_verl_*.py $(PYTEST_ARGS)
+
 demo: build  ## train the shipped model; accuracy before and after, report; shorter: DEMO_ARGS='steps=3'
 	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)
 
@@ -137,4 +152,4 @@ clean:  ## remove what was built, but not .venv
 	rm -rf build dist edge_kernels/_C.*.so *.egg-info $(VENV)/.built
 
 clean-venv: clean  ## remove .venv too
-	rm -rf $(VENV) .venv-oldest .venv-newest
+	rm -rf $(VENV) $(VERL) .venv-oldest .venv-newest

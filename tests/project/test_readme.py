@@ -42,7 +42,7 @@ def commands() -> list[list[str]]:
         shlex.split(line, comments=True)
         for text in TEXTS.values()
         for snippet in snippets(text, "sh")
-        for line in snippet.splitlines()
+        for line in snippet.replace("\\\n", " ").splitlines()
     ]
 
 
@@ -92,8 +92,8 @@ def test_edge_grpo(tmp_path):
     """In order, in one empty folder: each command finds what those before it left."""
     ran = 0
     for words in commands():
-        if words[:1] == ["make"]:
-            continue
+        if words[:1] == ["make"] or words[:3] == ["python", "-m", "verl.trainer.main_ppo"]:
+            continue  # verl's: grpo/integrations/test_verl_config.py, in an environment that has it
         assert words[0] == "edge-grpo", f"no test runs {words[0]}"
         if any(word.startswith("smollm2-135m") for word in words):
             continue  # grpo/config/test_recipes.py and grpo/rollout: they need the fetched model, or a server

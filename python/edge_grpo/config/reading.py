@@ -96,15 +96,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Return the names that ``recipe_path`` knows."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+    """Return the names that ``recipe_path`` knows; a file that begins with "verl-" is a configuration of verl."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml") if not path.stem.startswith("verl-"))
 
 
 def recipe_path(name: str) -> Path:
     """Return the YAML file of a recipe that is shipped with the package, by its name without ".yaml"."""
-    path = _RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    if name and Path(name).name == name and path.is_file():
-        return path
+    stem = name.removesuffix(".yaml")
+    if stem in recipe_names():
+        return _RECIPES / f"{stem}.yaml"
     hint = did_you_mean(name, recipe_names()) or f"; there are: {', '.join(recipe_names()) or 'none'}"
     raise ValueError(f"no recipe named {name!r} (--config takes a file){hint}")
 

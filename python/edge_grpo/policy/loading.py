@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import ModelConfig
 from edge_grpo.policy.adapters import CONFIG_FILE, add_lora, base_of, load_lora
@@ -82,7 +82,12 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     Besides what tokenizer and generation configuration name, that is the special token with which the chat template
     closes an assistant's turn: base models that ship a chat template often name only their end-of-document token.
     """
-    configured = unwrap(model).generation_config.eos_token_id
+    return ending_token_ids(tokenizer, unwrap(model).generation_config)
+
+
+def ending_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    """Return what ``eos_token_ids`` does where there is no model, but its generation configuration or not even that."""
+    configured = None if generation_config is None else generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, (list, tuple)) else [configured])]
     ids += _closing_token_ids(tokenizer)
     unique = tuple(dict.fromkeys(int(token) for token in ids if token is not None))

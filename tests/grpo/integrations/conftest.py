@@ -1,4 +1,4 @@
-"""TRL's trainer in the tests: quiet, on one thread, in a folder of its own."""
+"""Other people's trainers in the tests: quiet, on one thread, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("trl", reason="TRL's trainer is what is extended here")
-
-import trl_runs
 
 
 @pytest.fixture(autouse=True)
@@ -28,4 +24,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Any]:
     """Return ``trl_runs.make_trainer`` with its folder."""
+    pytest.importorskip("trl", reason="TRL's trainer is what is extended here")
+    import trl_runs
+
     return functools.partial(trl_runs.make_trainer, tmp_path / "trl")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-
 import trl
 from packaging.version import Version
 from trl import GRPOTrainer
 
-OLDEST, NEWEST = Version("1.16"), Version("1.16")  # of major.minor, both tested
+from edge_grpo.integrations.releases import Release, check_release
+
+RELEASE = Release("TRL", "trl", "edge_grpo.integrations.trl", Version("1.16"), Version("1.16"))
 
 # What is overridden or called, with the parameters that are relied on.
 SIGNATURES = {
@@ -32,18 +31,4 @@ SIGNATURES = {
 
 def check_trl() -> None:
     """Raise ImportError for a TRL that does not fit; warn of one that fits by its looks but is newer than the tests."""
-    version = Version(trl.__version__)
-    supported = f"TRL {OLDEST}" if OLDEST == NEWEST else f"TRL {OLDEST} to {NEWEST}"
-    remedy = f"pip install 'trl>={OLDEST},<{NEWEST.major}.{NEWEST.minor + 1}'"
-    if version < OLDEST:
-        raise ImportError(f"edge_grpo.integrations.trl supports {supported}; got {version}; {remedy}")
-    for name, expected in SIGNATURES.items():
-        method = getattr(GRPOTrainer, name, None)
-        found = () if method is None else tuple(inspect.signature(method).parameters)
-        if [parameter for parameter in found if parameter in expected] != list(expected):
-            raise ImportError(
-                f"edge_grpo.integrations.trl supports {supported}; GRPOTrainer.{name} of TRL {version} takes "
-                f"{', '.join(found) or 'nothing: it is gone'}; expected {', '.join(expected)}; {remedy}"
-            )
-    if (version.major, version.minor) > (NEWEST.major, NEWEST.minor):
-        warnings.warn(f"edge_grpo.integrations.trl was tested with {supported}; this is {version}", stacklevel=3)
+    check_release(RELEASE, trl.__version__, {GRPOTrainer: SIGNATURES})
