@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -95,3 +96,16 @@ def test_a_checkpoint_of_other_adapters_is_refused(config):
     other = replace(config, steps=4, model=ModelConfig(lora={"rank": 8}))
     with pytest.raises(ValueError, match=r"model\.lora was \{'rank': 4\}, is \{'rank': 8\}"):
         train(other, resume=True)
+
+
+def test_a_configuration_of_peft_that_changed_is_noticed(config, tmp_path):
+    """Its shapes fit, but the same adapter would count twice as much."""
+    file = tmp_path / "lora.json"
+    options = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "lora_alpha": 4}
+    file.write_text(json.dumps(options))
+    config = replace(config, model=ModelConfig(lora={"config": str(file)}))
+    train(config)
+    train(replace(config, steps=3), resume=True)
+    file.write_text(json.dumps(options | {"lora_alpha": 8}))
+    with pytest.raises(ValueError, match="adapter changed since the run last began"):
+        train(replace(config, steps=4), resume=True)

@@ -101,6 +101,12 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(getattr(model, "peft_config", None), dict)
 
 
+def described(model: Any) -> str:
+    """Return the configuration of the adapter in ``model`` as text that is equal for equal ones."""
+    options = model.peft_config[_NAME].to_dict()
+    return json.dumps({name: sorted(v) if isinstance(v, set) else v for name, v in options.items()}, default=str)
+
+
 def adds_nothing(model: PreTrainedModel) -> bool:
     """Whether there are adapters and the base model's outputs are as without them: every product of factors is 0."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -181,6 +187,8 @@ def _read_config(peft: Any, path: Path) -> Any:
         ) from error
     if config.is_prompt_learning or str(config.peft_type.value) != "LORA":
         raise ValueError(f"model.lora.config={str(path)!r} describes {config.peft_type.value}; only LORA is supported")
+    if config.megatron_config is not None:  # peft would import the module that it names
+        raise ValueError(f"model.lora.config={str(path)!r} has a megatron_config, which is not supported; remove it")
     config.inference_mode = False
     return config
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
+from edge_grpo.policy.adapters import described, is_adapted
 from edge_grpo.policy.loading import weights_fingerprint
 from edge_grpo.run.files import write_json
 from edge_grpo.run.state import reading
@@ -37,6 +38,7 @@ _PACKAGES = (
     "numpy",
     "datasets",
     "math-verify",
+    "peft",
     "vllm",
 )
 Identity = dict[str, dict[str, str]]  # section -> name -> hash, version or name
@@ -54,9 +56,9 @@ def identify(
 ) -> Identity:
     """Return the identity of a run whose model has the weights that it was loaded with.
 
-    Hashes: of every prompt's row and token ids, of the loaded weights, of the tokenizer (its vocabulary, rules and
-    special tokens) and its chat template, and of the file in which each reward function's module lies, without
-    importing it.
+    Hashes: of every prompt's row and token ids, of the loaded weights, of an adapter's configuration, of the tokenizer
+    (its vocabulary, rules and special tokens) and its chat template, and of the file in which each reward function's
+    module lies, without importing it.
     """
     data = {"data.train": _hash_prompts(prompts)}
     if eval_prompts:
@@ -66,6 +68,8 @@ def identify(
         "tokenizer": _hash(_describe(tokenizer)),
         "chat template": _hash(str(tokenizer.chat_template)),
     }
+    if is_adapted(model):
+        inputs["adapter"] = _hash(described(model))
     inputs |= {f"reward function {path}": _hash_module(path.partition(":")[0]) for path in config.reward.functions}
     hardware = {
         "machine": platform.machine(),

@@ -169,6 +169,7 @@ def test_4_bit_weights_are_not_for_vllm():
         ("{}", "is not a peft configuration"),
         ('{"peft_type": "IA3", "target_modules": ["q_proj"]}', "describes IA3; only LORA is supported"),
         ('{"peft_type": "LORA", "target_modules": ["nothing"]}', "cannot be put into .*nothing"),
+        ('{"peft_type": "LORA", "megatron_config": {}, "megatron_core": "antigravity"}', "has a megatron_config"),
     ],
 )
 def test_peft_configurations_that_are_refused(saved, tmp_path, content, message):
