@@ -55,6 +55,7 @@ class Batch:
     targets: Tensor  # (B, T) int64
     completion_mask: Tensor  # (B, T) bool
     injected_mask: Tensor  # (B, T) bool
+    superseded_mask: Tensor  # (B, T) bool: of first attempts that a correction follows
     truncated_mask: Tensor  # (B,) bool: the length limit cut the response off
     advantages: Tensor  # (B,) float32
     logprobs: Tensor | None  # (B, T) float32, 0 outside of completion_mask; the same for the two below
@@ -68,7 +69,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
     input_ids = torch.full((len(samples), longest), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     completion_mask = torch.zeros(len(samples), longest - 1, dtype=torch.bool)
-    injected_mask = torch.zeros_like(completion_mask)
+    injected_mask, superseded_mask = torch.zeros_like(completion_mask), torch.zeros_like(completion_mask)
     for row, sample in enumerate(samples):
         start, stop = len(sample.prompt.token_ids), sample.length
         input_ids[row, :stop] = torch.tensor(sample.prompt.token_ids + sample.response.token_ids)
@@ -77,6 +78,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
         injected_mask[row, start - 1 : stop - 1] = torch.tensor(
             [provenance == Provenance.INJECTED for provenance in sample.response.provenance], dtype=torch.bool
         )
+        superseded_mask[row, start - 1 : stop - 1] = torch.tensor(sample.response.superseded, dtype=torch.bool)
 
     def per_token(values: Sequence[Tensor | None]) -> Tensor | None:
         if any(value is None for value in values):
@@ -93,6 +95,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
         targets=input_ids[:, 1:].to(device),
         completion_mask=completion_mask.to(device),
         injected_mask=injected_mask.to(device),
+        superseded_mask=superseded_mask.to(device),
         truncated_mask=torch.tensor([sample.is_truncated for sample in samples], device=device),
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32, device=device),
         logprobs=per_token([sample.logprobs for sample in samples]),

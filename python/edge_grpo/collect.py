@@ -200,7 +200,8 @@ def find_rejected_solutions(
     config: TrainConfig, prompts: Sequence[Prompt], rewarder: Rewarder, *, quiet: bool = False
 ) -> frozenset[int]:
     """Return the rows whose reference solution their own grader rejects, where one might be injected."""
-    if not (config.use_gec and config.correction_config.solution):
+    correction = config.correction_config
+    if not (config.use_gec and (correction.solution or correction.hint)):
         return frozenset()
     examples = [prompt.example for prompt in prompts]
     rejected = rejected_solutions(examples, rewarder.grader, config.reward.answer)

@@ -29,11 +29,11 @@ _Key = tuple[int | str, ...]  # what the draws for a response depend on besides 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A partial response for the policy to continue: ``start`` is what it sampled, followed by the reflection."""
+    """A partial response for the policy to continue: ``start`` is what it sampled and the reflection, or a hint."""
 
     position: int  # among the responses that the plan was made for
     prompt: Prompt
-    start: Response
+    start: Response  # its correction says which of the two
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -70,6 +70,7 @@ class Corrector:
         reflect    sampled tokens + ``reflection_text`` + the policy's continuation
         answer     sampled tokens + ``reflection_text`` + ``answer_text`` + end of sequence
         solution   the reference solution + end of sequence
+        hint       the first tokens of the reference solution + the policy's continuation
 
     Of the sampled tokens, a final end of sequence is dropped and all others keep id, logprob, entropy and provenance.
     Added text is INJECTED and has no record; the continuation is CONTINUED and has the engine's record. The end of
@@ -93,6 +94,11 @@ class Corrector:
     to that limit and then has no end of sequence ("truncate"), or leaves the response as it is ("skip"). A longer
     answer becomes a reflection, because half an answer is useless. A kind of probability 0 is never used; if no kind is
     left, the response stays as it is.
+
+    *Hints.* The share of the solution's tokens is drawn evenly between ``hint_min`` and ``hint_max`` for each response,
+    so that hints of one group differ in how much they leave to do. A hint has one token at least, and at most
+    ``max_tokens``; its continuation has at most what a reflection's has. It stands where reasoning does: nothing ends a
+    think block that the prompt has opened, because the policy is to go on with it.
 
     *Boundaries.* Injected text is encoded once, as text that follows other text: some tokenizers put a blank before
     whatever they encode, which the policy would read. It begins as configured, by default with a space. If the text
@@ -138,8 +144,10 @@ class Corrector:
         spaced = encode_after_text(encode, config.reflection_text)
         unspaced = encode_after_text(encode, config.reflection_text.lstrip())
         self._reflections = {True: spaced, False: unspaced}  # by whether they come after text
-        self._continuation_length = config.max_length - max(map(len, self._reflections.values()))
-        if config.reflect and self._continuation_length < 1:
+        self._continuation_length = config.max_length
+        if config.reflect:
+            self._continuation_length -= max(map(len, self._reflections.values()))
+        if self._continuation_length < 1:
             raise ValueError(
                 f"correction.max_length = {config.max_length} leaves no token for the policy's continuation after the "
                 f"{len(spaced)} tokens of reflection_text; raise it, shorten the text, or set reflect to 0 in mix"
@@ -184,9 +192,9 @@ class Corrector:
         for position in sorted(position for group in chosen for position in group):
             prompt, response = prompts[position], responses[position]
             drawn = self._draw(prompt, of_response[position], seed)
-            kind, corrected = self._correct(drawn, prompt, response)
+            kind, corrected = self._correct(drawn, prompt, response, of_response[position], seed)
             written[position] = corrected
-            if kind == "reflect":
+            if kind in ("reflect", "hint"):
                 continuations.append(Continuation(position, prompt, corrected))
             if kind == "solution" and corrected.finish_reason == "length":
                 num_truncated += 1
@@ -217,7 +225,7 @@ class Corrector:
                 entropy=start.entropy + more.entropy,
                 provenance=start.provenance + (Provenance.CONTINUED,) * len(more.token_ids),
                 finish_reason=more.finish_reason,
-                correction="reflect",
+                correction=start.correction,
             )
         return corrected
 
@@ -253,16 +261,19 @@ class Corrector:
             self.config.reflect,
             self.config.answer if example.answer is not None else 0.0,
             self.config.solution if self._has_solution(prompt) else 0.0,
+            self.config.hint if self._has_solution(prompt) else 0.0,
         ]
         if not any(weights):
             return None
         return random.Random(derive_seed(seed, "kind", *key)).choices(_KINDS, weights)[0]
 
     def _correct(
-        self, drawn: Correction | None, prompt: Prompt, response: Response
+        self, drawn: Correction | None, prompt: Prompt, response: Response, key: _Key, seed: int
     ) -> tuple[Correction | None, Response]:
-        """The kind that ``drawn`` becomes, and the corrected response; a reflection still needs its continuation."""
-        kind = drawn
+        """The kind that ``drawn`` becomes, and the corrected response; some still need their continuation."""
+        if drawn == "hint":
+            return drawn, self._hint(prompt, response, key, seed)
+        kind: Correction | None = drawn
         while kind in ("solution", "answer"):
             if (written := self._write(kind, prompt, response)) is not None:
                 return kind, written
@@ -270,7 +281,17 @@ class Corrector:
         if kind is None:
             return None, response
         kept, _ = self._without_eos(response)
-        return kind, _inject(kept, self._reflections[self._follows_text(prompt, kept)])
+        start = _inject(kept, self._reflections[self._follows_text(prompt, kept)])
+        return kind, replace(start, correction=kind)
+
+    def _hint(self, prompt: Prompt, response: Response, key: _Key, seed: int) -> Response:
+        """The first tokens of the solution, for the policy to continue."""
+        solution = prompt.example.solution or ""
+        tokens = self.encode_data(solution, [(0, len(solution))])
+        draw = random.Random(derive_seed(seed, "hint", *key))
+        length = round(draw.uniform(self.config.hint_min, self.config.hint_max) * len(tokens))
+        length = max(1, min(length, len(tokens) - 1, self.max_tokens))
+        return replace(_inject(_slice(response, 0), tokens[:length]), correction="hint")
 
     def _shorter(self, kind: Correction) -> Correction | None:
         """The next shorter kind that the configuration uses."""

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
 from edge_grpo.config import OptimConfig, TrainConfig
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.metrics import drift_metrics
+from edge_grpo.metrics import Recomputed, drift_metrics
 from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, lm_head
+from edge_grpo.types import Response
 from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss, linear_token_stats
 
 _IGNORE_INDEX = -100
@@ -45,6 +46,7 @@ class Learner:
         self.accelerator = accelerator
         self.model = model
         self.pad_token_id = pad_token_id
+        self.masks_superseded = config.use_gec and config.correction.superseded == "mask"
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
@@ -104,7 +106,7 @@ class Learner:
         totals = LossTotals()
         norms: list[float] = []
         num_skipped = 0
-        drift: list[tuple[Sample, list[float], list[float]]] = []
+        drift: list[tuple[Sample, Recomputed, Recomputed]] = []
         self.model.train()
         for epoch in range(optim.epochs):
             seed = derive_seed(self.seed, "minibatches", step, epoch)
@@ -166,7 +168,7 @@ class Learner:
 
     def accumulate_gradient(
         self, part: Sequence[Sample], totals: LossTotals
-    ) -> list[tuple[Sample, list[float], list[float]]]:
+    ) -> list[tuple[Sample, Recomputed, Recomputed]]:
         """Add the gradient of one optimizer step's loss, the same however ``part`` is cut into micro-batches.
 
         Returns the samples that took part with their recomputed logprobs and entropies.
@@ -175,7 +177,7 @@ class Learner:
         # DistributedDataParallel averages gradients over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
         chunks = list(micro_batches(self._contributing(part), self.optim.micro_batch_size))
-        pairs: list[tuple[Sample, list[float], list[float]]] = []
+        pairs: list[tuple[Sample, Recomputed, Recomputed]] = []
         for position, chunk in enumerate(chunks):
             batch = self._pad(chunk)
             synchronize = position == len(chunks) - 1
@@ -189,8 +191,22 @@ class Learner:
             for sample, logprobs, entropy in zip(
                 chunk, unpad(out.logprobs, batch), unpad(out.entropy, batch), strict=True
             ):
-                pairs.append((sample, logprobs.tolist(), entropy.tolist()))
+                pairs.append((sample, self._computed(sample, logprobs), self._computed(sample, entropy)))
         return pairs
+
+    def _computed(self, sample: Sample, values: Tensor) -> Recomputed:
+        """The loss's value of each token; None of superseded tokens that it does not read."""
+        if not self.masks_superseded:
+            return values.tolist()
+        flags = zip(values.tolist(), sample.response.superseded, strict=True)
+        return [None if superseded else value for value, superseded in flags]
+
+    def _has_loss(self, response: Response) -> list[bool]:
+        """Of each token, whether a loss is taken of it: it counts, and ``correction.superseded`` does not mask it."""
+        counted = counted_tokens(response, self.loss)
+        if not self.masks_superseded:
+            return counted
+        return [counts and not old for counts, old in zip(counted, response.superseded, strict=True)]
 
     def token_stats(self, model: PolicyModel, chunk: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the logprobs and the entropies of each sample's response tokens, by a forward pass."""
@@ -227,12 +243,16 @@ class Learner:
         reads_sampler = corrects_sampler or self.loss.off_policy_mask_threshold is not None
         off_policy = self.optim.epochs * self.optim.minibatches > 1 or corrects_sampler
 
+        mask = batch.completion_mask
+        if self.masks_superseded:
+            mask = mask & ~batch.superseded_mask
+
         def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
             return linear_edge_grpo_loss(
                 hidden[:, :-1],
                 head.weight,
                 batch.targets,
-                batch.completion_mask,
+                mask,
                 head.bias,
                 advantages=batch.advantages,
                 # With one optimizer step per rollout the ratio's denominator is the current logprob, detached.
@@ -251,7 +271,7 @@ class Learner:
     def _normalizers(self, part: Sequence[Sample]) -> Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
         part = [sample for sample in part if not sample.reward.skipped]
-        tokens = sum(sum(counted_tokens(sample.response, self.loss)) for sample in part)
+        tokens = sum(sum(self._has_loss(sample.response)) for sample in part)
         counts = torch.tensor([tokens, len(part)], dtype=torch.int64, device=self.accelerator.device)
         tokens, sequences = self.accelerator.reduce(counts, reduction="sum").tolist()
         threshold = None
@@ -261,7 +281,7 @@ class Learner:
                     value
                     for sample in part
                     if sample.entropy is not None
-                    for value, counts in zip(sample.entropy, counted_tokens(sample.response, self.loss), strict=True)
+                    for value, counts in zip(sample.entropy, self._has_loss(sample.response), strict=True)
                     if counts
                 ]
             )

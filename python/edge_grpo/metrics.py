@@ -14,12 +14,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, pvariance, stdev
+from typing import get_args
 
 import torch
 
 from edge_grpo.batching import Sample
-from edge_grpo.types import Provenance, Reward
+from edge_grpo.types import Correction, Provenance, Reward
 from edge_kernels import GRPOLossConfig
+
+Recomputed = Sequence[float | None]  # of each token of a response
 
 
 class PhaseTimes:
@@ -77,7 +80,7 @@ def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "length/max": float(max(lengths, default=math.nan)),
         "length/truncated": _share(sample.first.finish_reason == "length" for sample in samples),
     }
-    metrics |= {f"correction/{kind}": float(corrections[kind]) for kind in ("reflect", "answer", "solution")}
+    metrics |= {f"correction/{kind}": float(corrections[kind]) for kind in get_args(Correction)}
     for name in names:
         metrics[f"reward/{name}"] = _mean([sample.reward.parts[name] for sample in samples])
     return metrics
@@ -141,6 +144,15 @@ def truncation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {"masked/truncated": _share(sample.is_truncated for sample in samples if not sample.reward.skipped)}
 
 
+def superseded_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the share of tokens that the loss leaves out because a correction has superseded them."""
+    return {
+        "masked/superseded": _share(
+            old for sample in samples if not sample.reward.skipped for old in sample.response.superseded
+        )
+    }
+
+
 def num_generated(samples: Sequence[Sample]) -> int:
     """Return how many tokens the policy generated: its first attempts and its continuations."""
     return sum(
@@ -156,20 +168,20 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def drift_metrics(pairs: Sequence[tuple[Sample, Sequence[float], Sequence[float]]]) -> dict[str, float]:
+def drift_metrics(pairs: Sequence[tuple[Sample, Recomputed, Recomputed]]) -> dict[str, float]:
     """Return how far the trainer's recomputed logprobs and entropies lie from those recorded while sampling.
 
     ``pairs`` holds a sample and the recomputed logprobs and entropies of its tokens, under the weights that sampled it.
-    Tokens without a record do not count; with no record at all there are no metrics.
+    Tokens without a record, or not recomputed (None), do not count; with none at all there are no metrics.
     """
     logprob_errors: list[float] = []
     entropy_errors: list[float] = []
     for sample, logprobs, entropy in pairs:
         for recorded, recomputed in zip(sample.response.logprobs, logprobs, strict=True):
-            if not math.isnan(recorded):
+            if recomputed is not None and not math.isnan(recorded):
                 logprob_errors.append(abs(recorded - recomputed))
         for recorded, recomputed in zip(sample.response.entropy, entropy, strict=True):
-            if not math.isnan(recorded):
+            if recomputed is not None and not math.isnan(recorded):
                 entropy_errors.append(abs(recorded - recomputed))
     metrics: dict[str, float] = {}
     if logprob_errors:

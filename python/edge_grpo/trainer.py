@@ -44,6 +44,7 @@ from edge_grpo.metrics import (
     reward_kl_metrics,
     sampler_metrics,
     step_metrics,
+    superseded_metrics,
     truncation_metrics,
 )
 from edge_grpo.policy.loading import eos_token_ids, load_model
@@ -245,6 +246,8 @@ class Trainer:
             metrics |= reward_kl_metrics(everyone)
         if self.learner.loss.mask_truncated_completions:
             metrics |= truncation_metrics(everyone)
+        if self.learner.masks_superseded:
+            metrics |= superseded_metrics(everyone)
         if self.learner.loss.sampler_ratio_cap is not None:
             metrics |= sampler_metrics(everyone, self.learner.loss)
         metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}

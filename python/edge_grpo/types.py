@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
-Correction = Literal["reflect", "answer", "solution"]
+Correction = Literal["reflect", "answer", "solution", "hint"]
 Outcome = Literal["correct", "wrong", "unparseable", "timed_out"]
 FailureKind = Literal["timed_out", "out_of_memory", "died", "raised"]  # of a call in another process
 
@@ -79,6 +79,11 @@ class Response:
     def is_recorded(self) -> bool:
         """Whether sampling left a logprob and an entropy for every token, so that no scoring pass is needed."""
         return not any(map(math.isnan, self.logprobs)) and not any(map(math.isnan, self.entropy))
+
+    @property
+    def superseded(self) -> tuple[bool, ...]:
+        """Of each token, whether it is of a first attempt that was corrected: sampled before something was injected."""
+        return tuple(self.correction is not None and mark == Provenance.SAMPLED for mark in self.provenance)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ SAMPLED, INJECTED, CONTINUED = Provenance
 
 SOLUTION = r"2 and 3 make \boxed{5}."
 
-KINDS = ("reflect", "answer", "solution")
+KINDS = ("reflect", "answer", "solution", "hint")
 ONLY = {kind: {"mix": {kind: 1.0}} for kind in KINDS}
 
 # " No!" and " It is N." are short enough to count by eye.

@@ -372,7 +372,7 @@ def test_lengths_and_end_of_sequence_are_checked():
         ({"mix": {}}, "mix must not be all 0"),
         ({"mix": {"reflect": -0.5, "answer": 1.25}}, r"mix\['reflect'\] must be a number >= 0; got -0\.5"),
         ({"mix": {"answer": math.inf}}, r"mix\['answer'\] must be a finite number; got inf"),
-        ({"mix": {"refelct": 1}}, "mix takes reflect, answer, solution; got 'refelct'; did you mean reflect?"),
+        ({"mix": {"refelct": 1}}, "mix takes reflect, answer, solution, hint; got 'refelct'; did you mean reflect?"),
         ({"max_length": 0}, "max_length must be a whole number of at least 1"),
         ({"answer_text": "It is right there."}, r"answer_text must contain \{answer\}"),
         ({"answer_text": r" It is \boxed{answer}."}, r"which makes ' It is \\\\boxed7\.' .* double the braces"),

@@ -258,14 +258,17 @@ def test_sampled_ids_never_change(name, data, text, eos, kind):
         mark: tuple(t for t, p in zip(after.token_ids, after.provenance, strict=True) if p is mark)
         for mark in Provenance
     }
-    kept = () if kind == "solution" else tuple(ids)
+    kept = () if kind in ("solution", "hint") else tuple(ids)
     assert by_provenance[SAMPLED] == kept
     assert after.logprobs[: len(kept)] == records[: len(kept)]
-    assert by_provenance[CONTINUED] == (more if kind == "reflect" else ())
+    assert by_provenance[CONTINUED] == (more if kind in ("reflect", "hint") else ())
     injected = by_provenance[INJECTED]
     assert after.token_ids == kept + injected + by_provenance[CONTINUED]
-    if kind == "reflect":
-        assert asked == [(*row.token_ids, *ids, *injected)]
+    if kind in ("reflect", "hint"):
+        assert asked == [(*row.token_ids, *kept, *injected)]
+    if kind == "hint":
+        assert injected == tuple(tokenizer.encode(SOLUTION, add_special_tokens=False))[: len(injected)] != ()
+        return
     # What was injected is the configured text's tokens, whatever stands before them.
     before_it = tokenizer.decode(ids)  # nothing or blanks, at least as it is shown: then no blank is added
     blank = not before_it or before_it[-1].isspace()

@@ -1,9 +1,9 @@
 """Configuration of a run: the keys and their rules, reading and writing them, the help about them."""
 
+from edge_grpo.config.correction import CorrectionConfig
 from edge_grpo.config.help import describe, keys_help
 from edge_grpo.config.keys import (
     AdvantageConfig,
-    CorrectionConfig,
     DataConfig,
     Engine,
     EvalConfig,

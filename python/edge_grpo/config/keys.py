@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
+from edge_grpo.config.correction import CorrectionConfig
 from edge_grpo.config.model import ModelConfig
-from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer, last_box
+from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer
 from edge_kernels.config import EDAConfig, GRPOLossConfig, KLEstimator, MeanOver, ScaleRewards
 
 Method = Literal["edge", "grpo", "eda", "gec", "grpo+reflection"]
 Engine = Literal["transformers", "vllm", "vllm-server"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnError = Literal["fail", "zero", "skip"]
-Scope = Literal["all", "collapsed", "one"]
-LongSolution = Literal["shorter", "truncate", "skip"]
 Unboxable = Literal["refuse", "drop", "keep"]
-Kind = Literal["reflect", "answer", "solution"]
 TRACKERS = ("trackio", "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab")
 
 
@@ -88,6 +86,7 @@ class RolloutConfig:
     temperature: float = 1.0  # sampling temperature; the loss uses the same
     max_completion_length: int = 256  # tokens of one response before correction; dr_grpo divides by it
     batch_size: int = 64  # sequences generated at once per process
+    resample: int = 0  # at most so often replace groups whose final rewards are all equal by groups of other prompts
     vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
     server: str = "127.0.0.1:8000"  # address of vllm-server, on which edge-grpo serve listens
     server_folder: str | None = None  # a folder shared with vllm-server, for the weights; null sends them by NCCL
@@ -100,7 +99,7 @@ class RolloutConfig:
             max_completion_length=self.max_completion_length,
             batch_size=self.batch_size,
         )
-        problems += real("(0, 1e6]", timeout=self.timeout)
+        problems += whole(0, resample=self.resample) + real("(0, 1e6]", timeout=self.timeout)
         address = re.fullmatch(r"[^/\s:]+:(\d{1,5})", self.server)
         if not address or not 0 < int(address[1]) < 65536:
             problems.append(f"server must read HOST:PORT; got {self.server!r}")
@@ -149,66 +148,6 @@ class RewardConfig:
     def functions(self) -> list[str]:
         """The user's functions among ``weights``, by dotted path."""
         return [name for name in self.weights if ":" in name]
-
-
-def _published_mix() -> dict[str, float]:
-    return {"reflect": 0.5, "answer": 0.25, "solution": 0.25}
-
-
-@dataclass(frozen=True)
-class CorrectionConfig:
-    # relative weights: reflect (the policy continues), answer (appended), solution (replaces all); others are 0
-    mix: dict[str, float] = field(default_factory=_published_mix)
-    reflection_text: str = " Wait! Something is wrong here."  # what reflect and answer append
-    answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends after it, with {answer}
-    max_length: int = 256  # tokens that a correction may add to a response
-    truncated: bool = True  # whether responses cut off by the length limit are corrected too
-    scope: Scope = "all"  # correct all wrong responses, those of collapsed groups, or one per group with none right
-    max_per_group: int | None = None  # correct at most this many responses of a group, drawn at random
-    long_solution: LongSolution = "shorter"  # a solution over the limit: try answer, then reflect; truncate it; or skip
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"mix takes {', '.join(get_args(Kind))}; got {kind!r}{did_you_mean(kind, get_args(Kind))}"
-            for kind in self.mix
-            if kind not in get_args(Kind)
-        ]
-        weights = {f"mix[{kind!r}]": weight for kind, weight in self.mix.items()}
-        problems += real("finite", **weights) or real(">= 0", **weights)
-        if not problems and not any(self.mix.values()):
-            problems.append(f"mix must not be all 0; got {self.mix}; method grpo or eda trains without correction")
-        problems += whole(1, max_length=self.max_length)
-        if self.max_per_group is not None:
-            problems += whole(1, max_per_group=self.max_per_group)
-        if not self.reflection_text.strip() and (self.mix.get("reflect") or self.mix.get("answer")):
-            problems.append("reflection_text must not be empty; set reflect and answer to 0 in mix to leave it out")
-        filled = fill(self.answer_text, "answer", "7")
-        if filled == fill(self.answer_text, "answer", "8"):
-            problems.append(f"answer_text must contain {{answer}}; got {self.answer_text!r}")
-        elif "\\boxed" in filled and last_box(fill(self.answer_text, "answer", "x + 7")) != "x + 7":
-            problems.append(
-                f"answer_text must put {{answer}} into a readable \\boxed{{}}; got {self.answer_text!r}, which makes "
-                f"{filled!r} of the answer 7; double the braces that must remain: \\boxed{{{{{{answer}}}}}}"
-            )
-        refuse(problems)
-
-    @property
-    def reflect(self) -> float:
-        """The probability of appending the reflection prompt and letting the policy go on."""
-        return self._probability("reflect")
-
-    @property
-    def answer(self) -> float:
-        """The probability of appending the reflection prompt and the right answer."""
-        return self._probability("answer")
-
-    @property
-    def solution(self) -> float:
-        """The probability of replacing the response by the reference solution."""
-        return self._probability("solution")
-
-    def _probability(self, kind: Kind) -> float:
-        return self.mix.get(kind, 0.0) / sum(self.mix.values())
 
 
 @dataclass(frozen=True)

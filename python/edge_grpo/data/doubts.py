@@ -58,7 +58,8 @@ def _lacking(config: TrainConfig, prompts: Sequence[Prompt]) -> list[str]:
     """Corrections that rows have no text for; they become other kinds, or none."""
     found = []
     correction = config.correction_config
-    for column, asked in (("answer", correction.answer), ("solution", correction.solution)):
+    for column, kinds in (("answer", ("answer",)), ("solution", ("solution", "hint"))):
+        asked = [f"correction.mix.{kind}=0" for kind in kinds if correction.mix.get(kind)]
         missing = sum(getattr(prompt.example, column) is None for prompt in prompts)
         if not (config.use_gec and asked and missing):
             continue
@@ -67,7 +68,7 @@ def _lacking(config: TrainConfig, prompts: Sequence[Prompt]) -> list[str]:
         )
         if missing == len(prompts):
             raise ValueError(
-                f"{lack}; name their column with data.columns.{column}=COLUMN, or set correction.mix.{column}=0"
+                f"{lack}; name their column with data.columns.{column}=COLUMN, or set {' and '.join(asked)}"
             )
         found.append(f"{lack}: their corrections are of another kind")
     return found

@@ -63,7 +63,7 @@ from edge_kernels.config import EDAConfig, GRPOLossConfig
         ("correction.mix={answer: 0}", "correction.mix must not be all 0; got {'answer': 0.0}"),
         (
             "correction.mix.reflct=1",
-            "correction.mix takes reflect, answer, solution; got 'reflct'; did you mean reflec",
+            "correction.mix takes reflect, answer, solution, hint; got 'reflct'; did you mean reflec",
         ),
         (
             "data.columns.anser=x",

@@ -33,7 +33,7 @@ class EdgeGRPOConfig(GRPOConfig):
         default_factory=dict,
         metadata={
             "help": "Keys of our section `correction`: mix, reflection_text, answer_text, max_length, truncated, "
-            "scope, max_per_group, long_solution."
+            "scope, max_per_group, long_solution, hint_min, hint_max."
         },
     )
     injected: str = field(
@@ -77,6 +77,11 @@ class EdgeGRPOConfig(GRPOConfig):
         if "scale_rewards" in weights:
             raise ValueError("eda_config must not set scale_rewards; TRL's own option of that name decides")
         correction = section_from_dict(CorrectionConfig, _mapping("correction", self.correction), "correction")
+        if correction.superseded != "credit":
+            raise ValueError(
+                "correction.superseded must be 'credit'; TRL's losses take the completion's mask from TRL; train with "
+                "edge-grpo train to mask superseded attempts"
+            )
         grading = _mapping("reward", self.reward)
         reward = section_from_dict(RewardConfig, grading, "reward")
         for name in ("weights", "on_error", "function_timeout"):

@@ -325,7 +325,7 @@ class Guide:
         usable = {
             "reflect": correction.reflect,
             "answer": correction.answer * (args.answer_column in columns),
-            "solution": correction.solution * (args.solution_column in columns),
+            "solution": (correction.solution + correction.hint) * (args.solution_column in columns),
         }
         if not any(usable.values()):
             raise ValueError(

@@ -18,8 +18,9 @@ const SECTIONS = [
   ["Rollout and correction", [
     { title: "Response length", zero: true, note: "Tokens; the band spans shortest to longest.", series: [["length/mean", "mean"]], band: ["length/min", "length/max"] },
     { title: "Truncated", note: "Share of first attempts cut off by the length limit.", unit: "share", quiet: true, series: [["length/truncated", "truncated"]] },
-    { title: "Corrections", note: "Responses corrected, by kind.", quiet: true, series: [["correction/reflect", "reflect"], ["correction/answer", "answer"], ["correction/solution", "solution"], ["correction/fallbacks", "too long for the kind drawn"], ["correction/truncated", "solutions cut"]] },
+    { title: "Corrections", note: "Responses corrected, by kind.", quiet: true, series: [["correction/reflect", "reflect"], ["correction/answer", "answer"], ["correction/solution", "solution"], ["correction/hint", "hint"], ["correction/fallbacks", "too long for the kind drawn"], ["correction/truncated", "solutions cut"]] },
     { title: "Injected tokens", note: "Share of tokens that the policy did not sample.", unit: "share", quiet: true, series: [["tokens/injected_share", "injected"]] },
+    { title: "Superseded tokens", note: "Share of tokens of corrected attempts, which have no loss.", unit: "share", quiet: true, series: [["masked/superseded", "masked"]] },
     { title: "Failed first attempts", note: "Share of responses without a readable answer, or whose grading timed out.", unit: "share", quiet: true,
       series: [["outcome_share/unparseable", "unparseable"], ["outcome_share/timed_out", "timed out"]] },
     { title: "Not judged", note: "Counts over both gradings: answers and reward functions that timed out, functions that failed, responses skipped because of it.", quiet: true,
