@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +19,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.config import validate_config
 from verl.utils.import_utils import load_class_from_fqn
-from verl_runs import TINY, compose_config
+from verl_runs import TINY, compose_config, environment
 
 from edge_grpo.config import recipe_names
 from edge_grpo.integrations.verl import EdgeAgentLoopManager, EdgePPOTrainerSync, guard
@@ -33,19 +31,6 @@ from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 from verl.trainer.ppo.v1 import get_trainer_cls
 print(get_trainer_cls("edge_sync").__name__, _agent_loop_registry["edge_agent"]["_target_"])
 """
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    """The variables of a process that sees this package as pip would have installed it, if only by its metadata."""
-    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
-    info = tmp_path / "edge_grpo_here-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edge-grpo-here\nVersion: 0\n")
-    lines = [f"{name} = {target}" for name, target in table["verl.plugins"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[verl.plugins]", *lines, ""]))
-    places = [str(tmp_path), str(ROOT), str(ROOT / "python")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONWARNINGS": "default"}
 
 
 @pytest.mark.slow

@@ -7,10 +7,14 @@ list, and the reward worker is a function.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
@@ -35,6 +39,19 @@ OVERRIDES = (
 def compose_config(*overrides: str) -> DictConfig:
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("ppo_trainer", [*OVERRIDES, *overrides])
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The variables of a process that sees this package as pip would have installed it, if only by its metadata."""
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    info = tmp_path / "edge_grpo_here-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edge-grpo-here\nVersion: 0\n")
+    lines = [f"{name} = {target}" for name, target in table["verl.plugins"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[verl.plugins]", *lines, ""]))
+    places = [str(tmp_path), str(ROOT), str(ROOT / "python"), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONWARNINGS": "default"}
 
 
 class Queue:
