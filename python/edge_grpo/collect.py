@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
 
 from edge_grpo.batching import Sample
 from edge_grpo.config import DataConfig, TrainConfig
@@ -42,6 +41,21 @@ class Collected:
     fallbacks: int = 0  # corrections that did not fit and became a shorter kind or none
     num_truncated: int = 0  # solutions that were cut to fit
     logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what reward functions logged, by name
+    dropped: tuple[Sample, ...] = ()  # of groups that others have replaced
+    rounds: int = 0  # in which groups were replaced
+
+    def replaced_by(self, again: Collected) -> Collected:
+        """Return these samples with the groups of ``again`` in the place of those of the same number."""
+        new = {sample.group for sample in again.samples}
+        kept = [sample for sample in self.samples if sample.group not in new]
+        return replace(
+            self,
+            samples=sorted([*kept, *again.samples], key=lambda sample: sample.group),
+            fallbacks=self.fallbacks + again.fallbacks,
+            num_truncated=self.num_truncated + again.num_truncated,
+            dropped=self.dropped + tuple(sample for sample in self.samples if sample.group in new),
+            rounds=self.rounds + 1,
+        )
 
 
 class Collector:
@@ -63,6 +77,7 @@ class Collector:
         """``rejected`` are the rows whose solution is not to be injected (``find_rejected_solutions``)."""
         self.seed, self.rank, self.processes = config.seed, rank, processes
         self.num_prompts, self.num_generations = config.rollout.num_prompts, config.rollout.num_generations
+        self.max_resamples = config.rollout.resample
         self.prompts, self.engine, self.rewarder, self.tokenizer = prompts, engine, rewarder, tokenizer
         self.sampling, self.num_steps = sampling_of(config), config.steps
         self.corrector: Corrector | None = None
@@ -80,17 +95,34 @@ class Collector:
             )
 
     def collect(self, step: int, timed: Timed) -> Collected:
-        """Return the samples of a step (1-based): the same ones for the same seed, weights and number of processes."""
+        """Return the samples of a step (1-based): the same ones for the same seed, weights and number of processes.
+
+        With ``rollout.resample``, a group whose rewards are all equal after correction is replaced by one of another
+        prompt, at most so many times; the last one stays even so. A step has the same number of groups in any case.
+        Which prompts those are depends on the seed, the step and the group's number alone: nothing has to be saved for
+        a resumed run, and processes need not wait for each other.
+        """
+        collected = self._collect(step, 0, {group: self.prompts[row] for group, row in self._rows(step).items()}, timed)
+        for number in range(1, self.max_resamples + 1):
+            collapsed = collapsed_groups(collected.samples)
+            if not collapsed:
+                break
+            again = self._collect(step, number, self._other_prompts(step, number, collapsed), timed)
+            collected = collected.replaced_by(again)
+        return replace(collected, logged=self.rewarder.take_metrics())
+
+    def _collect(self, step: int, number: int, prompt_of: Mapping[int, Prompt], timed: Timed) -> Collected:
+        """Sample, grade and correct one group of each prompt; ``number`` 0 is the step's first sampling."""
         size = self.num_generations
-        prompts = [prompt for prompt in self.prompts_of(step) for _ in range(size)]
-        start = self.rank * len(prompts)
-        places = range(start, start + len(prompts))  # unique over all processes, like the groups made of them
-        groups = [place // size for place in places]
+        prompts = [prompt for prompt in prompt_of.values() for _ in range(size)]
+        groups = [group for group in prompt_of for _ in range(size)]
+        places = [group * size + member for group in prompt_of for member in range(size)]  # unique over all processes
+        again = (number,) if number else ()
         with timed("rollout"):
             first = self.engine.generate(
                 [prompt.token_ids for prompt in prompts],
                 self.sampling,
-                seed=derive_seed(self.seed, "rollout", step, self.rank),
+                seed=derive_seed(self.seed, "rollout", step, self.rank, *again),
             )
         with timed("reward"):
             first_rewards = self._judge(step, prompts, first)
@@ -98,33 +130,44 @@ class Collector:
         plan: CorrectionPlan | None = None
         if self.corrector is not None:
             with timed("correction"):
-                seed = derive_seed(self.seed, "correction", step)
+                seed = derive_seed(self.seed, "correction", step, *again)
                 plan = self.corrector.plan(prompts, first, first_rewards, groups, seed=seed, keys=places)
+                start = self.rank * self.num_prompts // self.processes * size
                 responses = carry_out(plan, self.engine, self.sampling, seed=derive_seed(seed, "continuation", start))
             with timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
-                again = self._judge(
+                judged = self._judge(
                     step, [prompts[index] for index in changed], [responses[index] for index in changed]
                 )
-                for index, reward in zip(changed, again, strict=True):
+                for index, reward in zip(changed, judged, strict=True):
                     rewards[index] = reward
         samples = [Sample(*row) for row in zip(prompts, groups, first, first_rewards, responses, rewards, strict=True)]
-        logged = self.rewarder.take_metrics()
         if plan is None:
-            return Collected(samples, logged=logged)
-        return Collected(samples, plan.fallbacks.total(), plan.num_truncated, logged)
+            return Collected(samples)
+        return Collected(samples, plan.fallbacks.total(), plan.num_truncated)
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """Return this process's prompts of a step; each epoch has its own order of the data."""
+    def _rows(self, step: int) -> dict[int, int]:
+        """Return the row of each of this process's groups of a step; each epoch has its own order of the data."""
         per_process = self.num_prompts // self.processes
-        start = (step - 1) * self.num_prompts + self.rank * per_process
-        places = [divmod(position, len(self.prompts)) for position in range(start, start + per_process)]
-        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
-        return [self.prompts[int(orders[epoch][offset])] for epoch, offset in places]
+        groups = range(self.rank * per_process, (self.rank + 1) * per_process)
+        return dict(zip(groups, self._rows_of(step, groups), strict=True))
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-        return torch.randperm(len(self.prompts), generator=generator)
+    def _rows_of(self, step: int, groups: Iterable[int]) -> list[int]:
+        places = [divmod((step - 1) * self.num_prompts + group, len(self.prompts)) for group in groups]
+        orders = {epoch: self._order("order", epoch) for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][offset] for epoch, offset in places]
+
+    def _other_prompts(self, step: int, number: int, groups: Iterable[int]) -> dict[int, Prompt]:
+        """Return new prompts for some groups: rows that no process has in this step, each once while there are any."""
+        taken = set(self._rows_of(step, range(self.num_prompts)))
+        order = self._order("resample", step)
+        others = [row for row in order if row not in taken] or order
+        first = (number - 1) * self.num_prompts
+        return {group: self.prompts[others[(first + group) % len(others)]] for group in groups}
+
+    def _order(self, name: str, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, name, number))
+        return torch.randperm(len(self.prompts), generator=generator).tolist()
 
     def _judge(self, step: int, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Reward]:
         seen, rows = (step - 1) * self.num_prompts, len(self.prompts)
@@ -140,6 +183,15 @@ def sampling_of(config: TrainConfig) -> Sampling:
     """Return how a run samples its first attempts."""
     rollout = config.rollout
     return Sampling(max_tokens=rollout.max_completion_length, temperature=rollout.temperature)
+
+
+def collapsed_groups(samples: Sequence[Sample]) -> list[int]:
+    """Return the groups whose rewards are all equal, skipped responses left out: they have no advantage."""
+    rewards: dict[int, set[float]] = {sample.group: set() for sample in samples}
+    for sample in samples:
+        if not sample.reward.skipped:
+            rewards[sample.group].add(sample.reward.total)
+    return [group for group, values in rewards.items() if len(values) < 2]
 
 
 def carry_out(plan: CorrectionPlan, engine: RolloutEngine, sampling: Sampling, *, seed: int) -> list[Response]:

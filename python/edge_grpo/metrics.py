@@ -153,6 +153,19 @@ def superseded_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
+def resample_metrics(samples: Sequence[Sample], dropped: Sequence[Sample], rounds: Sequence[int]) -> dict[str, float]:
+    """Return how many groups were dropped for others, and the accuracy of all first attempts, dropped ones included.
+
+    ``rounds`` has the rounds that each process needed; the step waits for the longest.
+    """
+    everything = [sample for sample in (*samples, *dropped) if not sample.reward.skipped]
+    return {
+        "resample/rounds": float(max(rounds)),
+        "resample/dropped": len(dropped) * len({sample.group for sample in samples}) / len(samples),
+        "resample/accuracy": _share(sample.first_reward.correct for sample in everything),
+    }
+
+
 def num_generated(samples: Sequence[Sample]) -> int:
     """Return how many tokens the policy generated: its first attempts and its continuations."""
     return sum(

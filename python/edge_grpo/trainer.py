@@ -41,6 +41,7 @@ from edge_grpo.metrics import (
     function_metrics,
     num_generated,
     peak_bytes,
+    resample_metrics,
     reward_kl_metrics,
     sampler_metrics,
     step_metrics,
@@ -248,15 +249,21 @@ class Trainer:
             metrics |= truncation_metrics(everyone)
         if self.learner.masks_superseded:
             metrics |= superseded_metrics(everyone)
+        dropped: list[Sample] = []
+        if self.config.rollout.resample:
+            dropped = gather_object(list(collected.dropped))
+            metrics |= resample_metrics(everyone, dropped, gather_object([collected.rounds]))
         if self.learner.loss.sampler_ratio_cap is not None:
             metrics |= sampler_metrics(everyone, self.learner.loss)
         metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}
         if self.collector.corrector is not None:
             counts = gather_object([(collected.fallbacks, collected.num_truncated)])
             metrics |= correction_metrics(counts, len(self.collector.corrector.rejected_solutions))
+        num_tokens = num_generated([*everyone, *dropped])
         metrics |= {
             "time/total": total,
-            "throughput/tokens_per_s": num_generated(everyone) / total,
+            "tokens/generated": float(num_tokens),
+            "throughput/tokens_per_s": num_tokens / total,
             "memory/peak_bytes": float(peak_bytes()),
         }
         return everyone, metrics
@@ -284,7 +291,7 @@ class Trainer:
             parameters=sum(value.numel() for value in parameters),
             weight_bytes=sum(value.numel() * value.element_size() for value in parameters),
             trained_bytes=sum(value.numel() * value.element_size() for value in parameters if value.requires_grad),
-            generated_tokens=round(metrics["throughput/tokens_per_s"] * metrics["time/total"]),
+            generated_tokens=int(metrics["tokens/generated"]),
             truncated=metrics["length/truncated"],
             peak_bytes=int(metrics["memory/peak_bytes"]),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",

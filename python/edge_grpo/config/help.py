@@ -97,7 +97,7 @@ def _shown(value: Any) -> str:
 
 
 def _notes(cls: Any) -> dict[str, str]:
-    """Return what is said about each field: the comment on its line or above, or its paragraph in the docstring.
+    """Return what is said about each field: the comment beside or above it, or its paragraph in the docstring.
 
     Such a paragraph begins "``name``  text" or "``name, other``  text"; a field without either is looked for in the
     text of the others.
@@ -109,7 +109,10 @@ def _notes(cls: Any) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     beside = {line: text for (line, column), text in comments.items() if column > 4}
-    above = {line + 1: text for (line, column), text in comments.items() if column == 4}
+    above: dict[int, str] = {}
+    for (line, column), text in comments.items():
+        if column == 4:
+            above[line + 1] = f"{above.get(line, '')} {text}".strip()  # goes on from the line before
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
     fields = {n.target.id: n for n in body.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}

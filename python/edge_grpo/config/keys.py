@@ -86,7 +86,9 @@ class RolloutConfig:
     temperature: float = 1.0  # sampling temperature; the loss uses the same
     max_completion_length: int = 256  # tokens of one response before correction; dr_grpo divides by it
     batch_size: int = 64  # sequences generated at once per process
-    resample: int = 0  # at most so often replace groups whose final rewards are all equal by groups of other prompts
+    # dynamic sampling: rounds a step in which groups whose rewards, after correction, are all equal are dropped and
+    # other prompts sampled in their place
+    resample: int = 0
     vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
     server: str = "127.0.0.1:8000"  # address of vllm-server, on which edge-grpo serve listens
     server_folder: str | None = None  # a folder shared with vllm-server, for the weights; null sends them by NCCL

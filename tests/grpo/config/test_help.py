@@ -23,6 +23,8 @@ def test_help_stands_once_beside_its_field() -> None:
     by_key = {entry.key: entry for entry in describe()}
     assert by_key["rollout.num_generations"].help == "responses per prompt: the group size G"
     assert by_key["reward.weights"].help.startswith("by name: accuracy (answer right)")  # from the line above
+    assert by_key["correction.superseded"].help.startswith("tokens of the wrong attempt that")  # from two lines above
+    assert by_key["correction.superseded"].help.endswith("so that they have no loss")
     assert by_key["rollout.engine"].choices == ["transformers", "vllm", "vllm-server"]
     assert by_key["loss.delta"].choices == []
     # edge_kernels documents its fields in docstrings: one paragraph may speak for several.

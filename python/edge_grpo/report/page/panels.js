@@ -16,6 +16,8 @@ const SECTIONS = [
     { title: "Entropy-driven weights", note: "1 / P̂, the factor on a response's advantage; the band spans smallest to largest.", series: [["eda/weight_mean", "mean"]], band: ["eda/weight_min", "eda/weight_max"], constant: 1 },
   ]],
   ["Rollout and correction", [
+    { title: "Replaced groups", note: "Groups that were dropped because their rewards were all equal, and the rounds in which others took their place.", quiet: true, series: [["resample/dropped", "groups dropped"], ["resample/rounds", "rounds"]] },
+    { title: "Accuracy of everything sampled", note: "Share of first attempts whose answer is right, those of dropped groups included.", unit: "share", quiet: true, series: [["resample/accuracy", "first attempts"]] },
     { title: "Response length", zero: true, note: "Tokens; the band spans shortest to longest.", series: [["length/mean", "mean"]], band: ["length/min", "length/max"] },
     { title: "Truncated", note: "Share of first attempts cut off by the length limit.", unit: "share", quiet: true, series: [["length/truncated", "truncated"]] },
     { title: "Corrections", note: "Responses corrected, by kind.", quiet: true, series: [["correction/reflect", "reflect"], ["correction/answer", "answer"], ["correction/solution", "solution"], ["correction/hint", "hint"], ["correction/fallbacks", "too long for the kind drawn"], ["correction/truncated", "solutions cut"]] },
@@ -44,6 +46,7 @@ const SECTIONS = [
   ["Cost", [
     { title: "Time per step", note: "Seconds in each phase.", stacked: true, unit: "seconds",
       series: [["time/rollout", "rollout"], ["time/reward", "reward"], ["time/correction", "correction"], ["time/score", "score"], ["time/update", "update"], ["time/other", "other"]] },
+    { title: "Generated tokens", note: "By the policy in each step: first attempts and continuations, those of dropped groups included.", series: [["tokens/generated", "tokens"]], zero: true },
     { title: "Throughput", note: "Tokens per second, over the whole step.", series: [["throughput/tokens_per_s", "tokens/s"]], zero: true },
     { title: "Peak memory", note: "Of this process, up to this step.", exact: true, unit: "bytes", series: [["memory/peak_bytes", "peak"]], zero: true },
   ]],
