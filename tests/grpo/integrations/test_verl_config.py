@@ -109,16 +109,17 @@ def test_what_does_not_fit_is_refused_with_its_name(overrides, message):
         EdgePPOTrainerSync(compose_config(*overrides))
 
 
-def command() -> list[str]:
-    """The one command, as the README has it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def command(page: str) -> list[str]:
+    """The one command, as a page has it."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if line.startswith("python -m verl.trainer.main_ppo"))
     return shlex.split(line)
 
 
-def test_the_recipe_is_a_configuration_of_verl():
-    """The README's command, up to where verl would start a cluster: composed, accepted, and taken by the trainer."""
-    words = command()
+@pytest.mark.parametrize("page", ["README.md", "docs/verl.md"])
+def test_the_recipe_is_a_configuration_of_verl(page):
+    """The command, up to where verl would start a cluster: composed, accepted, and taken by the trainer."""
+    words = command(page)
     folder, name = words[words.index("--config-dir") + 1], words[words.index("--config-name") + 1]
     with initialize_config_dir(str(ROOT / folder), version_base=None):
         config = compose(name, [word for word in words if "=" in word])

@@ -6,13 +6,17 @@ import asyncio
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tensordict", reason="verl's requirements: make test-verl")
 pytest.importorskip("verl.trainer.ppo.v1", reason="verl's requirements: make test-verl")
 
 from omegaconf import DictConfig
+from verl.experimental.agent_loop.agent_loop import register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.utils.reward_score import gsm8k
 from verl_runs import Queue, RewardWorker, Server, compose_config
 
 from edge_grpo.config.seeds import derive_seed
@@ -63,9 +67,10 @@ class Rollout:
     def score(self, token_ids: list[int]) -> float:
         return float("\\boxed{7}" in self.tokenizer.decode(token_ids))
 
-    def run(self, *, validate: bool = False) -> list[dict]:
+    def run(self, *, validate: bool = False, **columns: object) -> list[dict]:
         """Run one prompt through verl's worker; the stored rows in the order of sessions."""
-        prompt = {**ROW, "agent_name": self.config.actor_rollout_ref.rollout.agent.default_agent_loop}
+        agent = self.config.actor_rollout_ref.rollout.agent.default_agent_loop
+        prompt = {**ROW, "agent_name": agent, **columns}
         trajectory = {"step": 2, "sample_index": 5, "rollout_n": 0, "validate": validate}
         asyncio.run(asyncio.wait_for(self.worker._run_prompt(prompt, dict(SAMPLING), trajectory), timeout=60))
         return [self.queue.rows[key] for key in sorted(self.queue.rows)]
@@ -169,6 +174,43 @@ def test_the_reward_that_decides_can_be_named(monkeypatch):
     wrong = Rollout(monkeypatch, (0,), "+edge.accuracy_key=accuracy")
     assert wrong.run() == []
     assert wrong.queue.tags["u"] == {"status": "failure"}
+
+
+@pytest.mark.parametrize("truth", [["7", "7.0"], np.array(["7"], dtype=object), 7], ids=["list", "array", "number"])
+def test_answers_of_every_form_are_written(monkeypatch, truth):
+    run = Rollout(monkeypatch, (), "+edge.correction.mix={answer: 1.0}")
+    rows = run.run(reward_model={"ground_truth": truth})
+    assert [row["rm_scores"].sum().item() for row in rows] == [1.0] * SIZE
+
+
+def test_an_answer_that_is_no_text_is_refused(monkeypatch, caplog):
+    run = Rollout(monkeypatch, ())
+    assert run.run(reward_model={"ground_truth": {"target": "7"}}) == []
+    assert "reward_model.ground_truth holds target; name one of these after a dot" in caplog.text
+
+
+def test_corrections_for_gsm8k_are_right_to_verls_own_reward(monkeypatch):
+    """With the settings of docs/verl.md; by default an answer stands in a box, which that reward does not read."""
+    settings = ["+edge.correction.answer_text=' #### {answer}'", "+edge.solution_key=extra_info.answer"]
+    for kind in ("answer", "solution"):
+        run = Rollout(monkeypatch, (), *settings, f"+edge.correction.mix={{{kind}: 1.0}}")
+        run.judge.score = lambda ids, decode=run.tokenizer.decode: gsm8k.compute_score(decode(ids), "7")
+        rows = run.run(extra_info={"answer": "Three and four are seven.\n#### 7"})
+        assert [row["extra_fields"]["edge_correction"] for row in rows] == [kind] * SIZE
+        assert [row["rm_scores"].sum().item() for row in rows] == [1.0] * SIZE
+
+
+def test_an_agent_loop_that_the_dataset_names(monkeypatch):
+    """verl's plain one is ours; any other runs as it is, and that is said."""
+    rows = Rollout(monkeypatch, (), "+edge.correction.mix={answer: 1.0}").run(agent_name="single_turn_agent")
+    assert [row["extra_fields"]["edge_correction"] for row in rows] == ["answer"] * SIZE
+    register("of_the_user")(SingleTurnAgentLoop)
+    other = Rollout(monkeypatch, ())
+    monkeypatch.setattr(other.server, "generate", _unlimited(other.server))
+    with pytest.warns(UserWarning, match="the agent loop of_the_user are not corrected"):
+        rows = other.run(agent_name="of_the_user")
+    assert len(rows) == SIZE
+    assert all("edge_correction" not in row["extra_fields"] for row in rows)
 
 
 def test_a_session_that_fails_holds_up_no_other(monkeypatch, caplog):

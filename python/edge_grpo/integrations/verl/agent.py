@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.utils.profiler import simple_timer
@@ -108,10 +109,17 @@ def _of_one(plan: CorrectionPlan, position: int) -> CorrectionPlan:
 
 
 def _entry(row: Mapping[str, Any], place: str) -> str | None:
-    """What lies at a dotted place of a row, as text; None where it has no such entry."""
+    """What lies at a dotted place of a row, as text, the first of several; None where it has no such entry."""
     value: Any = row
     for name in place.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = next(iter(value), None)
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"edge.answer_key and edge.solution_key must lead to a text or a number; {place} holds {', '.join(value)}; "
+            "name one of these after a dot"
+        )
     return None if value is None else str(value)
 
 

@@ -15,7 +15,7 @@ from edge_kernels import EDAConfig
 
 AGENT = "edge_agent"  # the agent loop that corrects
 MANAGER = "edge_grpo.integrations.verl.worker.EdgeAgentLoopManager"
-_PLAIN_AGENT = "single_turn_agent"
+PLAIN_AGENT = "single_turn_agent"  # the one that it extends
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def route_rollouts(config: DictConfig, settings: EdgeSettings) -> None:
     if not settings.gec:
         return
     agent = config.actor_rollout_ref.rollout.agent
-    if agent.default_agent_loop not in (_PLAIN_AGENT, AGENT):
+    if agent.default_agent_loop not in (PLAIN_AGENT, AGENT):
         raise ValueError(
-            f"correction works with rollout.agent.default_agent_loop={_PLAIN_AGENT}, single turns of text; got "
+            f"correction works with rollout.agent.default_agent_loop={PLAIN_AGENT}, single turns of text; got "
             f"{agent.default_agent_loop}; set edge.gec=false to train without correction"
         )
     if agent.get("agent_loop_manager_class") not in (None, MANAGER):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from edge_grpo.correction import Corrector
 from edge_grpo.integrations.verl.agent import GROUP, Group
 from edge_grpo.integrations.verl.guard import plain_class
-from edge_grpo.integrations.verl.settings import first_attempt_length, read_settings
+from edge_grpo.integrations.verl.settings import AGENT, PLAIN_AGENT, first_attempt_length, read_settings
 from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.policy.loading import ending_token_ids
 
@@ -40,7 +41,12 @@ class EdgeAgentLoopWorker(_Worker):
     async def _run_prompt(
         self, prompt: dict[str, Any], sampling_params: dict[str, Any], trajectory: dict[str, Any], trace: bool = False
     ) -> None:
-        if trajectory["validate"] or not self.edge.gec:
+        if prompt.get("agent_name") == PLAIN_AGENT and self.edge.gec:
+            prompt = {**prompt, "agent_name": AGENT}  # a column of the dataset stands above the default
+        is_ours = prompt.get("agent_name") == AGENT
+        if not is_ours and self.edge.gec:
+            warnings.warn(f"responses of the agent loop {prompt.get('agent_name')} are not corrected", stacklevel=1)
+        if trajectory["validate"] or not (is_ours and self.edge.gec):
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         group = Group(
