@@ -57,7 +57,7 @@ from edge_grpo.run.log import RunLog
 from edge_grpo.run.plan import KEPT_CHECKPOINTS, Plan
 from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.run.trackers import check_trackers, start_trackers
-from edge_grpo.run.watch import RewardWatch
+from edge_grpo.run.watch import CorrectionWatch, RewardWatch
 from edge_grpo.types import Prompt
 
 _QUICK = 30.0  # seconds of a step
@@ -203,7 +203,9 @@ class Trainer:
         config = self.config
         after: Evaluation | None = None
         samples: list[Sample] = []
-        watch = RewardWatch(config.reward.weights)
+        watches: list[RewardWatch | CorrectionWatch] = [RewardWatch(config.reward.weights)]
+        if config.use_gec:
+            watches.append(CorrectionWatch(config.correction))
         for step in range(first + 1, config.steps + 1):
             samples, metrics = self.step(step)
             received = stop.agreed(self.accelerator)
@@ -212,8 +214,9 @@ class Trainer:
                 metrics |= _evaluation_metrics(after)
             log.completions(step, samples[:_LOGGED_COMPLETIONS], self._decode)
             log.step(step, metrics)
-            for sentence in watch.see(step, samples):
-                self._say(sentence)
+            for watch in watches:
+                for sentence in watch.see(step, samples):
+                    self._say(sentence)
             if received or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
                 self._save(step, samples, evaluated=not received)
             if received:

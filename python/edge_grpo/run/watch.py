@@ -1,13 +1,14 @@
-"""Rewards that teach nothing for many steps, noticed while a run goes on."""
+"""Steps that teach nothing, noticed while a run goes on: equal rewards, and corrections that make them equal."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
 from edge_grpo.batching import Sample
+from edge_grpo.config import CorrectionConfig
 
-STEPS = 10  # with the same reward for all responses, until that is said
+STEPS = 10  # that are looked at until something is said of them
 SKIPPED_STEPS = 3  # with all responses skipped, until the run ends
 
 
@@ -55,3 +56,38 @@ class RewardWatch:
         count = (count + 1 if count and before == values[0] else 1) if len(set(values)) == 1 else 0
         self._same[name] = values[0], count
         return count == STEPS
+
+
+class CorrectionWatch:
+    """Looks at the groups of each step: correction may make all responses of a group right, which teaches nothing."""
+
+    def __init__(self, config: CorrectionConfig) -> None:
+        self._scope = config.scope
+        self._steps: deque[tuple[int, int]] = deque(maxlen=STEPS)  # groups that correction made all right, and all
+        self._said = False
+
+    def see(self, step: int, samples: Sequence[Sample]) -> list[str]:
+        """Return, once, what is to be said after ``step``, whose responses on all processes are ``samples``."""
+        groups: defaultdict[int, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            if not sample.reward.skipped:
+                groups[sample.group].append(sample)
+        completed = sum(
+            all(sample.reward.correct for sample in group) and not all(sample.first_reward.correct for sample in group)
+            for group in groups.values()
+        )
+        self._steps.append((completed, len(groups)))
+        made, total = (sum(column) for column in zip(*self._steps, strict=True))
+        if self._said or len(self._steps) < STEPS or 2 * made <= total:
+            return []
+        self._said = True
+        remedy = (
+            "correction.scope=collapsed corrects only groups that would teach nothing, and correction.scope=one one "
+            "response of each group that has none right"
+            if self._scope == "all"
+            else "correction.scope=one corrects one response of each group that has none right"
+        )
+        return [
+            f"step {step}: correction made every response right in {made} of {total} groups of the last {STEPS} steps "
+            f"(correction.scope={self._scope}): equal rewards teach nothing; {remedy}"
+        ]

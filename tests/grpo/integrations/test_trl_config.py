@@ -35,6 +35,7 @@ def test_sections_take_our_own_keys(tmp_path):
     [
         ({"eda_config": {"clp": 4}}, "unknown key eda.clp; did you mean eda.clip"),
         ({"eda_config": {"scale_rewards": False}}, "TRL's own option"),
+        ({"correction": {"superseded": "mask"}}, "correction.superseded must be 'credit'"),
         ({"correction": {"mix": {"reflect": -1}}}, "correction.mix"),
         ({"correction": {"max_length": 0}}, "correction.max_length must be a whole number"),
         ({"correction": "solution"}, "correction must be a mapping"),

@@ -94,6 +94,7 @@ def test_defaults_are_those_of_our_own_configuration():
         (["+edge.injected=sft"], "edge.injected"),
         (["+edge.accuracy_threshold=.nan"], "accuracy_threshold"),
         (["+edge.eda_config.scale_rewards=none"], "norm_adv_by_std_in_grpo decides"),
+        (["+edge.correction.superseded=mask"], "correction.superseded must be 'credit'"),
         (["data.max_response_length=64"], "max_response_length must be more than edge.correction.max_length"),
         (["algorithm.rollout_correction.rollout_is=token"], "set edge.injected=mask"),
         (["algorithm.rollout_correction.bypass_mode=true"], "set edge.injected=mask"),

@@ -1,12 +1,16 @@
-"""Rewards that stay the same for many steps are said once, and steps that are all skipped end the run."""
+"""What a run says, once, of rewards that stay the same and of corrections that make them so; and when it ends."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from edge_grpo.run.watch import SKIPPED_STEPS, STEPS, RewardWatch
+from edge_grpo.config import CorrectionConfig
+from edge_grpo.run import watch as watch_module
+from edge_grpo.run.watch import SKIPPED_STEPS, STEPS, CorrectionWatch, RewardWatch
+from edge_grpo.trainer import train
 from edge_grpo.types import Reward
 
 WEIGHTS = {"accuracy": 1.0, "mine:f": 0.5, "mine:unused": 0.0}
@@ -55,3 +59,66 @@ def test_steps_that_are_all_skipped_end_the_run():
         RuntimeError, match=r"^mine:f failed on every response of 3 steps in a row, and .*on_error=skip"
     ):
         watch.see(9, step([0.0], skipped=True))
+
+
+# ---- Correction that makes groups all right --------------------------------------------------------------------------
+
+
+def corrected(*groups):
+    """The samples of a step, one text a group: of each response, "r" right, "w" wrong, "c" corrected, "s" skipped."""
+    samples = []
+    for group, marks in enumerate(groups):
+        for mark in marks:
+            before, after = (
+                Reward(0.0, {}, "correct" if right else "wrong", skipped=mark == "s")
+                for right in (mark == "r", mark in "rc")
+            )
+            samples.append(SimpleNamespace(group=group, first_reward=before, reward=after))
+    return samples
+
+
+def test_corrections_that_make_most_groups_all_right_are_said_once():
+    watch = CorrectionWatch(CorrectionConfig())
+    said = {number: watch.see(number, corrected("ccc", "rcs", "rrr")) for number in range(1, 3 * STEPS)}
+    [sentence] = said.pop(STEPS)
+    assert sentence.startswith(
+        f"step {STEPS}: correction made every response right in 20 of 30 groups of the last {STEPS} steps "
+        "(correction.scope=all): equal rewards teach nothing; correction.scope=collapsed corrects only"
+    )
+    assert not any(said.values())
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ("ccc", "rrr"),  # half of them: not most
+        ("rrr", "rrr"),  # they were right before
+        ("ccw", "rcw"),  # something is left to compare with
+        ("sss",),
+    ],
+)
+def test_other_corrections_are_not_said(groups):
+    watch = CorrectionWatch(CorrectionConfig())
+    assert not any(watch.see(number, corrected(*groups)) for number in range(3 * STEPS))
+
+
+def test_only_the_last_steps_count_and_the_scope_is_named():
+    watch = CorrectionWatch(CorrectionConfig(scope="collapsed"))
+    for number in range(5 * STEPS):
+        assert not watch.see(number, corrected("rrw"))
+    said = [sentence for number in range(STEPS) for sentence in watch.see(number, corrected("ccc"))]
+    [sentence] = said
+    assert sentence.startswith("step 5: correction made every response right in 6 of 10 groups")
+    assert sentence.endswith("correction.scope=one corrects one response of each group that has none right")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+def test_a_run_says_it_while_it_trains(config, monkeypatch, capsys):
+    """Solutions in the place of every wrong response, or of one in each group that has none right."""
+    monkeypatch.setattr(watch_module, "STEPS", 2)
+    for scope in ("all", "one"):
+        correction = CorrectionConfig(mix={"solution": 1.0}, scope=scope)
+        train(replace(config, seed=3, correction=correction, output=f"{config.output}-{scope}"))
+        said = [line for line in capsys.readouterr().err.splitlines() if "correction made every response right" in line]
+        assert len(said) == (scope == "all")

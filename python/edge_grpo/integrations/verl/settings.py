@@ -59,6 +59,11 @@ def read_settings(config: DictConfig) -> EdgeSettings:
         raise ValueError(
             "edge.eda_config must not set scale_rewards; verl's option algorithm.norm_adv_by_std_in_grpo decides"
         )
+    if settings.correction.superseded != "credit":
+        raise ValueError(
+            "edge.correction.superseded must be 'credit'; verl has one mask for the loss and the entropy; train with "
+            "edge-grpo train to mask superseded attempts"
+        )
     return settings
 
 
