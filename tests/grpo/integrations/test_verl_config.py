@@ -98,7 +98,6 @@ def test_defaults_are_those_of_our_own_configuration():
         (["data.max_response_length=64"], "max_response_length must be more than edge.correction.max_length"),
         (["algorithm.rollout_correction.rollout_is=token"], "set edge.injected=mask"),
         (["algorithm.rollout_correction.bypass_mode=true"], "set edge.injected=mask"),
-        (["data.continuous_token.enable=true"], "continuous_token.enable=true"),
         (["actor_rollout_ref.rollout.enable_rollout_routing_replay=true"], "routing_replay=true"),
         (["reward.reward_model.enable=true"], "enable_resource_pool=true"),
         (["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"], "got tool_agent"),

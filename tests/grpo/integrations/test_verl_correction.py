@@ -147,6 +147,22 @@ def test_credited_tokens_keep_their_mask_and_right_responses_stay(monkeypatch):
     assert len(run.server.asked) == SIZE
 
 
+@pytest.mark.parametrize("kind", ["answer", "solution"])  # keeps the first attempt, replaces it
+def test_tokens_that_verl_puts_in_itself_stay_masked(monkeypatch, kind):
+    """For some model families verl inserts tokens between prompt and response; nobody credits those."""
+    run = Rollout(monkeypatch, (), f"+edge.correction.mix={{{kind}: 1.0}}")
+    plain = SingleTurnAgentLoop.run
+
+    async def inserting(self, sampling_params, priority=0, **columns):
+        output = await plain(self, sampling_params, priority=priority, **columns)
+        output.response_mask = [0, *output.response_mask[1:]]
+        return output
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", inserting)
+    for row in run.run():
+        assert row["response_mask"].tolist() == [int(kind == "solution"), *[1] * (len(row["responses"]) - 1)]
+
+
 @pytest.mark.parametrize(
     ("scope", "rights", "corrected"),
     [

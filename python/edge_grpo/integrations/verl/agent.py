@@ -85,7 +85,10 @@ class Group:
         return Prompt(Example(0, "", answer, solution), self.decode(output.prompt_ids), tuple(output.prompt_ids))
 
     def _response(self, output: AgentLoopOutput) -> Response:
-        return response_of(output.response_ids, output.response_logprobs, self.corrector.eos_token_ids)
+        eos = self.corrector.eos_token_ids
+        response = response_of(output.response_ids, output.response_logprobs, eos)
+        marks = [Provenance.SAMPLED if mark else Provenance.INJECTED for mark in output.response_mask]
+        return replace(response, provenance=tuple(marks))
 
     def _reward(self, output: AgentLoopOutput) -> Reward:
         if output.reward_score is None:
@@ -183,19 +186,23 @@ class EdgeAgentLoop(SingleTurnAgentLoop):
         group = GROUP.get()
         assert group is not None
         masks = group.settings.injected == "mask"
+        # Tokens that verl itself has put into the first attempt stay masked, where it is still there.
+        theirs = [] if final.correction == "solution" else [not mark for mark in first.response_mask]
+        theirs += [False] * (len(injected) - len(theirs))
         logprobs = [0.0 if math.isnan(value) else value for value in final.logprobs]
         extra = {name: value for name, value in first.extra_fields.items() if name != "reward_extra_info"}
-        return AgentLoopOutput(
-            prompt_ids=first.prompt_ids,
-            response_ids=list(final.token_ids),
-            response_mask=[int(not (masks and mark)) for mark in injected],
-            response_logprobs=logprobs if first.response_logprobs is not None else None,
-            multi_modal_data=first.multi_modal_data,
-            mm_processor_kwargs=first.mm_processor_kwargs,
-            num_turns=first.num_turns,
-            metrics=first.metrics,
-            extra_fields=extra,  # the reward is the corrected response's: verl computes it again
+        corrected: AgentLoopOutput = first.model_copy(
+            update={
+                "response_ids": list(final.token_ids),
+                "response_mask": [
+                    int(not (mark and (masks or verls))) for mark, verls in zip(injected, theirs, strict=False)
+                ],
+                "response_logprobs": logprobs if first.response_logprobs is not None else None,
+                "reward_score": None,  # verl computes it again
+                "extra_fields": extra,
+            }
         )
+        return corrected
 
 
 def _cut(output: AgentLoopOutput, limit: int) -> AgentLoopOutput:

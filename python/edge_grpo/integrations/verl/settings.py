@@ -92,12 +92,10 @@ def check_options(config: DictConfig, settings: EdgeSettings) -> None:
             "correction needs rewards while it samples, but reward.reward_model.enable=true computes them afterwards; "
             f"set reward.reward_model.enable_resource_pool=true, or {off}"
         )
-    for name, value in (
-        ("data.continuous_token.enable", config.data.continuous_token.enable),
-        ("actor_rollout_ref.rollout.enable_rollout_routing_replay", rollout.get("enable_rollout_routing_replay")),
-    ):
-        if value:
-            raise ValueError(f"correction does not work with {name}=true; {off}")
+    if rollout.get("enable_rollout_routing_replay"):
+        raise ValueError(
+            f"correction does not work with actor_rollout_ref.rollout.enable_rollout_routing_replay=true; {off}"
+        )
     importance = algorithm.get("rollout_correction") or {}
     for name in ("rollout_is", "rollout_rs", "bypass_mode"):
         if settings.injected == "credit" and importance.get(name):
