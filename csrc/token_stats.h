@@ -11,8 +11,8 @@ namespace edge {
 // With m = max z, s = sum exp(z - m) and t = sum exp(z - m) * (z - m):
 //     logsumexp = m + log s        logprob = z[target] - logsumexp        entropy = log s - t / s
 // A logit of -inf contributes nothing, and has logprob -inf as a target. A row in which some z is NaN or +inf, or in
-// which every z is -inf, is NaN throughout. A row whose target is ignore_index is not read; its statistics are 0.
-// A target outside [0, vocab) has logprob NaN.
+// which every z is -inf, is NaN throughout, but total is 0 in the latter: as one of a row's shards it adds nothing. A
+// row whose target is ignore_index is not read; its statistics are 0. A target outside [0, vocab) has logprob NaN.
 struct TokenStatsForward {
     TokenRows rows;
     void* logprobs = nullptr;  // null without targets

@@ -59,6 +59,9 @@ class Transform(NamedTuple):
         return cls(temperature, softcap or None, logit_scale, int(ignore_index))
 
 
+HUGE = 2.0**30  # kernels that work in powers of two change their unit there; see backends/triton/arithmetic.py
+
+
 class KernelStats(NamedTuple):
     """``TokenStats``, and what the backend's own backward pass makes p of: exp(z - maximum) / total.
 
@@ -251,8 +254,12 @@ class Kernels(Protocol):
         ``targets`` (...), int64; None: every row counts, and logprobs are 0. All results are contiguous tensors of
         shape (...) in ``stats_dtype(logits.dtype)``. Special values as csrc/token_stats.h says: -inf contributes
         nothing, a row with NaN or +inf or of -inf only is NaN, an ignored row is not read and gives 0, a target outside
-        [0, V) has logprob NaN. Entropy is never negative. ``maximum`` and ``total`` are for ``token_stats_backward``.
+        [0, V) has logprob NaN. Entropy is never negative. ``maximum`` and ``total`` are for ``token_stats_backward``;
+        of a row of -inf only, total is 0.
         """
+
+    def units_per_nat(self, transform: Transform, device: torch.device) -> tuple[float, float]:
+        """Return how many units of ``KernelStats.maximum`` one nat of z is: up to ``HUGE`` units, and beyond."""
 
     def token_stats_backward(
         self,
@@ -266,8 +273,9 @@ class Kernels(Protocol):
     ) -> None:
         """Write the gradient of ``logits`` (..., V) into ``out``: contiguous, of their shape, or the logits themselves.
 
-        ``stats`` are the forward pass's (its logprobs are not needed and may be anything). ``gradients`` (...) each, in
-        any floating dtype and stride, None for 0; ``gradients.logprobs`` is None where ``targets`` is. Rows that are
+        ``stats`` are the forward pass's (its logprobs are not needed and may be anything), or where the logits are some
+        columns of a row, the whole row's; a target below 0 is then in none of these columns. ``gradients`` (...) each,
+        in any floating dtype and stride, None for 0; ``gradients.logprobs`` is None where ``targets`` is. Rows that are
         ignored, or whose gradients are all 0, get 0 and are not read.
         """
 

@@ -73,18 +73,21 @@ def token_stats_backward(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
+    of_row: tuple[Tensor, Tensor, Tensor] | None = None,  # (...) each
 ) -> Tensor:
     """Return the gradient of the logits, in their dtype, by the closed formulas that every kernel implements.
 
     d logprob_y / d z_j = 1[j = y] - p_j;  d H / d z_j = -p_j (log p_j + H);  d logsumexp / d z_j = p_j. A row that is
-    ignored, or whose gradients are all 0, gives 0 whatever its logits are.
+    ignored, or whose gradients are all 0, gives 0 whatever its logits are. Where the logits are some columns of a row,
+    ``of_row`` has the whole row's entropy, m = max z and sum exp(z - m), and a target outside of them is another's.
     """
     z = transform_logits(logits, temperature, softcap, logit_scale)
-    shifted = z - z.amax(-1, keepdim=True)
-    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    maximum = z.amax(-1, keepdim=True) if of_row is None else of_row[1][..., None]
+    shifted = z - maximum
+    log_p = shifted - (shifted.exp().sum(-1, keepdim=True) if of_row is None else of_row[2][..., None]).log()
     p = log_p.exp()
     finite_log_p = log_p.masked_fill(p == 0, 0)
-    entropy = -(p * finite_log_p).sum(-1, keepdim=True)
+    entropy = -(p * finite_log_p).sum(-1, keepdim=True) if of_row is None else of_row[0][..., None]
 
     zero = torch.zeros(logits.shape[:-1], dtype=z.dtype, device=z.device)
     g_logprobs, g_entropy, g_logsumexp = (
@@ -95,7 +98,9 @@ def token_stats_backward(
     if targets is not None:
         ignored = targets == ignore_index
         inactive = inactive | ignored
-        gradient = gradient.scatter_add(-1, targets.masked_fill(ignored, 0)[..., None], g_logprobs[..., None])
+        elsewhere = ignored if of_row is None else (targets < 0) | (targets >= logits.shape[-1])
+        own = g_logprobs.masked_fill(elsewhere, 0)
+        gradient = gradient.scatter_add(-1, targets.masked_fill(elsewhere, 0)[..., None], own[..., None])
     if softcap is not None:
         gradient = gradient * (1 - torch.tanh(logits.to(z.dtype) * logit_scale / softcap).square())
     gradient = gradient * (logit_scale / temperature)

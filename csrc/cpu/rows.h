@@ -192,11 +192,11 @@ struct RowStats {
 // target_y: the target's transformed logit, computed by the code that found the maximum, so that it cannot exceed it.
 inline RowStats row_stats(const BlockSums& total, double slope, bool has_target, double target_y) {
     RowStats out;
-    if (!(total.sum > 0)) return out;  // every z is -inf, or some z is NaN or +inf
+    out.total = total.sum;  // 0 where every z is -inf, NaN where some z is NaN or +inf
+    if (!(total.sum > 0)) return out;
     const double log_sum = std::log(total.sum);
     out.logsumexp = total.max * slope + log_sum;
     out.maximum = total.max;
-    out.total = total.sum;
     // Neither term is negative but by rounding, so that the maximum only keeps a certain row's 0 from becoming -0.
     out.entropy = std::max(0.0, log_sum - total.weighted / total.sum);
     if (has_target) out.logprob = (target_y - total.max) * slope - log_sum;

@@ -56,8 +56,11 @@ __device__ inline double log_p(const Transform& transform, const RowStats& stats
 // target_y: f of the target's logit; read only if has_target.
 __device__ inline RowStats row_stats(const Sums& sums, const Transform& transform, bool has_target, float target_y) {
     RowStats out{NAN, NAN, NAN, NAN, NAN};
-    // Otherwise some z is NaN or +inf, or every z is -inf.
-    if (!(sums.sum > 0.0f && sums.sum <= -kLowest && sums.max <= -kLowest)) return out;
+    // Otherwise some z is NaN or +inf, or every z is -inf and the sum is 0.
+    if (!(sums.sum > 0.0f && sums.sum <= -kLowest && sums.max <= -kLowest)) {
+        if (sums.sum == 0.0f) out.total = 0.0f;
+        return out;
+    }
     out.maximum = sums.max;
     out.total = sums.sum;
     const double log_sum = std::log2(static_cast<double>(sums.sum));

@@ -82,6 +82,16 @@ def token_stats_backward(
         )
 
 
+def units_per_nat(transform: Transform, device: torch.device) -> tuple[float, float]:
+    product = transform.logit_scale / transform.temperature
+    slope = product if transform.softcap is None and product > 0 else 1 / transform.temperature
+    if device.type == "cpu":
+        return 1 / slope, 1 / slope
+    gain = slope * math.log2(math.e)
+    fine = float(torch.tensor(gain, dtype=torch.float32, device="cpu"))
+    return fine / slope, 2.0 ** math.ceil(math.log2(gain)) / slope
+
+
 def grpo_sweep(
     logits: Tensor, targets: Tensor, terms: TokenTerms, rule: LossRule, transform: Transform, *, out: Tensor
 ) -> tuple[Tensor, Tensor]:

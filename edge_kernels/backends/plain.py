@@ -28,8 +28,18 @@ from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO, k3
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
     stats = reference.token_stats(logits, targets, **transform._asdict())
     logprobs, entropy, logsumexp = (value.contiguous() for value in stats)
-    unused = (torch.zeros_like(logsumexp), torch.ones_like(logsumexp))  # the backward pass below starts from the logits
-    return KernelStats(logprobs, entropy, logsumexp, *unused)
+    options = transform._asdict()
+    ignore_index = options.pop("ignore_index")
+    z = reference.transform_logits(logits, **options)
+    if targets is not None:
+        z = z.masked_fill((targets == ignore_index)[..., None], 0)
+    maximum = z.amax(-1)
+    total = (z - maximum[..., None].masked_fill(maximum[..., None] == -torch.inf, 0)).exp().sum(-1)
+    return KernelStats(logprobs, entropy, logsumexp, maximum, total)
+
+
+def units_per_nat(transform: Transform, device: torch.device) -> tuple[float, float]:
+    return 1.0, 1.0
 
 
 def token_stats_backward(
@@ -41,7 +51,8 @@ def token_stats_backward(
     *,
     out: Tensor,
 ) -> None:
-    out.copy_(reference.token_stats_backward(logits, targets, *gradients, **transform._asdict()))
+    of_row = (stats.entropy, stats.maximum, stats.total)
+    out.copy_(reference.token_stats_backward(logits, targets, *gradients, **transform._asdict(), of_row=of_row))
 
 
 def grpo_sweep(

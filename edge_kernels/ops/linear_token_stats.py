@@ -20,7 +20,7 @@ from edge_kernels._checks import (
     stats_dtype,
 )
 from edge_kernels.backend import fused_head, kernels
-from edge_kernels.contract import HeadKernels, KernelStats, StatsGradients, Transform
+from edge_kernels.contract import HeadKernels, Kernels, KernelStats, StatsGradients, Transform
 from edge_kernels.ops.autograd import grad_to_add_to, none_if_unwanted, refuse_second_derivative
 from edge_kernels.ops.head import (
     Head,
@@ -51,6 +51,14 @@ def _way(
     plan = plan_of(hidden, weight, dtype, memory_budget, advantages_known=False, may_fuse=factor is None)
     fused = fused_head(hidden) if factor is None and (plan is None or plan.way == FUSED) else None
     return fused or Head(weight, bias, dtype, plan, memory_budget, factor)
+
+
+def head_kernels(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, memory_budget: int, factor: Tensor | None
+) -> Kernels:
+    """Return the backend that makes the statistics of these logits."""
+    head = _way(hidden, weight, bias, dtype, memory_budget, factor)
+    return kernels(weight) if isinstance(head, Head) else head
 
 
 @torch.library.custom_op("edge_kernels::linear_token_stats", mutates_args=())

@@ -27,7 +27,9 @@ from cuda_on_cpu.matrices import (
     some,
     special,
 )
-from edge_kernels import reference
+from edge_kernels import contract, reference
+from edge_kernels.backends import compiled
+from edge_kernels.contract import Transform
 
 # Relative error of a gradient's elements: half an ulp of the dtype, and what the exponential's argument loses.
 RELATIVE = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -67,8 +69,14 @@ def forward_case(name: str, given: Matrix, device: Device) -> Case:
         assert not (result["entropy"] < 0).any(), "negative entropy"
         close(result["logsumexp"], logsumexp, rtol=1e-6, atol=1e-5, name="logsumexp")
         # What the backward pass makes p of. z is in powers of two there, its slope as exact as float32 can hold it.
-        log_total = result["total"].double().log2().masked_fill(result["total"] == 0, 0)  # ignored rows
-        pair = (result["maximum"].double() + log_total) * math.log(2)
+        is_empty = (reference.transform_logits(given.exact, **given.transform) == -math.inf).all(-1)
+        if given.targets is not None:
+            is_empty = is_empty | (given.targets == given.ignore_index)
+        assert torch.equal(result["total"] == 0, is_empty), "total is 0 elsewhere than in rows without a finite logit"
+        fine, coarse = compiled.units_per_nat(Transform(**given.reference()), torch.device("cuda"))
+        maximum = result["maximum"].double()
+        nats = torch.where(maximum.abs() > contract.HUGE, maximum / coarse, maximum / fine)
+        pair = nats + result["total"].double().log().masked_fill(result["total"] == 0, 0)
         close(pair, logsumexp, rtol=1e-7, atol=1e-5, name="maximum and total")
         if given.targets is not None:
             close(result["logprobs"], logprobs, rtol=1e-6, atol=1e-5, name="logprobs")

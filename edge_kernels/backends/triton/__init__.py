@@ -5,6 +5,7 @@ tuning.py: block sizes by architecture. Under TRITON_INTERPRET=1 everything runs
 """
 
 from edge_kernels.backends.triton.grpo_sweep import grpo_sweep
+from edge_kernels.backends.triton.launch import units_per_nat
 from edge_kernels.backends.triton.linear_head import linear_backward, linear_forward
 from edge_kernels.backends.triton.token_loss import token_loss
 from edge_kernels.backends.triton.token_stats import token_stats_backward, token_stats_forward
@@ -16,4 +17,5 @@ __all__ = [
     "token_loss",
     "token_stats_backward",
     "token_stats_forward",
+    "units_per_nat",
 ]

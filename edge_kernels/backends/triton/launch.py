@@ -84,6 +84,11 @@ def transform_of(transform: Transform) -> LogitTransform:
     return LogitTransform(cap_in, cap_out, 1.0, 1.0, slope, tl.constexpr(False), transform.ignore_index)
 
 
+def units_per_nat(transform: Transform, device: torch.device) -> tuple[float, float]:
+    y = transform_of(transform)
+    return _LOG2E, _LOG2E * y.coarse_slope / (y.slope or 1.0)
+
+
 def packed(record: _Record) -> _Record:
     """Return a record's tensors as kernels take them: one dimension or none, contiguous, float32 or bool."""
 

@@ -84,7 +84,7 @@ def token_stats_fwd_kernel(
             tl.store(stats.entropy + row, h)
             tl.store(stats.logsumexp + row, lse)
             tl.store(stats.maximum + row, m)
-            tl.store(stats.total + row, total)
+            tl.store(stats.total + row, tl.where(s == 0, 0.0, total))  # 0: every logit is -inf
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def store_statistics(stats, row, valid, counts, m, s, t, target_y, transform, HA
     tl.store(stats.entropy + row, tl.where(counts, h, 0.0), mask=valid)
     tl.store(stats.logsumexp + row, tl.where(counts, lse, 0.0), mask=valid)
     tl.store(stats.maximum + row, tl.where(counts, m, 0.0), mask=valid)
-    tl.store(stats.total + row, tl.where(counts, total, 0.0), mask=valid)
+    tl.store(stats.total + row, tl.where(counts & (s != 0), total, 0.0), mask=valid)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ def test_under_the_interpreter() -> None:
         "no:cacheprovider",
         "tests/kernels/ops/test_token_stats.py",
         "tests/kernels/ops/test_token_stats_machinery.py",
+        "tests/kernels/ops/test_token_stats_shards.py",
         "tests/kernels/ops/test_head_tiles.py",
         "tests/kernels/backends/interpreted",
     ]
