@@ -15,14 +15,17 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Require hidden states, weight and bias to fit together; return the dtype of their products."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, may_be_empty: bool = False) -> torch.dtype:
+    """Require hidden states, weight and bias to fit together; return the dtype of their products.
+
+    ``may_be_empty``: whether the weight may have no rows, as a shard of one.
+    """
     check_float("hidden", hidden, least_dims=2)
     check_float("weight", weight, least_dims=2)
     V, D = weight.shape[0], hidden.shape[-1]
     remedy = "pass the LM head's weight and bias, as nn.Linear holds them"
     check_like("weight", weight, {"(V, D)": (V, D)}, "floating point", hidden, remedy=remedy)
-    if V == 0:
+    if V == 0 and not may_be_empty:
         raise ValueError(f"weight must have at least one row, V >= 1; got {describe(weight)}; {remedy}")
     if bias is not None:
         check_like("bias", bias, {"(V,)": (V,)}, "floating point", hidden, remedy=remedy)
