@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from corrections import ScriptedEngine, cut, decode, encode, sampled
 from test_collect import Grades, Letters
 from training import records
 
 from edge_grpo.batching import Sample
 from edge_grpo.collect import Collected, Collector, collapsed_groups
-from edge_grpo.config import CorrectionConfig, RolloutConfig, TrainConfig
+from edge_grpo.config import CorrectionConfig, RolloutConfig, TrainConfig, to_dict
 from edge_grpo.metrics import PhaseTimes, resample_metrics
 from edge_grpo.trainer import train
 from edge_grpo.types import Example, Prompt, Response, Reward, Sampling
@@ -177,3 +182,44 @@ def test_a_resumed_run_makes_the_same_next_step(config):
             if not key.startswith(("time/", "throughput/", "memory/")):
                 assert right[key] == value, key
         assert left["tokens/generated"] > left["length/mean"] * 4
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch, yaml
+from edge_grpo.config import from_dict
+from edge_grpo.metrics import PhaseTimes
+from edge_grpo.trainer import Trainer
+
+torch.set_num_threads(1)
+trainer = Trainer(from_dict(yaml.safe_load(open(sys.argv[1]))))
+sampled = trainer.collector.collect(1, PhaseTimes(torch.device("cpu")))  # what this process needs, before all meet
+samples, metrics = trainer.step(1)
+with open(f"{sys.argv[1]}.{trainer.accelerator.process_index}", "w") as file:
+    json.dump([sampled.rounds, [sample.group for sample in samples], metrics], file)
+trainer.close()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_need_not_replace_equally_often(config, tmp_path):
+    """Over gloo: one process may be done while the other samples again, and both meet in the metrics and the update."""
+    rollout = replace(config.rollout, num_generations=2, resample=3)
+    file, script = tmp_path / "config.yaml", tmp_path / "two.py"
+    file.write_text(yaml.safe_dump(to_dict(replace(config, method="grpo", rollout=rollout))))
+    script.write_text(TWO_PROCESSES)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(file)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
+    rounds = [own for own, _, _ in found]
+    assert len(set(rounds)) == 2, "choose another seed"
+    for _, groups, metrics in found:
+        assert groups == [0, 0, 1, 1]
+        assert metrics["resample/rounds"] == max(rounds)
+        assert metrics["resample/dropped"] == sum(rounds)  # one group a process

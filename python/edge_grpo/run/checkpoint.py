@@ -219,9 +219,10 @@ def check_same_run(output: Path, config: TrainConfig) -> None:
         with state.reading(saved):
             old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         new = flatten(to_dict(config))
-        changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old.get(key) != new[key]]
+        old = flatten(to_dict(TrainConfig())) | old  # a key that the saved file does not know had its default's effect
+        changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old[key] != new[key]]
         if changed:
-            changes = ", ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed)
+            changes = ", ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
             raise ValueError(
                 f"cannot resume {output}: {changes}; "
                 "resume with the run's own config.yaml, or start a new run with another output"

@@ -12,8 +12,10 @@ import resource
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
+from edge_grpo.config import RolloutConfig, TrainConfig, to_dict
 from edge_grpo.run import checkpoint
 
 
@@ -202,3 +204,12 @@ def test_another_models_optimizer_is_refused(tmp_path, prepared):
         ValueError, match=r"optimizer\.safetensors cannot be read .* belongs to another optimizer or model"
     ):
         checkpoint.load_latest(accelerator, tmp_path, model, optimizer)
+
+
+def test_a_run_from_before_a_key_existed_is_the_same_run_at_its_default(tmp_path):
+    tree = to_dict(TrainConfig())
+    del tree["rollout"]["resample"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    checkpoint.check_same_run(tmp_path, TrainConfig())
+    with pytest.raises(ValueError, match=r"rollout\.resample was 0, is 2; resume with"):
+        checkpoint.check_same_run(tmp_path, TrainConfig(rollout=RolloutConfig(resample=2)))
