@@ -34,7 +34,9 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     keys = None
     if options.group is not None:
         keys = [] if options.group == "none" else [key.strip() for key in options.group.split(",") if key.strip()]
-    print(write_report(options.runs, options.output, group=keys, baseline=options.baseline))
+    # runs/* names the page of an earlier call too, which lies beside the runs.
+    folders = [path for path in options.runs if not (path.suffix == ".html" and path.is_file())]
+    print(write_report(folders or options.runs, options.output, group=keys, baseline=options.baseline))
     return 0
 
 
