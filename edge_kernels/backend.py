@@ -37,6 +37,7 @@ OPS = (
     "edge_grpo_loss",
     "linear_edge_grpo_loss",
     "group_advantages",
+    "kl_penalized_rewards",
     "response_entropy",
     "response_entropy_weights",
     "entropy_weights",
@@ -51,6 +52,7 @@ HEAD_OPS = frozenset({"linear_token_stats", "linear_edge_grpo_loss"})
 PLAIN_OPS = frozenset(
     {
         "group_advantages",
+        "kl_penalized_rewards",
         "response_entropy",
         "response_entropy_weights",
         "entropy_weights",
