@@ -376,7 +376,7 @@ def test_a_killed_server_ends_the_run_and_resuming_goes_on(tmp_path):
         _, said = run.communicate(timeout=60)
     assert run.returncode == 3, said
     saved = checkpoint.steps(output / "checkpoints")
-    assert f"step {saved[-1]} is saved; continue with\n  edge-grpo train --resume --output {output}" in said
+    assert f"step {saved[-1]} is saved; continue with\n  edge-grpo train --resume --output {output} --trust" in said
     assert "Nothing of this step was trained on. Start the server again" in said
     last_line = (tmp_path / "shared" / "server.log").read_text().splitlines()[-1]
     assert said.rstrip().endswith(last_line)
@@ -384,7 +384,7 @@ def test_a_killed_server_ends_the_run_and_resuming_goes_on(tmp_path):
 
     with serving(config):
         resumed = subprocess.run(
-            [*command, "--resume", f"steps={saved[-1] + 1}"], env=environment, capture_output=True, text=True
+            [*command, "--resume", "--trust", f"steps={saved[-1] + 1}"], env=environment, capture_output=True, text=True
         )
     assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
