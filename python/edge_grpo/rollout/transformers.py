@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from edge_grpo.policy.model import unwrap
 from edge_grpo.types import Provenance, Response, Sampling
 from edge_kernels import token_stats
 
 _IGNORED = -100  # the target of a row that has ended
+# What transformers calls the cache: models' argument, generate's, and the field of its output.
+_CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 _STAGE = 16  # tokens after which rows that have ended leave the batch
 
 
@@ -111,7 +115,7 @@ class TransformersEngine:
             output = self.model.generate(  # type: ignore[operator]  # a mixin's method, which nn.Module's stubs hide
                 inputs=ids,
                 attention_mask=mask,
-                **({} if cache is None else {"past_key_values": cache}),
+                **({} if cache is None else {_CACHE: cache}),
                 generation_config=self._generation_config(steps),
                 logits_processor=LogitsProcessorList([sampler]),
             )
@@ -128,7 +132,7 @@ class TransformersEngine:
             going = (~ended).nonzero().squeeze(1)
             if staged and start < sampling.max_tokens and len(going):
                 ids, mask = output.sequences[going], torch.cat([mask, torch.ones_like(new)], 1)[going]
-                cache = output.past_key_values
+                cache = getattr(output, _CACHE)
                 if len(going) < len(rows):
                     cache.batch_select_indices(going)
             rows = rows[going]
@@ -173,7 +177,7 @@ class TransformersEngine:
                 input_ids=ids[:, :-1],
                 attention_mask=mask[:, :-1],
                 position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
+                **{_CACHE: cache},
                 use_cache=True,
             )
             cache.batch_select_indices(repeat)
