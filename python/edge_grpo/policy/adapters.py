@@ -58,7 +58,8 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     """Put the adapter in ``folder``, which peft or a run has saved, into its base model, to be trained further."""
     peft = _peft()
     peft.inject_adapter_in_model(_read_config(peft, folder), model, _NAME)
-    found = peft.set_peft_model_state_dict(model, _without_prefix(load_file(folder / _WEIGHTS_FILE)), _NAME)
+    weights = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS_FILE).items()}
+    found = peft.set_peft_model_state_dict(model, weights, _NAME)
     missing = [name for name in found.missing_keys if _is_trained(name)]
     if missing or found.unexpected_keys:
         raise ValueError(f"{folder / _WEIGHTS_FILE} does not fit the model: {[*missing, *found.unexpected_keys][:3]}")
@@ -118,13 +119,13 @@ def adds_nothing(model: PreTrainedModel) -> bool:
 @contextmanager
 def disabled(model: PreTrainedModel) -> Iterator[None]:
     """Within the block ``model`` computes what its base model does."""
-    wrappers: list[Any] = [module for module in model.modules() if hasattr(module, "base_layer") or _has_copies(module)]
-    for wrapper in wrappers:
+    wrappers = _wrappers(model)
+    for wrapper in wrappers.values():
         wrapper.enable_adapters(False)
     try:
         yield
     finally:
-        for wrapper in wrappers:
+        for wrapper in wrappers.values():
             wrapper.enable_adapters(True)
 
 
@@ -135,8 +136,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     One layer is merged at a time, in a copy, so that what is trained keeps every bit. Without adapters it yields the
     state dict.
     """
-    modules = model.named_modules() if is_adapted(model) else ()
-    wrappers = {name: module for name, module in modules if hasattr(module, "base_layer") or _has_copies(module)}
+    wrappers = _wrappers(model)
     done: set[str] = set()
     for name, value in model.state_dict().items():
         wrapper = next((prefix for prefix in wrappers if name.startswith(f"{prefix}.")), None)
@@ -152,8 +152,10 @@ def _is_trained(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
-def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_PREFIX): value for name, value in weights.items()}
+def _wrappers(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what peft has put in the place of layers, by name; nothing where there are no adapters."""
+    modules = model.named_modules() if is_adapted(model) else ()
+    return {name: module for name, module in modules if hasattr(module, "base_layer") or _has_copies(module)}
 
 
 def _has_copies(module: nn.Module) -> bool:
