@@ -111,8 +111,7 @@ struct Pairs<Vec16, BFloat16> {
     }
 };
 
-// As 16-bit integers, positive bfloat16 are ordered as they are and negative ones in reverse: the largest integer is
-// the maximum if any element is positive, and the smallest one otherwise. Half the instructions of widening them.
+// By maximum_of_lanes.
 template <>
 struct Maximum<Vec16, BFloat16> {
     static double of(const BFloat16* x, std::int64_t count) {
@@ -135,13 +134,7 @@ struct Maximum<Vec16, BFloat16> {
         alignas(64) std::int16_t lanes[2][32];
         _mm512_store_si512(lanes[0], _mm512_max_epi16(largest[0], largest[1]));
         _mm512_store_si512(lanes[1], _mm512_min_epi16(smallest[0], smallest[1]));
-        std::int16_t most = lanes[0][0];
-        std::int16_t least = lanes[1][0];
-        for (int k = 1; k < 32; ++k) {
-            most = lanes[0][k] > most ? lanes[0][k] : most;
-            least = lanes[1][k] < least ? lanes[1][k] : least;
-        }
-        return static_cast<double>(to_float(BFloat16{static_cast<std::uint16_t>(most >= 0 ? most : least)}));
+        return static_cast<double>(to_float(BFloat16{maximum_of_lanes(lanes[0], lanes[1], 32)}));
     }
 };
 

@@ -127,6 +127,19 @@ struct Maximum {
     }
 };
 
+// As 16-bit integers, positive bfloat16 are ordered as they are and negative ones in reverse: the largest integer is
+// the maximum if any element is positive, and the smallest one otherwise. Half the instructions of widening them.
+// Returns the maximum from the largest and the smallest integer of each lane, as bits.
+inline std::uint16_t maximum_of_lanes(const std::int16_t* largest, const std::int16_t* smallest, int lanes) {
+    std::int16_t most = largest[0];
+    std::int16_t least = smallest[0];
+    for (int k = 1; k < lanes; ++k) {
+        most = largest[k] > most ? largest[k] : most;
+        least = smallest[k] < least ? smallest[k] : least;
+    }
+    return static_cast<std::uint16_t>(most >= 0 ? most : least);
+}
+
 // tanh within 3 ulp: an odd polynomial near 0, where 1 - exp(-2|u|) would cancel, and the exponential elsewhere.
 template <class V>
 inline V tanh(V u) {
