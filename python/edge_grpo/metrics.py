@@ -1,7 +1,7 @@
 """What a training step reports: pure functions from the step's samples to named numbers, and a timer for its phases.
 
 Names are ``group/quantity``; counts and shares say which they are. Everything is over all processes' samples. The
-metrics of the loss itself are in ``learner``.
+metrics of the loss itself are in ``learning``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 
 from edge_grpo.batching import Sample
+from edge_grpo.config import TrainConfig
 from edge_grpo.types import Correction, Provenance, Reward
 from edge_kernels import GRPOLossConfig
 
@@ -103,6 +104,20 @@ def function_metrics(logged: Sequence[Mapping[str, Sequence[float]]]) -> dict[st
     """Return the mean of each metric that reward functions logged; one mapping of values by name per process."""
     names = dict.fromkeys(name for own in logged for name in own)
     return {f"function/{name}": _mean([value for own in logged for value in own.get(name, ())]) for name in names}
+
+
+def treatment_metrics(samples: Sequence[Sample], config: TrainConfig, loss: GRPOLossConfig) -> dict[str, float]:
+    """Return what the options in use did to rewards and loss: penalties, masks, corrections of the sampler's ratio."""
+    metrics: dict[str, float] = {}
+    if config.reward.kl_coef:
+        metrics |= reward_kl_metrics(samples)
+    if loss.mask_truncated_completions:
+        metrics |= truncation_metrics(samples)
+    if config.use_gec and config.correction.superseded == "mask":
+        metrics |= superseded_metrics(samples)
+    if loss.sampler_ratio_cap is not None:
+        metrics |= sampler_metrics(samples, loss)
+    return metrics
 
 
 def sampler_metrics(samples: Sequence[Sample], config: GRPOLossConfig) -> dict[str, float]:

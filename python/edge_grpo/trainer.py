@@ -23,7 +23,6 @@ from edge_grpo.batching import Sample
 from edge_grpo.collect import (
     Collector,
     check_answers,
-    check_distribution,
     find_rejected_solutions,
     load_prompts,
     sampling_of,
@@ -34,7 +33,8 @@ from edge_grpo.credit import assign_advantages, counted_rewards, measure_kl
 from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
-from edge_grpo.learner import Learner
+from edge_grpo.learning.distribution import check_distribution
+from edge_grpo.learning.learner import Learner
 from edge_grpo.metrics import (
     PhaseTimes,
     correction_metrics,
@@ -42,11 +42,8 @@ from edge_grpo.metrics import (
     num_generated,
     peak_bytes,
     resample_metrics,
-    reward_kl_metrics,
-    sampler_metrics,
     step_metrics,
-    superseded_metrics,
-    truncation_metrics,
+    treatment_metrics,
 )
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
@@ -246,18 +243,11 @@ class Trainer:
 
         everyone: list[Sample] = gather_object(samples)
         metrics = step_metrics(everyone) | update_metrics | function_metrics(gather_object([collected.logged]))
-        if self.config.reward.kl_coef:
-            metrics |= reward_kl_metrics(everyone)
-        if self.learner.loss.mask_truncated_completions:
-            metrics |= truncation_metrics(everyone)
-        if self.learner.masks_superseded:
-            metrics |= superseded_metrics(everyone)
+        metrics |= treatment_metrics(everyone, self.config, self.learner.loss)
         dropped: list[Sample] = []
         if self.config.rollout.resample:
             dropped = gather_object(list(collected.dropped))
             metrics |= resample_metrics(everyone, dropped, gather_object([collected.rounds]))
-        if self.learner.loss.sampler_ratio_cap is not None:
-            metrics |= sampler_metrics(everyone, self.learner.loss)
         metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}
         if self.collector.corrector is not None:
             counts = gather_object([(collected.fallbacks, collected.num_truncated)])

@@ -15,7 +15,8 @@ import yaml
 from training import LOSSES, assign, collect, flat_gradient, gradient, rollout
 
 from edge_grpo.config import AdvantageConfig, DataConfig, ModelConfig, OptimConfig, to_dict
-from edge_grpo.learner import LossTotals, learning_rate_factor
+from edge_grpo.learning.schedule import learning_rate_factor
+from edge_grpo.learning.totals import LossTotals
 from edge_grpo.metrics import step_metrics
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Provenance

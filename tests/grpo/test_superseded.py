@@ -11,7 +11,7 @@ from corrections import SAMPLED
 from training import LOSSES, flat_gradient, gradient, rollout
 
 from edge_grpo.config import CorrectionConfig
-from edge_grpo.learner import LossTotals
+from edge_grpo.learning.totals import LossTotals
 from edge_grpo.metrics import drift_metrics, superseded_metrics
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Provenance, Response

@@ -10,7 +10,8 @@ import torch
 
 from edge_grpo.batching import Sample
 from edge_grpo.credit import assign_advantages
-from edge_grpo.learner import Learner, LossTotals
+from edge_grpo.learning.learner import Learner
+from edge_grpo.learning.totals import LossTotals
 from edge_grpo.metrics import PhaseTimes
 from edge_grpo.trainer import Trainer
 from edge_kernels import GRPOLossConfig

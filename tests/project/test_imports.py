@@ -31,7 +31,7 @@ ROOMS = {
         ("batching",),
         ("correction", "credit", "grading", "policy"),
         ("data", "metrics", "rollout", "run"),
-        ("collect", "evaluation", "learner"),
+        ("collect", "evaluation", "learning"),
         ("integrations", "report", "trainer"),
         ("commands",),
         ("__init__", "__main__"),

@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
-from edge_grpo.config import OptimConfig, TrainConfig
+from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
+from edge_grpo.learning.schedule import learning_rate_factor
+from edge_grpo.learning.totals import LossTotals, Normalizers
 from edge_grpo.metrics import Recomputed, drift_metrics
 from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
@@ -305,77 +305,6 @@ class Learner:
         return pad(samples, self.pad_token_id, self.accelerator.device)
 
 
-class Normalizers(NamedTuple):
-    """Totals of one optimizer step over all processes, under the names that the loss gives them."""
-
-    num_items: int
-    num_sequences: int
-    entropy_threshold: float | None
-
-
-class LossTotals:
-    """Adds up the loss and the metrics of micro-batches; means over all processes are formed once, at the end."""
-
-    def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._maxima: dict[str, float] = {}
-
-    def add(self, out: GRPOLossOutput) -> None:
-        self._sums["loss"] += float(out.loss.detach())
-        for name, value in out.metrics.items():
-            if name.endswith("_max"):
-                self._maxima[name] = max(self._maxima.get(name, 0.0), float(value))
-            else:
-                self._sums[name] += float(value)
-
-    @property
-    def loss(self) -> float:
-        """This process's part of the loss."""
-        return self._sums["loss"]
-
-    def merge(self, other: LossTotals) -> None:
-        for name, value in other._sums.items():
-            self._sums[name] += value
-        for name, value in other._maxima.items():
-            self._maxima[name] = max(self._maxima.get(name, 0.0), value)
-
-    def metrics(self, optimizer_steps: int) -> dict[str, float]:
-        """Return the named means and maxima, of the loss over so many optimizer steps. All processes call it."""
-        sums: defaultdict[str, float] = defaultdict(float)
-        maxima: dict[str, float] = {}
-        for process_sums, process_maxima in gather_object([(self._sums, self._maxima)]):
-            for name, value in process_sums.items():
-                sums[name] += value
-            for name, value in process_maxima.items():
-                maxima[name] = max(maxima.get(name, 0.0), value)
-        tokens = max(sums["tokens"], 1)
-        metrics = {
-            "loss": sums["loss"] / optimizer_steps if optimizer_steps else math.nan,
-            "clip/low": sums["clip_low"] / tokens,
-            "clip/high": sums["clip_high"] / tokens,
-            "clip/region": sums["clip_region"] / tokens,
-            "ratio/mean": sums["ratio_sum"] / tokens,
-            "ratio/max": maxima.get("ratio_max", math.nan),  # where every response was skipped
-        }
-        if "kl_sum" in sums:
-            metrics["kl/mean"] = sums["kl_sum"] / tokens
-        if "off_policy_tokens" in sums:
-            metrics["masked/off_policy"] = sums["off_policy_tokens"] / tokens
-        return metrics
-
-
 def _is_bounded(weight: Tensor) -> bool:
     low, high = weight.aminmax()
     return float(low) >= -_LARGEST_WEIGHT and float(high) <= _LARGEST_WEIGHT  # false for NaN
-
-
-def learning_rate_factor(update: int, optim: OptimConfig, updates: int) -> float:
-    """Return what the peak rate is multiplied by at an optimizer step (0-based) of a run of ``updates`` steps."""
-    if update < optim.warmup_steps:
-        return (update + 1) / optim.warmup_steps
-    progress = min(1.0, (update - optim.warmup_steps) / max(updates - optim.warmup_steps, 1))
-    if optim.schedule == "linear":
-        return 1.0 - progress
-    if optim.schedule == "cosine":
-        return 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
-    return 1.0

@@ -1,0 +1,1 @@
+"""Learning from collected samples: the policy with its optimizer, the totals of a step, the schedule."""
