@@ -115,9 +115,12 @@ def counted_tokens(response: Response, loss: GRPOLossConfig) -> list[bool]:
 
 
 def unpad(values: Tensor, batch: Batch) -> list[Tensor]:
-    """Return the completion entries of ``values`` (B, T) as one CPU tensor per sequence: the inverse of padding."""
+    """Return the completion entries of ``values`` (B, T) as one CPU tensor per sequence: the inverse of padding.
+
+    Each has memory of its own: a view is pickled with the whole batch's, and processes exchange their samples.
+    """
     lengths = batch.completion_mask.sum(1).tolist()
-    return list(values[batch.completion_mask].float().cpu().split(lengths))
+    return [part.clone() for part in values[batch.completion_mask].float().cpu().split(lengths)]
 
 
 def micro_batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_unpad_inverts_pad(shapes):
     assert batch.logprobs is not None
     for sample, values in zip(samples, unpad(batch.logprobs, batch), strict=True):
         assert torch.equal(values, sample.logprobs)
+
+
+def test_what_processes_exchange_of_a_sample_does_not_grow_with_its_micro_batch():
+    """A view of the micro-batch's tensor would be pickled with all of it, 16 samples for one."""
+    samples = [make_sample([1], [2] * 500) for _ in range(16)]
+    for sample in samples:
+        sample.logprobs = torch.zeros(500)
+    parts = {size: unpad(pad(samples[:size], PAD).logprobs, pad(samples[:size], PAD)) for size in (1, 16)}
+    sizes = {size: len(pickle.dumps(values[0])) for size, values in parts.items()}
+    assert sizes[16] == sizes[1] < 500 * 4 + 1000
 
 
 @given(sizes, st.integers(1, 4))
