@@ -29,7 +29,9 @@ class SeededEngine:
         self.calls: list[tuple[int, int]] = []
         self.fail_at = fail_at
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append((len(prompts), seed))

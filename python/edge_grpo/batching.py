@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edge_grpo.config.seeds import derive_seed
 from edge_grpo.types import Prompt, Provenance, Response, Reward
 from edge_kernels import GRPOLossConfig
 
@@ -134,12 +135,19 @@ def micro_batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]
 
 
 def minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> list[list[Sample]]:
-    """Deal the samples' groups into ``count`` parts of equal group number, shuffled by ``seed``; groups stay whole."""
+    """Deal the samples' groups into ``count`` parts of equal group number, by ``seed``; groups stay whole.
+
+    Of ``count`` groups in a row each part gets one. So a part has the same groups on any number of processes that each
+    hold a multiple of ``count`` groups in a row.
+    """
     if count == 1:
         return [list(samples)]
     groups = sorted({sample.group for sample in samples})
     if len(groups) % count:
         raise ValueError(f"{len(groups)} groups cannot be split into {count} minibatches; choose a divisor")
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    part = {groups[index]: place * count // len(groups) for place, index in enumerate(order)}
+    part: dict[int, int] = {}
+    for start in range(0, len(groups), count):
+        row = groups[start : start + count]
+        randomness = torch.Generator().manual_seed(derive_seed(seed, "deal", row[0]))
+        part |= zip(row, torch.randperm(count, generator=randomness).tolist(), strict=True)
     return [[sample for sample in samples if part[sample.group] == number] for number in range(count)]

@@ -93,7 +93,9 @@ class Collector:
             )
 
     def collect(self, step: int, timed: Timed) -> Collected:
-        """Return the samples of a step (1-based): the same ones for the same seed, weights and number of processes.
+        """Return the samples of a step (1-based): all processes' are the same for the same seed and weights.
+
+        Whatever the number of processes: what is drawn for a response depends on its place among all responses.
 
         With ``rollout.resample``, a group whose rewards are all equal after correction is replaced by one of another
         prompt, at most so many times; the last one stays even so. A step has the same number of groups in any case.
@@ -120,7 +122,8 @@ class Collector:
             first = self.engine.generate(
                 [prompt.token_ids for prompt in prompts],
                 self.sampling,
-                seed=derive_seed(self.seed, "rollout", step, self.rank, *again),
+                seed=derive_seed(self.seed, "rollout", step, *again),
+                places=places,
             )
         with timed("reward"):
             first_rewards = self._judge(step, prompts, first)
@@ -130,8 +133,8 @@ class Collector:
             with timed("correction"):
                 seed = derive_seed(self.seed, "correction", step, *again)
                 plan = self.corrector.plan(prompts, first, first_rewards, groups, seed=seed, keys=places)
-                start = self.rank * self.num_prompts // self.processes * size
-                responses = carry_out(plan, self.engine, self.sampling, seed=derive_seed(seed, "continuation", start))
+                seed = derive_seed(seed, "continuation")
+                responses = carry_out(plan, self.engine, self.sampling, seed=seed, places=places)
             with timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
                 judged = self._judge(
@@ -192,11 +195,24 @@ def collapsed_groups(samples: Sequence[Sample]) -> list[int]:
     return [group for group, values in rewards.items() if len(values) < 2]
 
 
-def carry_out(plan: CorrectionPlan, engine: RolloutEngine, sampling: Sampling, *, seed: int) -> list[Response]:
-    """Return the corrected responses of a plan; the engine generates all continuations, if any, in one call."""
+def carry_out(
+    plan: CorrectionPlan,
+    engine: RolloutEngine,
+    sampling: Sampling,
+    *,
+    seed: int,
+    places: Sequence[int] | None = None,
+) -> list[Response]:
+    """Return the corrected responses of a plan; the engine generates all continuations, if any, in one call.
+
+    ``places`` are those of the responses among all processes', by default their places in the plan.
+    """
+    if not plan.continuations:
+        return Corrector.apply(plan, [])
     wanted = [continuation.token_ids for continuation in plan.continuations]
+    own = [one.position if places is None else places[one.position] for one in plan.continuations]
     sampling = replace(sampling, max_tokens=plan.max_tokens)
-    return Corrector.apply(plan, engine.generate(wanted, sampling, seed=seed) if wanted else [])
+    return Corrector.apply(plan, engine.generate(wanted, sampling, seed=seed, places=own))
 
 
 def load_prompts(

@@ -51,29 +51,44 @@ def credit(
     config: EDAConfig | None = None,
     *,
     entropy_driven: bool = True,
-    batch_rewards: Tensor | None = None,
 ) -> Credit:
     """Return the advantages and weights of responses whose groups are whole (eqs. 1, 6, 7).
 
     rewards       (B,), floating point.
     mean_entropy  (B,), what ``mean_entropies`` returns, gathered from all processes that share these groups.
     group_ids     (B,), int64, any numbers in any order.
-    batch_rewards (any,): the rewards of all processes, for ``scale_rewards="batch"``.
 
     Without ``entropy_driven`` these are the group advantages, and weights 1.
     """
     config = config or EDAConfig()
-    scale = config.scale_rewards
-    advantages = group_advantages(rewards, group_ids, scale_rewards=scale, batch_rewards=batch_rewards)
+    advantages = group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
     if not entropy_driven:
         return Credit(advantages, torch.ones_like(advantages))
     weights = response_entropy_weights(mean_entropy, group_ids, config, advantages=advantages)
     return Credit(apply_weights(advantages, weights), weights)
 
 
-def counted_rewards(samples: Sequence[Sample], kl_coef: float = 0.0) -> list[float]:
-    """Return the rewards of the responses that take part in advantages, less their KL penalty."""
-    return [sample.reward.total - kl_coef * sample.reward_kl for sample in samples if not sample.reward.skipped]
+class Outcome(NamedTuple):
+    """What one response contributes to advantages: small enough to be gathered from all processes."""
+
+    group: int
+    reward: float  # less its KL penalty
+    mean_entropy: float
+
+
+def outcomes(samples: Sequence[Sample], loss: GRPOLossConfig, kl_coef: float = 0.0) -> list[Outcome]:
+    """Return the outcomes of the responses that take part in advantages: those that were not skipped."""
+    samples = [sample for sample in samples if not sample.reward.skipped]
+    if not samples:
+        return []
+    means = mean_entropies(
+        [sample.entropy for sample in samples if sample.entropy is not None],
+        [counted_tokens(sample.response, loss) for sample in samples],
+    )
+    return [
+        Outcome(sample.group, sample.reward.total - kl_coef * sample.reward_kl, mean)
+        for sample, mean in zip(samples, means.tolist(), strict=True)
+    ]
 
 
 def measure_kl(samples: Sequence[Sample], estimator: KLEstimator) -> None:
@@ -92,27 +107,25 @@ def assign_advantages(
     *,
     entropy_driven: bool,
     kl_coef: float = 0.0,
-    batch_rewards: Sequence[float] | None = None,
+    others: Sequence[Outcome] = (),
 ) -> None:
     """Fill the advantages and weights of samples whose groups are whole and whose entropy is known.
 
-    ``batch_rewards`` are the ``counted_rewards`` of all processes, for ``scale_rewards="batch"``. Skipped responses are
-    in no group: their advantage stays 0, and the others' is as if they were not there.
+    ``others`` are the ``outcomes`` of other processes' groups, for what is relative to the whole batch. Skipped
+    responses are in no group: their advantage stays 0, and the others' is as if they were not there.
     """
-    samples = [sample for sample in samples if not sample.reward.skipped]
-    if not samples:
+    counted = [sample for sample in samples if not sample.reward.skipped]
+    if not counted:
         return
-    means = mean_entropies(
-        [sample.entropy for sample in samples if sample.entropy is not None],
-        [counted_tokens(sample.response, loss) for sample in samples],
-    )
+    groups, rewards, means = zip(*outcomes(counted, loss, kl_coef), *others, strict=True)
     result = credit(
-        torch.tensor(counted_rewards(samples, kl_coef), dtype=torch.float64),
-        means,
-        torch.tensor([sample.group for sample in samples]),
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.tensor(means),
+        torch.tensor(groups),
         loss.eda,
         entropy_driven=entropy_driven,
-        batch_rewards=None if batch_rewards is None else torch.tensor(batch_rewards, dtype=torch.float64),
     )
-    for sample, advantage, weight in zip(samples, result.advantages.tolist(), result.weights.tolist(), strict=True):
+    number = len(counted)
+    pairs = zip(result.advantages[:number].tolist(), result.weights[:number].tolist(), strict=True)
+    for sample, (advantage, weight) in zip(counted, pairs, strict=True):
         sample.advantage, sample.weight = advantage, weight

@@ -29,7 +29,7 @@ from edge_grpo.collect import (
 )
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.config.seeds import derive_seed
-from edge_grpo.credit import assign_advantages, counted_rewards, measure_kl
+from edge_grpo.credit import Outcome, assign_advantages, measure_kl, outcomes
 from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
@@ -262,13 +262,15 @@ class Trainer:
         return everyone, metrics
 
     def _assign_advantages(self, samples: Sequence[Sample]) -> None:
-        loss, everyone, kl_coef = self.learner.loss, None, self.config.reward.kl_coef
+        loss, kl_coef = self.learner.loss, self.config.reward.kl_coef
         if kl_coef:
             measure_kl(samples, self.config.reward.kl_penalty)
-        if loss.eda.scale_rewards == "batch":
-            everyone = gather_object(counted_rewards(samples, kl_coef))
-        entropy_driven = self.config.use_eda
-        assign_advantages(samples, loss, entropy_driven=entropy_driven, kl_coef=kl_coef, batch_rewards=everyone)
+        others: list[Outcome] = []
+        if loss.eda.scale_rewards == "batch" or loss.eda.mean_over == "batch":
+            rank = self.accelerator.process_index
+            shares = gather_object([outcomes(samples, loss, kl_coef)])
+            others = [outcome for process, share in enumerate(shares) if process != rank for outcome in share]
+        assign_advantages(samples, loss, entropy_driven=self.config.use_eda, kl_coef=kl_coef, others=others)
 
     def plan(self) -> Plan:
         """Make a step, and another one if that was quick, since the first also pays for what is made once."""
@@ -296,14 +298,16 @@ class Trainer:
         """Return held-out accuracy with the run's evaluation settings; every process takes a share of the prompts."""
         config, accelerator = self.config, self.accelerator
         sampling = replace(sampling_of(config), temperature=config.eval_temperature)
+        places = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
         share = evaluate(
             self.engine,
-            self.eval_prompts[accelerator.process_index :: accelerator.num_processes],
+            [self.eval_prompts[place] for place in places],
             self.rewarder.grader,
             self.tokenizer,
             generations=config.eval.generations,
             sampling=sampling,
-            seed=derive_seed(config.seed, "eval", accelerator.process_index),
+            seed=derive_seed(config.seed, "eval"),
+            places=places,
             style=config.reward.answer,
             reasoning=config.reward.reasoning,
         )

@@ -136,9 +136,13 @@ class RolloutEngine(Protocol):
     times, ``sleep`` if you like, ``update_weights`` after each change of the weights, and ``close`` at the end.
     """
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         """Return one response per prompt, in order. The same prompts, weights and seed give the same responses.
 
+        What is drawn for a prompt depends on the seed and its place, by default where it stands in ``prompts``. With
+        the places of a whole batch, in ascending order, processes that share the batch sample what one would.
         A prompt may repeat (that is how a group is sampled) and may end in a partial completion, which is continued.
         Logprobs are those of the distribution at the sampling temperature; greedy ones at 1.
         All responses or none: RolloutError when some are missing.

@@ -65,9 +65,13 @@ class ScriptedEngine:
         self.texts = texts or (" Five.",)
         self.eos = eos
         self.calls: list[tuple[list[tuple[int, ...]], Sampling, int]] = []
+        self.places: list[list[int] | None] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         self.calls.append(([tuple(ids) for ids in prompts], sampling, seed))
+        self.places.append(None if places is None else list(places))
         responses = [sampled(self.texts[i % len(self.texts)], self.eos) for i in range(len(prompts))]
         return [cut(response, sampling.max_tokens) for response in responses]
 

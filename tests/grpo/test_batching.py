@@ -89,6 +89,17 @@ def test_minibatches_keep_groups_whole(count):
     assert minibatches(samples, count, seed=3) == parts
 
 
+@pytest.mark.parametrize("processes", [2, 4])  # 8 groups: parts of two groups from each process, and of one
+def test_minibatches_are_the_same_on_any_number_of_processes(processes):
+    samples = [make_sample([1], [2], group=group) for group in range(8) for _ in range(2)]
+    share = len(samples) // processes
+    whole = minibatches(samples, 2, seed=3)
+    shares = [minibatches(samples[rank * share :][:share], 2, seed=3) for rank in range(processes)]
+    together = [[sample for parts in shares for sample in parts[number]] for number in range(2)]
+    assert [[id(sample) for sample in part] for part in together] == [[id(sample) for sample in part] for part in whole]
+    assert minibatches(samples, 2, seed=4) != whole
+
+
 def test_minibatches_reject_an_uneven_cut():
     with pytest.raises(ValueError, match="3 groups cannot be split into 2 minibatches"):
         minibatches([make_sample([1], [2], group=g) for g in range(3)], 2, seed=0)

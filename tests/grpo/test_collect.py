@@ -119,13 +119,17 @@ def test_processes_share_a_steps_prompts_and_number_groups_alike():
     assert rows[:6] != rows[6:]
 
 
-def test_the_continuation_is_seeded_by_seed_and_process():
+def test_what_is_drawn_depends_on_the_seed_and_the_place_among_all_responses():
+    """Four groups of two; the processes of two have two each. Both calls: first attempts, then continuations."""
     engine = ScriptedEngine("6")
-    for seed, rank in ((1, 0), (1, 0), (2, 0), (1, 1)):
-        step(collector(engine, seed=seed, rank=rank, processes=2))
-    first, again, other_seed, other_process = (seed for _, _, seed in engine.calls[1::2])
-    assert first == again
-    assert len({first, other_seed, other_process}) == 3
+    for seed, rank, processes in ((1, 0, 1), (1, 0, 2), (1, 1, 2), (2, 0, 1)):
+        step(collector(engine, seed=seed, rank=rank, processes=processes))
+    seeds = [seed for _, _, seed in engine.calls]
+    assert seeds[:2] == seeds[2:4] == seeds[4:6]
+    assert len({*seeds[:2], *seeds[6:]}) == 4
+    first, continued, *halves = engine.places[:6]
+    assert first == list(range(len(first))) == halves[0] + halves[2]
+    assert continued == halves[1] + halves[3]
 
 
 def test_solutions_that_their_own_grader_rejects_are_not_injected(config, tmp_path):

@@ -240,7 +240,7 @@ def test_sampled_ids_never_change(name, data, text, eos, kind):
     asked: list[tuple[int, ...]] = []
 
     class Engine(ScriptedEngine):
-        def generate(self, prompts, sampling, *, seed):
+        def generate(self, prompts, sampling, *, seed, places=None):
             asked.extend(map(tuple, prompts))
             return [Response(more, (-1.0,) * len(more), (1.0,) * len(more), (SAMPLED,) * len(more), "length")]
 

@@ -11,7 +11,7 @@ import torch
 from corrections import INJECTED, SAMPLED, prompt, sampled
 
 from edge_grpo.batching import Sample
-from edge_grpo.credit import assign_advantages, counted_rewards, credit, mean_entropies, measure_kl
+from edge_grpo.credit import assign_advantages, credit, mean_entropies, measure_kl, outcomes
 from edge_grpo.types import Provenance, Response, Reward
 from edge_kernels import EDAConfig, GRPOLossConfig, entropy_driven_advantages, entropy_weights, group_advantages
 
@@ -44,19 +44,39 @@ def test_without_entropy_it_is_the_group_advantage():
     torch.testing.assert_close(unscaled.advantages, group_advantages(REWARDS, GROUPS, scale_rewards=False))
 
 
-def test_one_scale_for_the_whole_batch_over_processes():
-    """Two processes, three responses each: the deviation is that of all six, whose mean is 2/3."""
+def test_one_scale_for_the_whole_batch():
+    """Three groups of six responses: the deviation is that of all six, whose mean is 2/3."""
     config, plain = EDAConfig(scale_rewards="batch"), torch.tensor([0.5, -2 / 3, -0.5, 1 / 3, 1 / 3, 0.0])
     groups = torch.tensor([5, 2, 5, 2, 2, 9])
     deviation = (6 * 2 / 9 / 5) ** 0.5 + 1e-4
     whole = credit(REWARDS, torch.zeros(6), groups, config, entropy_driven=False)
     torch.testing.assert_close(whole.advantages, plain / deviation)
-    for group in (5, 2, 9):
-        own = groups == group
-        part = credit(
-            REWARDS[own], torch.zeros(6)[own], groups[own], config, entropy_driven=False, batch_rewards=REWARDS
-        )
-        torch.testing.assert_close(part.advantages, whole.advantages[own])
+
+
+@pytest.mark.parametrize("eda", [EDAConfig(scale_rewards="batch"), EDAConfig(mean_over="batch")])
+def test_what_is_relative_to_the_batch_reaches_over_processes(eda):
+    """One process has two groups, of which one response was skipped, or each of two processes has one of them."""
+    samples = [
+        sample(0, 1.0, [9.0, 2.0]),
+        sample(0, 0.0, [9.0, 0.5, 0.5]),
+        sample(1, 3.0, [9.0, 0.1]),
+        sample(1, 0.5, [9.0, 4.0]),
+        sample(1, 9.0, [9.0, 9.0], skipped=True),
+    ]
+    loss = GRPOLossConfig(injected="mask", eda=eda)
+    assign_advantages(samples, loss, entropy_driven=True)
+    whole = [(one.advantage, one.weight) for one in samples]
+    assert len(set(whole)) == 5
+    shares = [samples[:2], samples[2:]]
+    alone = []
+    for share, other in (shares, shares[::-1]):
+        assign_advantages(share, loss, entropy_driven=True)
+        alone += [(one.advantage, one.weight) for one in share]
+        assign_advantages(share, loss, entropy_driven=True, others=outcomes(other, loss))
+    for got, expected in zip([(one.advantage, one.weight) for one in samples], whole, strict=True):
+        assert got == pytest.approx(expected)
+    for own in (slice(0, 2), slice(2, 4)):
+        assert any(one != pytest.approx(with_all) for one, with_all in zip(alone[own], whole[own], strict=True))
 
 
 def test_the_kl_divergence_lessens_the_reward_by_its_sum_over_sampled_tokens():
@@ -71,7 +91,8 @@ def test_the_kl_divergence_lessens_the_reward_by_its_sum_over_sampled_tokens():
         measure_kl([first, second], estimator)
         assert first.reward_kl == pytest.approx(expected)
         assert second.reward_kl == 0
-    assert counted_rewards([first, second], kl_coef=2.0) == pytest.approx([1 - 2 * 0.05, 1])
+    rewards = [outcome.reward for outcome in outcomes([first, second], GRPOLossConfig(), kl_coef=2.0)]
+    assert rewards == pytest.approx([1 - 2 * 0.05, 1])
     assign_advantages([first, second], GRPOLossConfig(), entropy_driven=False, kl_coef=2.0)
     assert first.advantage == pytest.approx(-second.advantage)
     assert first.advantage < 0

@@ -26,7 +26,7 @@ TIMING = ("time/", "throughput/", "memory/")
 
 @pytest.fixture
 def config(config):
-    return replace(config, model=ModelConfig(lora=LORA), loss=GRPOLossConfig(beta=0.01), save_every=2)
+    return replace(config, model=ModelConfig(lora=LORA), loss=GRPOLossConfig(beta=0.01), save_every=2, seed=1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -37,7 +37,9 @@ class ByPrompt(ScriptedEngine):
         super().__init__()
         self.answers, self.continuation = answers, continuation
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         self.calls.append(([tuple(ids) for ids in prompts], sampling, seed))
         texts = []
         for place, ids in enumerate(prompts):

@@ -24,7 +24,7 @@ MIX = {"reflect": 0.4, "answer": 0.3, "hint": 0.3}
 
 @pytest.fixture
 def masking(config):
-    return replace(config, seed=3, correction=CorrectionConfig(mix=MIX, superseded="mask", max_length=24))
+    return replace(config, seed=1, correction=CorrectionConfig(mix=MIX, superseded="mask", max_length=24))
 
 
 def own_rollout(trainer):

@@ -155,15 +155,17 @@ def evaluate(
     window: int | None = None,
     style: AnswerStyle = "box",
     reasoning: Reasoning = "auto",
+    places: Sequence[int] | None = None,
 ) -> Evaluation:
     """Return the evaluation of the engine's current weights on ``prompts``, each answered ``generations`` times.
 
     The grader of the accuracy reward decides what is correct; other rewards play no part. The same weights, prompts and
     seed give the same result, in the order of the prompts. ``style`` and ``reasoning`` say where the answer is, as
     ``reward.answer`` and ``reward.reasoning`` do; a tagged ``template`` itself says where it is and what ends a
-    response. With its prompt a response has at most ``window`` tokens, the model's context length. Raises ValueError
-    for fewer than one generation, for several greedy ones (they would all be the same), for a prompt without an answer,
-    and for one that fills the window.
+    response. With its prompt a response has at most ``window`` tokens, the model's context length. ``places`` are those
+    of the prompts among all that processes share, by default 0, 1, ... Raises ValueError for fewer than one generation,
+    for several greedy ones (they would all be the same), for a prompt without an answer, and for one that fills the
+    window.
     """
     if generations < 1:
         raise ValueError(f"generations must be at least 1; got {generations}")
@@ -173,7 +175,9 @@ def evaluate(
         )
     check_answers(prompts)
     repeated = [prompt for prompt in prompts for _ in range(generations)]
-    responses = _generate(engine, repeated, sampling, seed, window)
+    starts = [place * generations for place in (range(len(prompts)) if places is None else places)]
+    members = [start + member for start in starts for member in range(generations)]
+    responses = _generate(engine, repeated, sampling, seed, window, members)
     read = [_read(response, tokenizer, template) for response in responses]
     answers = []
     for prompt, (text, _, _) in zip(repeated, read, strict=True):
@@ -242,20 +246,26 @@ def count_votes(evaluation: Evaluation, grader: Grader) -> Evaluation:
 
 
 def _generate(
-    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, seed: int, window: int | None
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    window: int | None,
+    places: Sequence[int],
 ) -> list[Response]:
     """One response per prompt; prompts with room for fewer than ``sampling.max_tokens`` are asked separately."""
     rooms = [_room(prompt, sampling.max_tokens, window) for prompt in prompts]
     responses: dict[int, Response] = {}
     for room in sorted(set(rooms), reverse=True):
-        places = [place for place, own in enumerate(rooms) if own == room]
+        numbers = [number for number, own in enumerate(rooms) if own == room]
         asked = engine.generate(
-            [prompts[place].token_ids for place in places],
+            [prompts[number].token_ids for number in numbers],
             replace(sampling, max_tokens=room),
             seed=seed if room == sampling.max_tokens else derive_seed(seed, "room", room),
+            places=[places[number] for number in numbers],
         )
-        responses.update(zip(places, asked, strict=True))
-    return [responses[place] for place in range(len(prompts))]
+        responses.update(zip(numbers, asked, strict=True))
+    return [responses[number] for number in range(len(prompts))]
 
 
 def _room(prompt: Prompt, max_tokens: int, window: int | None) -> int:

@@ -88,12 +88,15 @@ class ServerEngine:
         if self._process.is_main_process:
             verify(self, policy, seed=config.seed)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. Entropy is not known."""
         requests = requests_of(
             prompts,
             sampling,
             seed=seed,
+            places=places,
             eos_token_ids=self._eos_token_ids,
             max_length=self._max_length,
             max_n=self._rollout.batch_size,

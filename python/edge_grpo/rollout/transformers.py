@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from edge_grpo.config.seeds import derive_seed
 from edge_grpo.policy.model import unwrap
 from edge_grpo.types import Provenance, Response, Sampling
 from edge_kernels import token_stats
@@ -66,15 +67,19 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.autocast_dtype = autocast_dtype
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. The global random state is not used.
 
-        A response depends on the seed and the prompt's place in ``prompts``; up to rounding it does not depend on
-        ``batch_size`` or its neighbours. Raises FloatingPointError when the policy's logits are not finite.
+        A response depends on the seed and the prompt's place; up to rounding it does not depend on ``batch_size`` or
+        its neighbours. Raises FloatingPointError when the policy's logits are not finite.
         """
         check_request(prompts, sampling)
-        randomness = torch.Generator().manual_seed(seed)
-        uniforms = torch.rand(len(prompts), sampling.max_tokens, generator=randomness, dtype=torch.float64)
+        places = range(len(prompts)) if places is None else places
+        uniforms = torch.empty(len(prompts), sampling.max_tokens, dtype=torch.float64)
+        for row, place in zip(uniforms, places, strict=True):
+            torch.rand(len(row), generator=torch.Generator().manual_seed(derive_seed(seed, "row", place)), out=row)
         # Longest first: the batch that needs most memory fails at once, not at the end of a long rollout.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         responses: dict[int, Response] = {}

@@ -44,7 +44,7 @@ class VLLMEngine:
     memory or a file, and clears the prefix cache. ``sleep`` frees the device memory of vLLM's weights and cache where
     vLLM supports it (CUDA, ROCm); on a CPU it does nothing.
 
-    A response depends on the seed and the prompt's place in ``prompts``, up to rounding, which in vLLM depends on what
+    A response depends on the seed and the prompt's place, up to rounding, which in vLLM depends on what
     else is in a batch.
     """
 
@@ -74,13 +74,21 @@ class VLLMEngine:
         self.update_weights(policy)
         verify(self, policy, seed=config.seed)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         """Return one response per prompt, in order; see ``RolloutEngine``. Entropy is not known."""
         if self._asleep:
             raise RuntimeError("the engine is asleep and has no weights; call update_weights first")
         eos = self._eos_token_ids
         requests = requests_of(
-            prompts, sampling, seed=seed, eos_token_ids=eos, max_length=self._max_length, max_n=self._max_n
+            prompts,
+            sampling,
+            seed=seed,
+            places=places,
+            eos_token_ids=eos,
+            max_length=self._max_length,
+            max_n=self._max_n,
         )
         if not requests:
             return []

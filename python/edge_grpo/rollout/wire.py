@@ -47,16 +47,23 @@ def requests_of(
     eos_token_ids: Sequence[int],
     max_length: int,
     max_n: int,
+    places: Sequence[int] | None = None,
 ) -> list[Request]:
     """Return the prompts as requests: equal neighbours, as in a group, become one with up to ``max_n`` completions.
 
+    A completion's seed is the sum of a number that follows from ``seed``, and of its place: it does not depend on how
+    prompts are split over requests or processes. ``places`` ascend, by default from 0.
     ``max_length`` is the engine's limit for a prompt with its completion; beyond it vLLM would cut a completion and
     report the length that was asked for. Greedy completions are requests of their own: vLLM makes only one for each.
     """
     check_request(prompts, sampling)
+    places = range(len(prompts)) if places is None else places
+    base = derive_seed(seed, "requests") >> (63 - _SEED_BITS)
     requests: list[Request] = []
     first = 0
-    for prompt, group in groupby(tuple(prompt) for prompt in prompts):
+    # Of equal neighbours whose places follow each other, place - number is the same.
+    keys = [(tuple(prompt), place - number) for number, (prompt, place) in enumerate(zip(prompts, places, strict=True))]
+    for (prompt, _), group in groupby(keys):
         if len(prompt) + sampling.max_tokens > max_length:
             raise ValueError(
                 f"prompts[{first}] has {len(prompt)} tokens and may get {sampling.max_tokens}, but the engine holds "
@@ -70,7 +77,7 @@ def requests_of(
                 "n": n,
                 "max_tokens": sampling.max_tokens,
                 "temperature": sampling.temperature,
-                "seed": derive_seed(seed, "request", first) >> (63 - _SEED_BITS),
+                "seed": base + places[first],
                 "logprobs": 0,  # of the sampled token, and of no other
                 # Exactly these end a response, whatever the model and the tokenizer name; nothing is decoded.
                 "stop_token_ids": list(eos_token_ids),

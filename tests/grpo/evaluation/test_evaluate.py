@@ -27,7 +27,9 @@ class ScriptedEngine:
         self.texts = texts
         self.calls: list[tuple[list[Sequence[int]], Sampling, int]] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
+    ) -> list[Response]:
         self.calls.append((list(prompts), sampling, seed))
         return [self._response(text) for text, _ in zip(self.texts, prompts, strict=True)]
 
@@ -233,7 +235,7 @@ def test_the_models_window_ends_a_response(run):
     """Prompts that leave less room are asked apart, with what they leave; each response goes to its own prompt."""
     engine = ScriptedEngine("x")
     engine._response = lambda text: ScriptedEngine._response(engine, f"\\boxed{{{len(engine.calls)}}}")
-    engine.generate = lambda prompts, sampling, *, seed: (
+    engine.generate = lambda prompts, sampling, *, seed, places: (
         engine.calls.append((prompts, sampling, seed)) or [engine._response("") for _ in prompts]
     )
     lengths = (30, 100, 40, 164, 60)

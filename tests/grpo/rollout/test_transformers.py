@@ -134,6 +134,16 @@ def test_a_partial_completion_is_continued_as_if_never_cut(tiny_model):
     assert continued.token_ids == rest
 
 
+def test_processes_that_share_a_batch_sample_what_one_would(tiny_model):
+    """Of six prompts the second process has the last four, and a third one two that do not follow each other."""
+    given, sampling = prompts(3, 3, 5, 5, 2, 2), Sampling(max_tokens=6)
+    whole = [response.token_ids for response in engine(tiny_model).generate(given, sampling, seed=5)]
+    for places in ([2, 3, 4, 5], [1, 4]):
+        asked = [given[place] for place in places]
+        part = engine(tiny_model).generate(asked, sampling, seed=5, places=places)
+        assert [response.token_ids for response in part] == [whole[place] for place in places]
+
+
 def test_a_seed_fixes_the_samples_and_a_group_is_not_one_sample(tiny_model):
     group = prompts(4) * 8
     sampling = Sampling(max_tokens=8)

@@ -26,8 +26,8 @@ EOS = (1, 7)
 A, B = [5, 6], [9, 9, 9]
 
 
-def requests(prompts, sampling=Sampling(max_tokens=4), *, seed=0, max_length=64, max_n=8):  # noqa: B008  # frozen
-    return requests_of(prompts, sampling, seed=seed, eos_token_ids=EOS, max_length=max_length, max_n=max_n)
+def requests(prompts, sampling=Sampling(max_tokens=4), *, seed=0, max_length=64, max_n=8, **more):  # noqa: B008
+    return requests_of(prompts, sampling, seed=seed, eos_token_ids=EOS, max_length=max_length, max_n=max_n, **more)
 
 
 def test_a_group_is_one_request():
@@ -42,6 +42,21 @@ def test_large_groups_are_cut_and_greedy_ones_taken_apart():
     assert [request.n for request in requests([A] * 5, max_n=2)] == [2, 2, 1]
     assert [request.n for request in requests([A] * 3, Sampling(max_tokens=4, temperature=0.0))] == [1, 1, 1]
     assert requests([]) == []
+
+
+def seeds_of(found):
+    """The seed of each completion: vLLM adds its number to its request's."""
+    return [one.sampling_params["seed"] + number for one in found for number in range(one.n)]
+
+
+def test_a_completions_seed_depends_on_its_place_alone():
+    """Two groups of equal prompts side by side, cut into other requests by their size, by processes, or by gaps."""
+    whole = seeds_of(requests([A] * 8 + [B] * 4))
+    assert whole == seeds_of(requests([A] * 8 + [B] * 4, max_n=3))
+    assert whole[4:] == seeds_of(requests([A] * 4 + [B] * 4, places=range(4, 12)))
+    gaps = requests([A] * 4, places=[0, 1, 5, 7])
+    assert [one.n for one in gaps] == [2, 1, 1]
+    assert seeds_of(gaps) == [whole[place] for place in (0, 1, 5, 7)]
 
 
 def test_seeds_differ_between_requests_and_leave_room_for_a_group():
