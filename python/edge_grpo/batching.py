@@ -6,6 +6,7 @@ t of ``targets`` is ``input_ids[:, t + 1]``, and ``completion_mask`` selects the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class Sample:
     ref_logprobs: Tensor | None = None  # (T,)
     advantage: float = 0.0
     weight: float = 1.0
+    padding: int = 0  # positions behind the response over which its entropy is averaged too
+    mean_entropy: float = math.nan  # P, eq. 3; measured beforehand where there is such padding
     reward_kl: float = 0.0  # the estimated KL divergence to the reference policy, summed over the response
 
     @property
@@ -66,7 +69,7 @@ class Batch:
 
 def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
     """Return the samples as one right-padded batch on ``device``."""
-    longest = max(sample.length for sample in samples)
+    longest = max(sample.length + sample.padding for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     completion_mask = torch.zeros(len(samples), longest - 1, dtype=torch.bool)
@@ -74,7 +77,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
     for row, sample in enumerate(samples):
         start, stop = len(sample.prompt.token_ids), sample.length
         input_ids[row, :stop] = torch.tensor(sample.prompt.token_ids + sample.response.token_ids)
-        attention_mask[row, :stop] = 1
+        attention_mask[row, : stop + sample.padding] = 1  # it is predicted after, so it is read
         completion_mask[row, start - 1 : stop - 1] = True
         injected_mask[row, start - 1 : stop - 1] = torch.tensor(
             [provenance == Provenance.INJECTED for provenance in sample.response.provenance], dtype=torch.bool

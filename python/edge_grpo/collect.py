@@ -23,6 +23,7 @@ from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.policy.encoding import TextEncoder
+from edge_grpo.published import Rewriter
 from edge_grpo.types import Prompt, Response, Reward, RolloutEngine, Sampling, TrainerState
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Collector:
         self.prompts, self.engine, self.rewarder, self.tokenizer = prompts, engine, rewarder, tokenizer
         self.sampling, self.num_steps = sampling_of(config), config.steps
         self.corrector: Corrector | None = None
+        self.rewriter: Rewriter | None = None
         if config.use_gec:
             encoder = TextEncoder(tokenizer)
             self.corrector = Corrector(
@@ -91,6 +93,8 @@ class Collector:
                 rejected_solutions=rejected,
                 reasoning=config.reward.reasoning,
             )
+            if config.published.drop_eos or config.published.reencode:
+                self.rewriter = Rewriter(config, encode=encoder, decode=self._text, eos_token_ids=eos_token_ids)
 
     def collect(self, step: int, timed: Timed) -> Collected:
         """Return the samples of a step (1-based): all processes' are the same for the same seed and weights.
@@ -135,6 +139,8 @@ class Collector:
                 plan = self.corrector.plan(prompts, first, first_rewards, groups, seed=seed, keys=places)
                 seed = derive_seed(seed, "continuation")
                 responses = carry_out(plan, self.engine, self.sampling, seed=seed, places=places)
+                if self.rewriter is not None:
+                    responses = self.rewriter(prompts, responses)
             with timed("reward"):
                 changed = [index for index, response in enumerate(responses) if response is not first[index]]
                 judged = self._judge(
@@ -177,7 +183,10 @@ class Collector:
         return self.rewarder(prompts, self._texts(responses), completion_ids=ids, state=state)
 
     def _texts(self, responses: Sequence[Response]) -> list[str]:
-        return [str(self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)) for one in responses]
+        return [self._text(one.token_ids) for one in responses]
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def sampling_of(config: TrainConfig) -> Sampling:

@@ -232,7 +232,9 @@ class Corrector:
     def _may_be_corrected(self, prompt: Prompt, response: Response, reward: Reward) -> bool:
         is_unknown = prompt.example.answer is None and reward.outcome == "unparseable"
         is_cut_off = response.finish_reason == "length" and not self.config.truncated
-        return not (reward.correct or reward.skipped or is_unknown or is_cut_off)
+        limit = self.config.max_prompt_length
+        is_too_long = limit is not None and len(prompt.token_ids) > limit
+        return not (reward.correct or reward.skipped or is_unknown or is_cut_off or is_too_long)
 
     def _chosen(
         self,

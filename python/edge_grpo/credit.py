@@ -77,7 +77,10 @@ class Outcome(NamedTuple):
 
 
 def outcomes(samples: Sequence[Sample], loss: GRPOLossConfig, kl_coef: float = 0.0) -> list[Outcome]:
-    """Return the outcomes of the responses that take part in advantages: those that were not skipped."""
+    """Return the outcomes of the responses that take part in advantages: those that were not skipped.
+
+    Fills their mean entropies, but for those that were measured over padding too.
+    """
     samples = [sample for sample in samples if not sample.reward.skipped]
     if not samples:
         return []
@@ -85,9 +88,12 @@ def outcomes(samples: Sequence[Sample], loss: GRPOLossConfig, kl_coef: float = 0
         [sample.entropy for sample in samples if sample.entropy is not None],
         [counted_tokens(sample.response, loss) for sample in samples],
     )
+    for sample, mean in zip(samples, means.tolist(), strict=True):
+        if not sample.padding:
+            sample.mean_entropy = mean
     return [
-        Outcome(sample.group, sample.reward.total - kl_coef * sample.reward_kl, mean)
-        for sample, mean in zip(samples, means.tolist(), strict=True)
+        Outcome(sample.group, sample.reward.total - kl_coef * sample.reward_kl, sample.mean_entropy)
+        for sample in samples
     ]
 
 

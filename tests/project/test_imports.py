@@ -29,7 +29,7 @@ ROOMS = {
         ("text", "types"),
         ("config",),
         ("batching",),
-        ("correction", "credit", "grading", "policy"),
+        ("correction", "credit", "grading", "policy", "published"),
         ("data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learning"),
         ("integrations", "report", "trainer"),

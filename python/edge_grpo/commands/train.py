@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_source(parser)
     parser.add_argument("--method", choices=get_args(Method), help="short for method=...; see the key below")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="set several keys at once, after the recipe's or file's and before KEY=VALUE; published: what the "
+        "published EDGE-GRPO code does otherwise than the paper",
+    )
     parser.add_argument("--output", metavar="DIR", help="short for output=..., the run's folder")
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
@@ -140,11 +146,14 @@ def _configuration(options: argparse.Namespace, overrides: list[str]) -> TrainCo
         if not source.is_file():
             raise FileNotFoundError(f"nothing to resume: {output} holds no config.yaml of a run")
         if not options.trust:
-            refuse_foreign(source, load_config(source, overrides), overrides)
-    config = load_config(source, overrides)
-    if options.method and not has_output and load_config(source).method != options.method:
-        # The recipe's folder is for the recipe's method: runs to be compared must not share one.
-        config = load_config(source, [*overrides, f"output={config.output}-{options.method.replace('+', '-')}"])
+            refuse_foreign(source, load_config(source, overrides, preset=options.preset), overrides)
+    config = load_config(source, overrides, preset=options.preset)
+    if not has_output:
+        # The recipe's folder is for the recipe's own settings: runs to be compared must not share one.
+        differs = options.method and load_config(source, preset=options.preset).method != options.method
+        names = [options.preset or "", options.method.replace("+", "-") if differs else ""]
+        folder = "-".join([config.output, *filter(None, names)])
+        config = load_config(source, [*overrides, f"output={folder}"], preset=options.preset)
     return config
 
 
@@ -181,8 +190,8 @@ def _say_how_to_resume(config: TrainConfig, earlier: tuple[int, int] | None) -> 
 COMMAND = Command(
     name="train",
     summary="train a model, evaluate it before and after, and write a report",
-    usage="[--recipe NAME | --config FILE] [--method METHOD] [--output DIR] [--resume | --overwrite | --dry-run] "
-    "[KEY=VALUE ...]",
+    usage="[--recipe NAME | --config FILE] [--method METHOD] [--preset NAME] [--output DIR] "
+    "[--resume | --overwrite | --dry-run] [KEY=VALUE ...]",
     examples="""
         edge-grpo train --recipe tiny                    the small model shipped with the package, minutes on a CPU
         edge-grpo train --recipe tiny --method grpo      the same with plain GRPO, into its own folder, to compare

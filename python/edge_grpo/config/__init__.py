@@ -15,7 +15,16 @@ from edge_grpo.config.keys import (
     RolloutConfig,
     TrainConfig,
 )
-from edge_grpo.config.reading import flatten, from_dict, load_config, recipe_names, recipe_path, to_dict
+from edge_grpo.config.published import PublishedConfig
+from edge_grpo.config.reading import (
+    flatten,
+    from_dict,
+    load_config,
+    preset_names,
+    recipe_names,
+    recipe_path,
+    to_dict,
+)
 
 __all__ = [
     "AdvantageConfig",
@@ -27,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "OnError",
     "OptimConfig",
+    "PublishedConfig",
     "RewardConfig",
     "RolloutConfig",
     "TrainConfig",
@@ -35,6 +45,7 @@ __all__ = [
     "from_dict",
     "keys_help",
     "load_config",
+    "preset_names",
     "recipe_names",
     "recipe_path",
     "to_dict",

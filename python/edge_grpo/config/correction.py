@@ -27,6 +27,7 @@ class CorrectionConfig:
     answer_text: str = " The correct answer is \\boxed{{{answer}}}."  # what answer appends after it, with {answer}
     max_length: int = 256  # tokens that a correction may add to a response
     truncated: bool = True  # whether responses cut off by the length limit are corrected too
+    max_prompt_length: int | None = None  # nothing is corrected where the prompt has more tokens (published code: 255)
     scope: Scope = "all"  # correct all wrong responses, those of collapsed groups, or one per group with none right
     max_per_group: int | None = None  # correct at most this many responses of a group, drawn at random
     long_solution: LongSolution = "shorter"  # a solution over the limit: try answer, then reflect; truncate it; or skip
@@ -52,8 +53,9 @@ class CorrectionConfig:
                 "hint_min and hint_max must be shares between 0 and 1, the smaller first; got "
                 f"{self.hint_min} and {self.hint_max}; solution in mix injects a whole solution"
             )
-        if self.max_per_group is not None:
-            problems += whole(1, max_per_group=self.max_per_group)
+        for name in ("max_per_group", "max_prompt_length"):
+            if (value := getattr(self, name)) is not None:
+                problems += whole(1, **{name: value})
         if not self.reflection_text.strip() and (self.mix.get("reflect") or self.mix.get("answer")):
             problems.append("reflection_text must not be empty; set reflect and answer to 0 in mix to leave it out")
         filled = fill(self.answer_text, "answer", "7")

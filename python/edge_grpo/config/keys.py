@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 from edge_grpo.config.checks import did_you_mean, matches, mismatch, real, refuse, whole
 from edge_grpo.config.correction import CorrectionConfig
 from edge_grpo.config.model import ModelConfig
+from edge_grpo.config.published import PublishedConfig
 from edge_grpo.text import AnswerStyle, Reasoning, fill, find_answer
 from edge_kernels.config import EDAConfig, GRPOLossConfig, KLEstimator, MeanOver, ScaleRewards
 
@@ -204,6 +205,7 @@ class TrainConfig:
     loss: GRPOLossConfig = field(default_factory=GRPOLossConfig)
     eda: AdvantageConfig = field(default_factory=AdvantageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
 
     def __post_init__(self) -> None:
         refuse(_type_problems(self))
@@ -301,12 +303,36 @@ class TrainConfig:
                 "the tokens of the quantile alone, whose number a micro-batch does not know; set one of them to its "
                 "default"
             )
+        problems += self._entropy_gradient_conflicts()
         defaults = GRPOLossConfig()
         for name, source in LOSS_VALUES.items():
             default, value = getattr(defaults, name), getattr(self.loss, name)
             if value != default and not (name == "max_completion_length" and self.loss.loss_type == "dr_grpo"):
                 problems.append(f"loss.{name} must be left at {default}; got {value!r}; it is {source}")
         return problems
+
+    def _entropy_gradient_conflicts(self) -> list[str]:
+        """Return complaints where the loss is not, on-policy, the weight of a token times its response's advantage."""
+        if not (self.published.entropy_gradient and self.use_eda):
+            return []
+        allowed: dict[str, tuple[Any, ...]] = {
+            "loss.loss_type": ("dapo", "bnpo", "grpo", "dr_grpo"),
+            "loss.injected": ("credit", "mask"),
+            "loss.top_entropy_quantile": (1,),
+            "loss.off_policy_mask_threshold": (None,),
+            "loss.sampler_ratio_cap": (None,),
+            "rollout.engine": ("transformers",),  # a vLLM engine is corrected for
+            "optim.epochs": (1,),
+            "optim.minibatches": (1,),
+            "eda.preserve_scale": (False,),
+        }
+        found = {key: getattr(getattr(self, key.partition(".")[0]), key.partition(".")[2]) for key in allowed}
+        return [
+            f"published.entropy_gradient and {key} = {found[key]} cannot be combined; its gradient is known for one "
+            f"on-policy step of a plain loss; set {key} to {' or '.join(map(str, values))}"
+            for key, values in allowed.items()
+            if found[key] not in values
+        ]
 
 
 # Options of the loss that are not keys here, and where this trainer takes their values from.

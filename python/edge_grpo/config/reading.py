@@ -23,6 +23,7 @@ from edge_kernels.config import GRPOLossConfig
 
 Config = TypeVar("Config")
 _NULL = ("null", "Null", "NULL", "~", "None")
+_PRESET = "preset-"  # begins the file names of presets
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # in a checkout a link to its top-level folder
 
 
@@ -39,8 +40,12 @@ class _Problem(NamedTuple):
     text: str
 
 
-def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: Path | str | None = None, overrides: Sequence[str] = (), *, preset: str | None = None
+) -> TrainConfig:
     """Return the configuration in a YAML file (None: the defaults) after overrides such as "optim.learning_rate=1e-5".
+
+    The keys that ``preset`` (one of ``preset_names``) sets come after the file's, and before the overrides.
 
     A value of an override is read as its field's type: text is taken as it stands, everything else is YAML, ``null``
     is None, and lists may be written "a,b". KEY.NAME=VALUE sets one entry of a mapping and leaves the others. Raises
@@ -48,6 +53,8 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     value of the wrong type or range, and every conflict, each with the file or the override that it comes from.
     """
     in_file = _read_yaml(Path(path)) if path is not None else {}
+    if preset is not None:
+        in_file = _merged(in_file, _read_yaml(_preset_path(preset)))
     tree, applied, problems = _override(in_file, overrides)
     config, found = _build_all(tree)
     if found:
@@ -97,7 +104,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Return the names that ``recipe_path`` knows; a file that begins with "verl-" is a configuration of verl."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml") if not path.stem.startswith("verl-"))
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml") if not path.stem.startswith(("verl-", _PRESET)))
+
+
+def preset_names() -> list[str]:
+    """Return the names of presets: files beside the recipes that set some keys of any configuration."""
+    return sorted(path.stem.removeprefix(_PRESET) for path in _RECIPES.glob(f"{_PRESET}*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
@@ -107,6 +119,13 @@ def recipe_path(name: str) -> Path:
         return _RECIPES / f"{stem}.yaml"
     hint = did_you_mean(name, recipe_names()) or f"; there are: {', '.join(recipe_names()) or 'none'}"
     raise ValueError(f"no recipe named {name!r} (--config takes a file){hint}")
+
+
+def _preset_path(name: str) -> Path:
+    if name in preset_names():
+        return _RECIPES / f"{_PRESET}{name}.yaml"
+    hint = did_you_mean(name, preset_names()) or f"; there are: {', '.join(preset_names())}"
+    raise ValueError(f"no preset named {name!r}{hint}")
 
 
 # ---- Files and overrides -------------------------------------------------------------------------------------------
@@ -138,6 +157,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold `key: value` lines; got a {type(tree).__name__}")
     return tree
+
+
+def _merged(tree: Mapping[str, Any], over: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``tree`` with the keys of ``over`` in it; a mapping that is itself a value is replaced as a whole."""
+    merged = dict(tree)
+    for name, value in over.items():
+        is_section = is_dataclass(_keys()[f"{prefix}{name}"])
+        inner = merged.get(name) or {}
+        if is_section and isinstance(inner, Mapping):
+            merged[name] = _merged(inner, value, f"{prefix}{name}.")
+        elif not is_section:
+            merged[name] = value
+    return merged
 
 
 def _override(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
+from edge_grpo.learning.entropy import EntropyTerm, add_padding, entropy_mask, loss_by_entropy, mean_over
 from edge_grpo.learning.schedule import learning_rate_factor
 from edge_grpo.learning.totals import LossTotals, Normalizers
 from edge_grpo.metrics import Recomputed, drift_metrics
@@ -29,7 +30,7 @@ from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, lm_head
 from edge_grpo.types import Response
-from edge_kernels import GRPOLossOutput, linear_edge_grpo_loss, linear_token_stats
+from edge_kernels import GRPOLossOutput, TokenStats, linear_edge_grpo_loss, linear_token_stats
 
 _IGNORE_INDEX = -100
 _MAX_SKIPPED = 3  # optimizer steps in a row
@@ -46,6 +47,8 @@ class Learner:
         self.accelerator = accelerator
         self.model = model
         self.pad_token_id = pad_token_id
+        self.averages_padding = config.use_eda and config.published.padding_entropy
+        self.learns_entropy = config.use_eda and config.published.entropy_gradient
         self.masks_superseded = config.use_gec and config.correction.superseded == "mask"
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
@@ -85,6 +88,11 @@ class Learner:
         for chunk in micro_batches(unscored, self.optim.micro_batch_size):
             for sample, logprobs, entropy in zip(chunk, *self.token_stats(self.unwrapped, chunk), strict=True):
                 sample.logprobs, sample.entropy = logprobs, entropy
+        if self.averages_padding:
+            add_padding(samples)
+            for chunk in micro_batches(samples, self.optim.micro_batch_size):
+                for sample, mean in zip(chunk, self._mean_entropies(chunk).tolist(), strict=True):
+                    sample.mean_entropy = mean
         if self.needs_reference:
             self._score_by_reference(samples)
 
@@ -182,7 +190,7 @@ class Learner:
             batch = self._pad(chunk)
             synchronize = position == len(chunks) - 1
             with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
-                out = self._loss_of(batch, normalizers)
+                out = self._loss_of(batch, normalizers, self._entropy_term(chunk, batch, normalizers))
                 stands_in = chunk[0].reward.skipped  # alone in its chunk, so that this process reduces too
                 self.accelerator.backward(out.loss * (0 if stands_in else scale))
             if stands_in:
@@ -211,25 +219,41 @@ class Learner:
     def token_stats(self, model: PolicyModel, chunk: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the logprobs and the entropies of each sample's response tokens, by a forward pass."""
         batch = self._pad(chunk)
-        rule = self.loss
+        stats = self._stats_of(model, batch, batch.completion_mask)
+        return unpad(stats.logprobs, batch), unpad(stats.entropy, batch)
 
-        def stats(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-            out = linear_token_stats(
-                hidden[:, :-1],
-                head.weight,
-                batch.targets.masked_fill(~batch.completion_mask, _IGNORE_INDEX),
-                head.bias,
-                temperature=rule.temperature,
-                softcap=rule.softcap,
-                logit_scale=rule.logit_scale,
-                ignore_index=_IGNORE_INDEX,
-                low_rank=head.low_rank(hidden[:, :-1]),
-            )
-            return out.logprobs, out.entropy
+    def _mean_entropies(self, chunk: Sequence[Sample]) -> Tensor:
+        """Return the mean entropy of each sample by a forward pass, over its padding too, (B,)."""
+        batch = self._pad(chunk)
+        mask = entropy_mask(chunk, self.loss, batch.targets)
+        return mean_over(self._stats_of(self.unwrapped, batch, mask).entropy, mask)
 
+    def _stats_of(self, model: PolicyModel, batch: Batch, mask: Tensor) -> TokenStats:
         with self.accelerator.autocast():
-            logprobs, entropy = model(batch.input_ids, batch.attention_mask, stats)
-        return unpad(logprobs, batch), unpad(entropy, batch)
+            return model(
+                batch.input_ids, batch.attention_mask, lambda hidden, head: self._stats(hidden, head, batch, mask)
+            )
+
+    def _stats(self, hidden: Tensor, head: LMHead, batch: Batch, mask: Tensor) -> TokenStats:
+        """Return the statistics of the predictions that ``mask`` selects, 0 elsewhere, from hidden states (B, L, D)."""
+        return linear_token_stats(
+            hidden[:, :-1],
+            head.weight,
+            batch.targets.masked_fill(~mask, _IGNORE_INDEX),
+            head.bias,
+            temperature=self.loss.temperature,
+            softcap=self.loss.softcap,
+            logit_scale=self.loss.logit_scale,
+            ignore_index=_IGNORE_INDEX,
+            low_rank=head.low_rank(hidden[:, :-1]),
+        )
+
+    def _entropy_term(self, chunk: Sequence[Sample], batch: Batch, normalizers: Normalizers) -> EntropyTerm | None:
+        if not self.learns_entropy:
+            return None
+        num_tokens = [sum(self._has_loss(sample.response)) for sample in chunk]
+        slopes = loss_by_entropy(chunk, num_tokens, self.loss, normalizers)
+        return EntropyTerm(entropy_mask(chunk, self.loss, batch.targets), slopes.to(batch.targets.device))
 
     def _set_learning_rate(self, update: int) -> float:
         """Set and return the rate of an optimizer step (0-based) of the run: no state, so nothing to save."""
@@ -238,7 +262,7 @@ class Learner:
             group["lr"] = rate
         return rate
 
-    def _loss_of(self, batch: Batch, normalizers: Normalizers) -> GRPOLossOutput:
+    def _loss_of(self, batch: Batch, normalizers: Normalizers, term: EntropyTerm | None = None) -> GRPOLossOutput:
         corrects_sampler = self.loss.sampler_ratio_cap is not None
         reads_sampler = corrects_sampler or self.loss.off_policy_mask_threshold is not None
         off_policy = self.optim.epochs * self.optim.minibatches > 1 or corrects_sampler
@@ -248,7 +272,7 @@ class Learner:
             mask = mask & ~batch.superseded_mask
 
         def loss(hidden: Tensor, head: LMHead) -> GRPOLossOutput:
-            return linear_edge_grpo_loss(
+            out = linear_edge_grpo_loss(
                 hidden[:, :-1],
                 head.weight,
                 batch.targets,
@@ -265,6 +289,7 @@ class Learner:
                 config=self.loss,
                 low_rank=head.low_rank(hidden[:, :-1]),
             )
+            return out if term is None else term.added_to(out, self._stats(hidden, head, batch, term.mask).entropy)
 
         return self.policy(batch.input_ids, batch.attention_mask, loss)
 

@@ -53,6 +53,22 @@ def test_another_method_gets_a_folder_of_its_own(trainer: FakeTrainer) -> None:
     assert trainer.config.output == "runs/own"
 
 
+def test_a_preset_has_a_folder_of_its_own_and_its_keys_can_be_overridden(
+    trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.yaml").write_text("output: runs/mine\nseed: 4\n")
+    assert cli.main(["train", "--config", "my.yaml", "--preset", "published", "published.reencode=false"]) == 0
+    assert (trainer.config.output, trainer.config.seed) == ("runs/mine-published", 4)
+    assert trainer.config.published.drop_eos
+    assert not trainer.config.published.reencode
+    assert cli.main(["train", "--config", "my.yaml", "--preset", "published", "--method", "eda"]) == 0
+    assert (trainer.config.method, trainer.config.output) == ("eda", "runs/mine-published-eda")
+    assert cli.main(["train", "--config", "my.yaml", "--preset", "published", "--output", "other"]) == 0
+    assert trainer.config.output == "other"
+    assert cli.main(["train", "--preset", "unknown"]) == 2
+    assert "no preset named 'unknown'; there are: published" in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten_unasked(trainer: FakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--output", "out"]) == 0
     notes = Path("out/notes.txt")

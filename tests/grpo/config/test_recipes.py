@@ -11,7 +11,7 @@ from paths import SHARED_DATA
 from transformers import PreTrainedTokenizerFast
 
 from edge_grpo.collect import carry_out
-from edge_grpo.config import load_config, recipe_names, recipe_path
+from edge_grpo.config import flatten, load_config, preset_names, recipe_names, recipe_path, to_dict
 from edge_grpo.correction import Corrector
 from edge_grpo.data.prompts import render_prompts
 from edge_grpo.data.sources import load_examples
@@ -52,6 +52,47 @@ def qwen_tokenizer(tiny_tokenizer) -> PreTrainedTokenizerFast:
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
     )
+
+
+def test_the_published_preset_sets_these_keys_of_any_recipe():
+    """Only those, on top of the recipe's other settings; its mixture replaces the recipe's as a whole."""
+    assert preset_names() == ["published"]
+    plain, preset = (flatten(to_dict(load_config(recipe_path("tiny"), preset=name))) for name in (None, "published"))
+    assert {key: value for key, value in preset.items() if value != plain[key]} == {
+        "correction.mix": {"reflect": 0.5, "answer": 0.25, "solution": 0.25},
+        "correction.max_prompt_length": 255,
+        "eda.mean_over": "batch",
+        "eda.clip": float("inf"),
+        "published.padding_entropy": True,
+        "published.entropy_gradient": True,
+        "published.drop_eos": True,
+        "published.reencode": True,
+    }
+
+
+@pytest.mark.parametrize("name", [None, *recipe_names()])
+def test_a_preset_goes_with_every_recipe_that_samples_here(name):
+    path = recipe_path(name) if name else None
+    if load_config(path).rollout.engine == "transformers":
+        assert load_config(path, preset="published").eda.mean_over == "batch"
+    else:
+        with pytest.raises(
+            ValueError, match=r"published\.entropy_gradient and rollout\.engine = vllm.* cannot be combined"
+        ):
+            load_config(path, preset="published")
+        load_config(path, ["published.entropy_gradient=false"], preset="published")
+
+
+def test_an_override_switches_one_key_of_a_preset_back():
+    config = load_config(recipe_path("tiny"), ["published.drop_eos=false", "correction.mix.hint=1"], preset="published")
+    assert not config.published.drop_eos
+    assert config.published.reencode
+    assert config.correction.mix == {"reflect": 0.5, "answer": 0.25, "solution": 0.25, "hint": 1.0}
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r"no preset named 'publishd'; did you mean published\?"):
+        load_config(preset="publishd")
 
 
 @pytest.mark.parametrize("name", recipe_names())
