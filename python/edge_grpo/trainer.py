@@ -47,6 +47,7 @@ from edge_grpo.metrics import (
 )
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
+from edge_grpo.rollout.together import together
 from edge_grpo.run import checkpoint, identity
 from edge_grpo.run.files import write_text
 from edge_grpo.run.folder import claim, discard
@@ -230,7 +231,7 @@ class Trainer:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
         started = time.perf_counter()
         timed = PhaseTimes(self.accelerator.device)
-        collected = self.collector.collect(step, timed)
+        collected = together(lambda: self.collector.collect(step, timed))
         samples = collected.samples
         self.engine.sleep()
         with timed("score"):
@@ -299,7 +300,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         sampling = replace(sampling_of(config), temperature=config.eval_temperature)
         places = range(accelerator.process_index, len(self.eval_prompts), accelerator.num_processes)
-        share = evaluate(
+        share_of = partial(
+            evaluate,
             self.engine,
             [self.eval_prompts[place] for place in places],
             self.rewarder.grader,
@@ -311,7 +313,7 @@ class Trainer:
             style=config.reward.answer,
             reasoning=config.reward.reasoning,
         )
-        return Evaluation.merge(gather_object([share]))
+        return Evaluation.merge(gather_object([together(share_of)]))
 
     def close(self) -> None:
         try:

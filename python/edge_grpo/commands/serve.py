@@ -13,18 +13,26 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     quieten_loading()
     from edge_grpo.rollout.serve import serve
 
-    serve(config)
+    serve(config, options.index)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    parser.add_argument(
+        "--index", type=int, metavar="N", help="which address of rollout.server to serve, from 0, where it has several"
+    )
 
 
 COMMAND = Command(
     name="serve",
     summary="start a vLLM server on this machine for runs with rollout.engine=vllm-server",
-    usage="[--recipe NAME | --config FILE] [KEY=VALUE ...]",
+    usage="[--recipe NAME | --config FILE] [--index N] [KEY=VALUE ...]",
     examples="""
         edge-grpo serve --recipe smollm2-135m-server     then, elsewhere: edge-grpo train --recipe smollm2-135m-server
         CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml rollout.server=10.0.0.2:8000
+        CUDA_VISIBLE_DEVICES=1 edge-grpo serve --config my.yaml --index 1        the second address of rollout.server
         """,
-    add_arguments=add_source,
+    add_arguments=add_arguments,
     run=run,
     takes_keys=True,
 )

@@ -5,14 +5,12 @@ from edge_grpo.config.help import describe, keys_help
 from edge_grpo.config.keys import (
     AdvantageConfig,
     DataConfig,
-    Engine,
     EvalConfig,
     Method,
     ModelConfig,
     OnError,
     OptimConfig,
     RewardConfig,
-    RolloutConfig,
     TrainConfig,
 )
 from edge_grpo.config.published import PublishedConfig
@@ -25,6 +23,7 @@ from edge_grpo.config.reading import (
     recipe_path,
     to_dict,
 )
+from edge_grpo.config.rollout import Engine, RolloutConfig
 
 __all__ = [
     "AdvantageConfig",

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_grpo.config.keys import RolloutConfig, TrainConfig
+from edge_grpo.config.keys import TrainConfig
+from edge_grpo.config.rollout import RolloutConfig
 
 # Arguments of vLLM that are numbers, switches and names of its own. Any other may name a class, a file or an address.
 _OF_VLLM_ITSELF = {
@@ -30,8 +31,8 @@ def reaching_out(config: TrainConfig, *, trains: bool = True) -> dict[str, str]:
         found = {f"reward.weights.{name}": str(config.reward.weights[name]) for name in config.reward.functions}
     if rollout.engine == "vllm":
         found |= {f"rollout.vllm.{name}": str(v) for name, v in rollout.vllm.items() if name not in _OF_VLLM_ITSELF}
-    if rollout.engine == "vllm-server" and rollout.server != RolloutConfig.server:
-        found["rollout.server"] = rollout.server
+    if rollout.engine == "vllm-server" and rollout.servers != (RolloutConfig.server,):
+        found["rollout.server"] = ",".join(rollout.servers)
     if rollout.engine == "vllm-server" and rollout.server_folder is not None:
         found["rollout.server_folder"] = rollout.server_folder
     return found

@@ -116,6 +116,7 @@ SERVER = ["rollout.engine=vllm-server", "rollout.server=10.0.0.1:80"]
         (["rollout.engine=vllm", "rollout.vllm.worker_cls=theirs.C"], "rollout.vllm.worker_cls"),
         (VLLM, "rollout.vllm.trust_remote_code"),
         (SERVER, "rollout.server"),
+        ([SERVER[0], "rollout.server=10.0.0.1:80,10.0.0.2:80"], "rollout.server"),
         ([*SERVER[:1], "rollout.server_folder=/theirs"], "rollout.server_folder"),
     ],
 )

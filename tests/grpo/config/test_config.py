@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -206,6 +207,9 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.server=http://a:8000"], "rollout.server must read HOST:PORT; got 'http://a:8000'"),
         (["rollout.server=localhost"], "rollout.server must read HOST:PORT"),
         (["rollout.server=localhost:65536"], "rollout.server must read HOST:PORT"),
+        (["rollout.server=a:1,b"], "rollout.server must read HOST:PORT; got 'b'"),
+        (["rollout.server=a:1,"], "rollout.server must read HOST:PORT; got ''"),
+        (["rollout.server=a:1,b:2,a:1"], "rollout.server must name each address once; got a:1 2 times"),
         (["rollout.timeout=.inf"], "rollout.timeout must be a number in (0, 1e6]; got inf"),
         (["rollout.vllm.max-model-len=99"], "rollout.vllm takes its arguments with underscores"),
         (
@@ -218,6 +222,18 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
 def test_what_vllm_cannot_do_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(None, overrides)
+
+
+def test_servers_are_one_or_several(tmp_path: Path) -> None:
+    assert load_config().rollout.servers == ("127.0.0.1:8000",)
+    for listed in ("a:1,b:2", "a:1, b:2", "[a:1, b:2]"):
+        (tmp_path / "run.yaml").write_text(f"rollout: {{server: {listed if listed[0] == '[' else repr(listed)}}}")
+        config = load_config(tmp_path / "run.yaml")
+        assert config.rollout.servers == ("a:1", "b:2")
+        assert from_dict(to_dict(config)) == config
+    assert load_config(None, ["rollout.server=a:1,b:2"]).rollout.servers == ("a:1", "b:2")
+    with pytest.raises(ValueError, match=r"rollout\.server must name at least one HOST:PORT; got an empty list"):
+        from_dict({"rollout": {"server": []}})
 
 
 @pytest.mark.parametrize(

@@ -2,92 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from fake_servers import EOS, FakeServer, running
 
 from edge_grpo.config import DataConfig, RolloutConfig, TrainConfig
-from edge_grpo.rollout import build_engine
+from edge_grpo.rollout import build_engine, connection, spread
 from edge_grpo.rollout import server as server_module
 from edge_grpo.types import RolloutError, Sampling
 
 PROMPTS = [[5, 6]] * 3 + [[7]]
 SAMPLING = Sampling(max_tokens=2)
-EOS = 1
 
 
-class FakeServer(ThreadingHTTPServer):
-    """Answers what a run asks. ``trouble[path]``, called with the attempt's number, may do something else first."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.server_address[1]}"
-        self.version = "default"
-        self.trouble: dict[str, Callable[[int], int | None]] = {}
-        self.seen: Counter[str] = Counter()
-        self.bodies: dict[str, dict] = {}
-        self.lock = threading.Lock()
-
-    def answer(self, path: str, body: dict) -> dict:
-        if path == "/v1/models":
-            return {"data": [{"max_model_len": 4096}]}
-        if path == "/update_weight_version":
-            self.version = body["new_version"]
-        if path == "/inference/v1/generate":
-            one = {"logprobs": {"content": [{"logprob": -1.0}]}, "token_ids": [EOS], "finish_reason": "stop"}
-            span = {"version": self.version, "start": 0, "end": 1}
-            choices = [one | {"index": n, "weight_versions": [span]} for n in range(body["sampling_params"]["n"])]
-            return {"choices": choices[::-1]}  # in whatever order they were done
-        return {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.do_POST()
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-        with self.server.lock:
-            self.server.seen[self.path] += 1
-            attempt = self.server.seen[self.path]
-            self.server.bodies[self.path] = body
-        status = self.server.trouble.get(self.path, lambda _: None)(attempt)
-        if status == 0:  # the connection breaks without an answer
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-            return
-        payload = json.dumps({"error": "as the test wants"} if status else self.server.answer(self.path, body)).encode()
-        self.send_response(status or 200)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_PAUSE", 0.01)
+    monkeypatch.setattr(connection, "_HEALTH_TIMEOUT", 0.2)
+    monkeypatch.setattr(spread, "_HEALTH_EVERY", 0.2)
+    monkeypatch.setattr(server_module, "verify", lambda *_, **__: None)  # it has no weights
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(server_module, "_PAUSE", 0.01)
-    monkeypatch.setattr(server_module, "_HEALTH_EVERY", 0.2)
-    monkeypatch.setattr(server_module, "verify", lambda *_, **__: None)  # it has no weights
-    fake = FakeServer()
-    threading.Thread(target=fake.serve_forever, args=(0.02,), daemon=True).start()
-    yield fake
-    fake.shutdown()
-    fake.server_close()
+def server() -> Iterator[FakeServer]:
+    with running(FakeServer()) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -144,27 +88,6 @@ def test_one_lost_request_of_many_fails_the_whole_call(engine, server):
         engine.generate([[token] for token in range(5, 15)], SAMPLING, seed=0)
 
 
-def test_the_last_request_may_fail_before_anybody_waits(engine, monkeypatch):
-    """All requests are over, the last one with an error, when the engine comes to wait for them."""
-
-    class AtOnce(threading.Thread):
-        def start(self) -> None:
-            self.run()
-
-    failures = iter([RolloutError("the last one")])
-
-    def ask(path: str, body: dict, *, stop: threading.Event) -> dict:
-        if body["token_ids"] == [7]:
-            raise next(failures)
-        return {}
-
-    monkeypatch.setattr(engine, "_ask", ask)
-    own = SimpleNamespace(Thread=AtOnce, Event=threading.Event, Condition=threading.Condition)
-    monkeypatch.setattr(server_module, "threading", own)
-    with pytest.raises(RolloutError, match="the last one"):
-        engine.generate([[5], [6], [7]], SAMPLING, seed=0)
-
-
 def test_a_mistake_of_ours_is_not_repeated(engine, server):
     server.trouble["/inference/v1/generate"] = lambda attempt: 400
     with pytest.raises(RolloutError, match=r"refused /inference/v1/generate with HTTP 400.*as the test wants"):
@@ -187,7 +110,7 @@ def test_a_restarted_server_is_noticed(engine, server):
 
 def test_a_silent_server_is_given_up_by_its_health(engine, server):
     """Connections stay open and nothing comes, as from a machine that vanished: the request is not waited for."""
-    object.__setattr__(engine._rollout, "timeout", 60.0)
+    engine.servers[0].timeout = 60.0
     given_up = threading.Event()
     answered = []
     server.trouble["/inference/v1/generate"] = lambda attempt: answered.append(given_up.wait(60))  # type: ignore[func-returns-value]
@@ -207,7 +130,7 @@ def test_a_slow_server_in_good_health_is_waited_for(engine, server):
 
 def test_an_answer_that_takes_too_long_counts_as_a_failure(config, server, tiny_model, tiny_tokenizer):
     engine = build_engine(config, tiny_model, tiny_tokenizer)
-    object.__setattr__(engine._rollout, "timeout", 0.2)
+    engine.servers[0].timeout = 0.2
     server.trouble["/inference/v1/generate"] = lambda attempt: time.sleep(0.5) if attempt == 1 else None  # type: ignore[func-returns-value]
     assert len(engine.generate([[5]], SAMPLING, seed=0)) == 1
     assert server.seen["/inference/v1/generate"] == 2
@@ -235,3 +158,108 @@ def test_sequences_longer_than_the_server_holds(config, server, tiny_model, tiny
 def test_a_policy_on_the_cpu_needs_a_folder(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match=r"rollout\.server_folder is null"):
         build_engine(TrainConfig(rollout=RolloutConfig(engine="vllm-server")), tiny_model, tiny_tokenizer)
+
+
+# ---- Several servers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[list[FakeServer]]:
+    with running(FakeServer()) as first, running(FakeServer()) as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def by_pair(pair, tmp_path) -> TrainConfig:
+    addresses = tuple(fake.address for fake in pair)
+    rollout = RolloutConfig(engine="vllm-server", server=addresses, server_folder=str(tmp_path), timeout=5.0)
+    return TrainConfig(data=DataConfig(max_prompt_length=64), rollout=rollout)
+
+
+def test_each_server_gets_the_weights_once_and_all_sample(by_pair, pair, tiny_model, tiny_tokenizer, tmp_path):
+    engine = build_engine(by_pair, tiny_model, tiny_tokenizer)
+    first, second = pair
+    assert first.bodies["/collective_rpc"] == second.bodies["/collective_rpc"]  # one folder
+    assert first.version == second.version != "default"
+    assert not list(tmp_path.glob("weights-*"))
+    assert len(engine.generate([[token] for token in range(5, 25)], SAMPLING, seed=0)) == 20
+    seen = [fake.seen["/inference/v1/generate"] for fake in pair]
+    assert sum(seen) == 20
+    assert min(seen) > 0
+    before = first.version
+    engine.update_weights(tiny_model)
+    assert first.version == second.version != before
+
+
+def test_a_server_that_was_restarted_is_named(by_pair, pair, tiny_model, tiny_tokenizer):
+    engine = build_engine(by_pair, tiny_model, tiny_tokenizer)
+    pair[1].version = "default"
+    with pytest.raises(RolloutError, match=f"at http://{pair[1].address} sampled with weights of version default"):
+        engine.generate([[5], [6]], SAMPLING, seed=0)
+
+
+def test_a_server_that_dies_is_named_with_its_own_log(by_pair, pair, tiny_model, tiny_tokenizer, tmp_path):
+    engine = build_engine(by_pair, tiny_model, tiny_tokenizer)
+    for number in (0, 1):
+        (tmp_path / f"server-{number}.log").write_text(f"the end of {number}\n")
+    pair[1].trouble = dict.fromkeys(["/inference/v1/generate", "/collective_rpc"], lambda attempt: 0)
+    for use in (lambda: engine.generate([[5], [6]], SAMPLING, seed=0), lambda: engine.update_weights(tiny_model)):
+        with pytest.raises(RolloutError) as caught:
+            use()
+        message = str(caught.value)
+        assert message.startswith(f"the vLLM server at http://{pair[1].address} failed 3 times to answer")
+        assert "edge-grpo serve" in message
+        assert message.endswith("the end of 1")
+
+
+def test_a_server_that_is_missing_at_the_start_is_named(by_pair, pair, tiny_model, tiny_tokenizer, capsys):
+    pair[1].trouble["/health"] = lambda attempt: 503
+    config = replace(by_pair, rollout=replace(by_pair.rollout, timeout=0.3))
+    with pytest.raises(RolloutError, match=rf"at http://{pair[1].address} did not come up within 0\.3 s"):
+        build_engine(config, tiny_model, tiny_tokenizer)
+    said = capsys.readouterr().err
+    assert pair[1].address in said
+    assert pair[0].address not in said
+
+
+def test_a_server_that_samples_from_other_weights_is_named(by_pair, pair, tiny_model, tiny_tokenizer, monkeypatch):
+    asked = []
+
+    def verify(engine, model, *, seed):
+        engine.generate([[5]], SAMPLING, seed=seed)
+        asked.append([fake.seen["/inference/v1/generate"] for fake in pair])
+        if len(asked) == 2:
+            raise RolloutError("vLLM's logprobs differ")
+
+    monkeypatch.setattr(server_module, "verify", verify)
+    with pytest.raises(RolloutError, match=f"the server at http://{pair[1].address}: vLLM's logprobs differ"):
+        build_engine(by_pair, tiny_model, tiny_tokenizer)
+    assert asked == [[1, 0], [1, 1]]
+
+
+def test_closing_ends_what_another_thread_generates(engine, server):
+    release = threading.Event()
+    begun = threading.Event()
+
+    def wait(attempt: int) -> None:
+        begun.set()
+        release.wait(60)
+
+    server.trouble["/inference/v1/generate"] = wait
+    raised: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            engine.generate([[5]], SAMPLING, seed=0)
+        except RolloutError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    begun.wait(60)
+    engine.close()
+    thread.join(60)
+    release.set()
+    assert "closed while it sampled" in str(raised[0])
+    with pytest.raises(RolloutError, match="engine is closed"):
+        engine.generate([[5]], SAMPLING, seed=0)
