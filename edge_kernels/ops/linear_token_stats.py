@@ -239,14 +239,14 @@ linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def at_temperatures(hidden: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float | None) -> Tensor:
-    """Return the hidden states divided by each response's temperature, which divides their logits, in their dtype."""
+    """Return hidden states, or those of a low-rank part, divided by each response's temperature, in their dtype."""
     if bias is not None or softcap is not None:
         raise ValueError(
             "a temperature for each response divides the hidden states, so it takes neither bias nor softcap; got "
             f"bias={'None' if bias is None else describe(bias)}, softcap={softcap}; pass the logits to token_stats or "
             "edge_grpo_loss"
         )
-    divisor = check_temperature(temperature, hidden).to(hidden.device)
+    divisor = check_temperature(temperature, hidden.shape[0]).to(hidden.device)
     divided = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor.view(-1, *[1] * (hidden.dim() - 1))
     return divided.to(hidden.dtype)
 
@@ -296,14 +296,14 @@ def linear_token_stats(
     dtype = check_head(hidden, weight, bias)
     remedy = "pass one token id per row of hidden"
     check_like("targets", targets, {"hidden.shape[:-1]": tuple(hidden.shape[:-1])}, "int64", hidden, remedy=remedy)
-    if isinstance(temperature, Tensor):
-        hidden, temperature = at_temperatures(hidden, bias, temperature, softcap), 1.0
-    check_transform(temperature, softcap)
-    transform = Transform(temperature, softcap, logit_scale, ignore_index)
     check_low_rank(low_rank, hidden, weight)
     factor = None
     if low_rank is not None:
         hidden, factor = torch.cat([hidden, low_rank[0].to(hidden.dtype)], dim=-1), low_rank[1]
+    if isinstance(temperature, Tensor):
+        hidden, temperature = at_temperatures(hidden, bias, temperature, softcap), 1.0
+    check_transform(temperature, softcap)
+    transform = Transform(temperature, softcap, logit_scale, ignore_index)
     inputs = (hidden.flatten(0, -2), weight, bias, targets.flatten())
     stats = linear_token_stats_op(*inputs, dtype, check_memory_budget(memory_budget), transform.pack(), factor)
     return TokenStats(*(value.view(targets.shape) for value in stats[:3]))

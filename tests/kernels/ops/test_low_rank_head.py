@@ -130,3 +130,23 @@ def test_what_does_not_fit_is_refused(low_rank, message):
     hidden, weight, *_ = make(torch.float32, frozen=True)
     with pytest.raises((TypeError, ValueError), match=message):
         linear_token_stats(hidden, weight, targets(), low_rank=low_rank)
+
+
+def test_a_temperature_for_each_response_divides_both_parts() -> None:
+    hidden, weight, _, states, factor = make(torch.float64, frozen=False)
+    temperature = torch.tensor([0.5, 2.0])
+
+    def logits() -> Tensor:
+        return (F.linear(hidden, weight) + F.linear(states, factor)) / temperature.view(-1, 1, 1)
+
+    used = (hidden, weight, states, factor)
+    stats = linear_token_stats(hidden, weight, targets(), low_rank=(states, factor), temperature=temperature)
+    expected = token_stats(logits(), targets())
+    torch.testing.assert_close(stats, expected)
+    torch.testing.assert_close(gradients(stats, used), gradients(expected, used))
+    mask, options = targets() >= 0, {"advantages": torch.tensor([1.0, -1.0]), "config": GRPOLossConfig(beta=0.0)}
+    low_rank = (states, factor)
+    out = linear_edge_grpo_loss(hidden, weight, targets(), mask, low_rank=low_rank, temperature=temperature, **options)
+    wanted = edge_grpo_loss(logits(), targets(), mask, **options)
+    torch.testing.assert_close(out.loss, wanted.loss)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, used), torch.autograd.grad(wanted.loss, used))
