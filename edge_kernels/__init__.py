@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edge_kernels.ops.linear_grpo_loss import linear_edge_grpo_loss
     from edge_kernels.ops.linear_token_stats import linear_token_stats
     from edge_kernels.ops.token_stats import token_entropy, token_stats
+    from edge_kernels.sequences import cumulative_lengths
     from edge_kernels.types import GRPOLossOutput, TokenStats
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "TokenStats",
+    "cumulative_lengths",
     "edge_grpo_loss",
     "entropy_driven_advantages",
     "entropy_weights",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "GRPOLossConfig": "config",
     "GRPOLossOutput": "types",
     "TokenStats": "types",
+    "cumulative_lengths": "sequences",
     "edge_grpo_loss": "ops.grpo_loss",
     "entropy_driven_advantages": "advantages",
     "entropy_weights": "advantages",

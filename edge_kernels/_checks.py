@@ -81,13 +81,13 @@ def check_finite(name: str, value: Tensor, counts: Tensor | None = None, *, reme
         raise ValueError(f"{name} must be finite; got {float(value[position])} at {position}; {remedy}")
 
 
-def check_temperature(temperature: Any, like: Tensor) -> Any:
-    """Return a positive number as it is, a tensor (B,) in float64 on the CPU; ``like`` has B entries."""
+def check_temperature(temperature: Any, count: int) -> Any:
+    """Return a positive number as it is, a tensor of ``count`` in float64 on the CPU."""
     if not isinstance(temperature, Tensor):
         return temperature
-    if temperature.dim() == 0 or not temperature.is_floating_point() or temperature.shape != like.shape[:1]:
+    if temperature.dim() == 0 or not temperature.is_floating_point() or temperature.shape != (count,):
         raise ValueError(
-            f"temperature must be a number, or floating point with shape (B,) = ({like.shape[0]},); got "
+            f"temperature must be a number, or floating point with shape (B,) = ({count},); got "
             f"{describe(temperature)}; pass one per entry of the first dimension"
         )
     values = temperature.detach().to(device="cpu", dtype=torch.float64)

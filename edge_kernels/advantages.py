@@ -7,15 +7,15 @@ shuffled, as long as every group is whole in the tensors passed. Vectorized; nev
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_finite, check_float, check_like, describe, stats_dtype
+from edge_kernels._checks import check_finite, check_float, check_like, stats_dtype
 from edge_kernels.config import EDAConfig, KLEstimator, ScaleRewards, _one_of, scale_of
 from edge_kernels.reference import SCALE_EPSILON
-from edge_kernels.sequences import kl_estimate
+from edge_kernels.sequences import ROWS, Sequences, kl_estimate, tokens_of
 
 
 class _Groups(NamedTuple):
@@ -119,6 +119,7 @@ def kl_penalized_rewards(
     *,
     coef: float,
     estimator: KLEstimator = "k1",
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return the rewards less ``coef`` times the estimated KL divergence to the reference policy, (B,).
 
@@ -130,46 +131,73 @@ def kl_penalized_rewards(
     completion_mask  (B, T), bool: the tokens that were sampled. Values outside are not read (NaN is fine there).
     estimator        "k1" d, "abs" |d|, "k2" d^2 / 2, "k3" exp(-d) + d - 1 (d within 20, the estimate at most 10), with
                      d = logprob - ref_logprob.
+    cu_seqlens       (B + 1,), int32 or int64: the responses are packed into (N,) or (1, N) in place of (B, T); see
+                     ``edge_grpo_loss``.
 
     float64 for float64 rewards, else float32. No gradient. Raises ValueError or TypeError for wrong shapes and dtypes.
     """
     _one_of("estimator", estimator, KLEstimator)
     check_float("logprobs", logprobs, least_dims=1, may_be_empty=True)
-    if logprobs.dim() != 2:
-        raise ValueError(f"logprobs must have shape (B, T); got {describe(logprobs)}; pass one row per response")
-    B, T = logprobs.shape
+    tokens, sequences, shapes = tokens_of("logprobs", logprobs, cu_seqlens)
+    B = sequences.num_responses
     check_like("rewards", rewards, {"(B,)": (B,)}, "floating point", logprobs, remedy="pass one reward per response")
     remedy = "score the reference policy on the same tokens"
-    check_like("ref_logprobs", ref_logprobs, {"(B, T)": (B, T)}, "floating point", logprobs, remedy=remedy)
+    check_like("ref_logprobs", ref_logprobs, shapes, "floating point", logprobs, remedy=remedy)
     remedy = "pass the mask of the tokens that were sampled"
-    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", logprobs, remedy=remedy)
+    check_like("completion_mask", completion_mask, shapes, "bool", logprobs, remedy=remedy)
+    others = (value.view(tokens.shape) for value in (ref_logprobs, completion_mask))
+    return penalized_rewards(rewards, tokens, *others, coef=coef, estimator=estimator, sequences=sequences)
+
+
+def penalized_rewards(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    coef: float,
+    estimator: KLEstimator,
+    sequences: Sequences,
+) -> Tensor:
+    """Return ``kl_penalized_rewards`` of checked tensors."""
     rewards = rewards.detach().to(stats_dtype(rewards.dtype))
     kl = kl_estimate(logprobs.detach().to(rewards.dtype), ref_logprobs.detach().to(rewards.dtype), estimator)
-    return rewards - coef * kl.masked_fill(~completion_mask, 0).sum(-1)
+    return rewards - coef * sequences.sums(kl.masked_fill(~mask, 0))[0]
 
 
-def response_entropy(entropy: Tensor, completion_mask: Tensor) -> Tensor:
+def response_entropy(entropy: Tensor, completion_mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Return the mean entropy P of each response over its own tokens, (B,); -inf for a response without tokens.
 
     Equivalent: ``(entropy * completion_mask).sum(1) / completion_mask.sum(1)``.
 
     entropy          (B, T), floating point, nats. Values outside the mask are not read (NaN is fine there).
     completion_mask  (B, T), bool: the response's own tokens.
+    cu_seqlens       (B + 1,), int32 or int64: the responses are packed into (N,) or (1, N) in place of (B, T); see
+                     ``edge_grpo_loss``.
 
     -inf, and not NaN, so that a NaN entropy inside the mask is not taken for a missing one. float64 for float64
     entropy, else float32. No gradient. Raises ValueError or TypeError for wrong shapes and dtypes. arXiv:2507.21848,
     eq. 3.
     """
+    return mean_entropy_of(*checked_entropy(entropy, completion_mask, cu_seqlens))
+
+
+def checked_entropy(
+    entropy: Tensor, completion_mask: Tensor, cu_seqlens: Tensor | None, group: Any = None
+) -> tuple[Tensor, Tensor, Sequences]:
+    """Return entropy and mask as (B, T) or (N,), and which tokens are whose; ``group``: see ``Sequences``."""
     check_float("entropy", entropy, least_dims=1, may_be_empty=True)
-    if entropy.dim() != 2:
-        raise ValueError(f"entropy must have shape (B, T); got {describe(entropy)}; pass one row per response")
-    B, T = entropy.shape
+    tokens, sequences, shapes = tokens_of("entropy", entropy, cu_seqlens, group)
     remedy = "pass the mask of the completion's own tokens"
-    check_like("completion_mask", completion_mask, {"(B, T)": (B, T)}, "bool", entropy, remedy=remedy)
+    check_like("completion_mask", completion_mask, shapes, "bool", entropy, remedy=remedy)
+    return tokens, completion_mask.view(tokens.shape), sequences
+
+
+def mean_entropy_of(entropy: Tensor, mask: Tensor, sequences: Sequences = ROWS) -> Tensor:
+    """Return ``response_entropy`` of checked tensors."""
     entropy = entropy.detach().to(stats_dtype(entropy.dtype))
-    lengths = completion_mask.sum(-1)
-    means = entropy.masked_fill(~completion_mask, 0).sum(-1) / lengths.clamp(min=1)
-    return means.masked_fill(lengths == 0, -math.inf)
+    total, lengths = sequences.sums(entropy.masked_fill(~mask, 0), mask)
+    return (total / lengths.clamp(min=1)).masked_fill(lengths == 0, -math.inf)
 
 
 def response_entropy_weights(
@@ -222,6 +250,7 @@ def entropy_weights(
     config: EDAConfig | None = None,
     *,
     advantages: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return the weight 1 / P_hat of each response, (B,): below 1 where it was uncertain, above 1 where it was sure.
 
@@ -234,6 +263,8 @@ def entropy_weights(
     config           EDAConfig: bounds, ``mean_over``, ``preserve_scale``.
     advantages       (B,), floating point: needed by ``preserve_scale`` alone, which rescales a group's weights so that
                      its mean \\|advantage\\| stays what it was.
+    cu_seqlens       (B + 1,), int32 or int64: the responses are packed into (N,) or (1, N) in place of (B, T); see
+                     ``edge_grpo_loss``.
 
     A response without tokens has weight 1 and stays out of its group's mean; a group of entropy 0 has weights 1. A NaN
     entropy inside the mask gives NaN. float64 for float64 entropy, else float32. No gradient: the weight is a constant
@@ -242,9 +273,8 @@ def entropy_weights(
     the response's own tokens and over its group, and P_hat is bounded, so that entropy 0 gives a finite weight.
     """
     config = _check_config(config)
-    return response_entropy_weights(
-        response_entropy(entropy, completion_mask), group_ids, config, advantages=advantages
-    )
+    means = response_entropy(entropy, completion_mask, cu_seqlens=cu_seqlens)
+    return response_entropy_weights(means, group_ids, config, advantages=advantages)
 
 
 def apply_weights(advantages: Tensor, weights: Tensor) -> Tensor:
@@ -258,6 +288,8 @@ def entropy_driven_advantages(
     completion_mask: Tensor,
     group_ids: Tensor,
     config: EDAConfig | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return the Entropy-Driven Advantage of each response: its group advantage divided by P_hat, (B,).
 
@@ -265,18 +297,16 @@ def entropy_driven_advantages(
     Shapes, dtypes, errors and limits as there. A group of equal rewards stays exactly 0. No gradient.
     arXiv:2507.21848, eq. 7.
     """
-    check_float("entropy", entropy, least_dims=1, may_be_empty=True)
+    tokens, mask, sequences = checked_entropy(entropy, completion_mask, cu_seqlens)
     remedy = "pass one reward per response"
-    check_like("rewards", rewards, {"(B,)": tuple(entropy.shape[:1])}, "floating point", entropy, remedy=remedy)
+    check_like("rewards", rewards, {"(B,)": (sequences.num_responses,)}, "floating point", entropy, remedy=remedy)
     check_finite("rewards", rewards, remedy="leave the response out, or give it a number")
-    return advantages_of_checked(rewards, entropy, completion_mask, group_ids, config)
+    return advantages_of_means(rewards, mean_entropy_of(tokens, mask, sequences), group_ids, config)
 
 
-def advantages_of_checked(
-    rewards: Tensor, entropy: Tensor, completion_mask: Tensor, group_ids: Tensor, config: EDAConfig | None
-) -> Tensor:
-    """Return ``entropy_driven_advantages`` of rewards that a loss has checked and penalized: NaN where logits are."""
+def advantages_of_means(rewards: Tensor, mean_entropy: Tensor, group_ids: Tensor, config: EDAConfig | None) -> Tensor:
+    """Return ``entropy_driven_advantages`` of rewards that were checked (NaN where logits are) and mean entropies."""
     config = _check_config(config)
     advantages = _group_advantages(rewards, group_ids, scale_rewards=config.scale_rewards)
-    weights = entropy_weights(entropy, completion_mask, group_ids, config, advantages=advantages)
+    weights = response_entropy_weights(mean_entropy, group_ids, config, advantages=advantages)
     return apply_weights(advantages, weights)

@@ -23,6 +23,7 @@ from edge_kernels.contract import (
     Transform,
 )
 from edge_kernels.reference import MAX_KL_LOG_RATIO, MAX_LOG_RATIO, k3
+from edge_kernels.sequences import ROWS, Sequences
 
 
 def token_stats_forward(logits: Tensor, targets: Tensor | None, transform: Transform) -> KernelStats:
@@ -64,8 +65,13 @@ def grpo_sweep(
     return stats.logprobs, stats.entropy
 
 
-def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule) -> TokenLoss:
-    """Return loss, metrics and derivatives of tokens with these log-probabilities and entropies (nats)."""
+def token_loss(
+    logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossRule, sequences: Sequences = ROWS
+) -> TokenLoss:
+    """Return loss, metrics and derivatives of tokens with these log-probabilities and entropies (nats).
+
+    Of tokens split over processes the derivatives are those of the whole loss, loss and metrics this process's part.
+    """
     mask, A = terms.mask, terms.advantages
     logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
 
@@ -74,13 +80,15 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     old = logprobs if terms.old_logprobs is None else torch.where(has_record, terms.old_logprobs, logprobs)
     recorded = mask if terms.old_logprobs is None else mask & has_record
     log_ratio = (logprobs - old).masked_fill(~(mask & has_record), 0)
-    lengths = recorded.sum(-1, keepdim=True).clamp(min=1) if rule.ratio_of_sequence else None
     part, moves = log_ratio, recorded
     if rule.objective == Objective.GEOMETRIC:
         part, moves = _clipped_part(log_ratio, A, rule)
         moves = moves & recorded
-    if lengths is not None:
-        log_ratio = part.sum(-1, keepdim=True) / lengths  # (B, 1)
+    lengths = None
+    if rule.ratio_of_sequence:
+        total, lengths = sequences.sums(part, recorded)
+        lengths = lengths.clamp(min=1)
+        log_ratio = sequences.spread(total / lengths)
     log_ratio = log_ratio.expand_as(mask)
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
@@ -95,7 +103,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
 
     factor, acting = terms.sampler_ratio, mask
     if terms.sampling_logprobs is not None:
-        factor = sampler_correction(old, terms.sampling_logprobs, mask, rule)
+        factor = sampler_correction(old, terms.sampling_logprobs, mask, rule, sequences)
     if terms.entropy_threshold is not None:
         acting = mask & ~(entropy < terms.entropy_threshold)  # NaN acts, and so is seen
         policy, direct, through_ratio = policy * acting, direct * acting, through_ratio * acting
@@ -121,7 +129,8 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, rule: LossR
     if lengths is None:
         d_logprobs = d_logprobs + through_ratio
     else:  # every token of the sequence moves the one ratio by 1 / length
-        d_logprobs = d_logprobs + moves * (through_ratio.sum(-1, keepdim=True) / lengths)
+        (through_sequence,) = sequences.sums(through_ratio)
+        d_logprobs = d_logprobs + moves * sequences.spread(through_sequence / lengths)
     d_entropy = torch.zeros_like(d_logprobs)
     if terms.bonus_weight is not None:
         loss = loss - terms.bonus_weight * entropy.masked_fill(~acting, 0).sum()
@@ -180,7 +189,9 @@ def _clipped(ratio: Tensor, A: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, 
     return -torch.minimum(first, second), -A * moves * ratio, low, high
 
 
-def sampler_correction(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, rule: LossRule) -> Tensor:
+def sampler_correction(
+    logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, rule: LossRule, sequences: Sequences = ROWS
+) -> Tensor:
     """Return the factor that makes up for the sampler's probabilities not being the trainer's, in the mask's shape.
 
     exp(logprobs - sampling_logprobs), of a token or of a whole sequence, truncated to or masked outside [floor, cap]. A
@@ -188,7 +199,7 @@ def sampler_correction(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor
     """
     difference = (logprobs - sampling_logprobs).masked_fill(~mask, 0).nan_to_num(nan=0.0)
     if rule.sampler_of_sequence:
-        difference = difference.sum(-1, keepdim=True).expand_as(mask)
+        difference = sequences.spread(*sequences.sums(difference)).expand_as(mask)
     ratio = difference.exp()
     if not rule.sampler_masks:
         return ratio.clamp(rule.sampler_floor, rule.sampler_cap)

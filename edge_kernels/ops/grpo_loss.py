@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_float, check_targets_in_range, describe
+from edge_kernels._checks import check_float, check_targets_in_range
 from edge_kernels.backend import kernels
 from edge_kernels.backends.rows import with_unit_stride
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, LossRule, TokenTerms, Transform, new_stats
 from edge_kernels.ops.autograd import hand_out, keep_gradients, waits_for_loss_gradient, wants_gradient
-from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
+from edge_kernels.ops.batch import Batch, Total, loss_of_stats, output_of
+from edge_kernels.ops.batch_checks import check_batch, temperature_of_rows
 from edge_kernels.ops.memory import fresh
 from edge_kernels.ops.temperatures import grpo_sweep
 from edge_kernels.ops.token_stats import check_writable_rows, inplace_token_stats, token_stats
+from edge_kernels.sequences import tokens_of
 from edge_kernels.types import GRPOLossOutput
 
 # --- op and autograd --------------------------------------------------------------------------------------------------
 
 
 def _sweep(
-    logits: Tensor,  # (B, T, V)
+    logits: Tensor,  # (B, T, V) or (N, V), and so on
     targets: Tensor,  # (B, T)
     transform: Transform,
     terms: TokenTerms,
@@ -114,6 +116,7 @@ def edge_grpo_loss(
     num_items: Total = None,
     num_sequences: Total = None,
     entropy_threshold: Total = None,
+    cu_seqlens: Tensor | None = None,
     config: GRPOLossConfig | None = None,
     inplace: bool = False,
 ) -> GRPOLossOutput:
@@ -141,8 +144,8 @@ def edge_grpo_loss(
     ``edge_kernels.reference.edge_grpo_loss`` is the same in plain PyTorch; on the same tensors TRL 1.16's
     ``GRPOTrainer._compute_loss`` agrees in value and gradient, and for geo_mean verl 0.9's ``core_algos``.
 
-    logits             (B, T, V): float32, bfloat16, float16 or float64: those that predict ``targets``. The only input
-                       that receives a gradient.
+    logits             (B, T, V), or with ``cu_seqlens`` (N, V) or (1, N, V): float32, bfloat16, float16 or float64:
+                       those that predict ``targets``. The only input that receives a gradient.
     targets            (B, T), int64, in [0, V) where the mask holds; any number elsewhere.
     completion_mask    (B, T), bool: tokens that count. Rows outside are not read and get gradient 0.
     advantages         (B,) or (B, T), floating point. Exactly one of advantages and rewards must be given. NaN and
@@ -172,6 +175,11 @@ def edge_grpo_loss(
                        ``num_items`` counts the tokens that have a loss.
     entropy_threshold  nats: replaces the quantile of this batch where ``top_entropy_quantile`` < 1. A bonus with
                        ``num_items`` then counts the tokens above the quantile from ``num_items``, without ties.
+    cu_seqlens         (B + 1,), int32 or int64: the tokens are packed, one response after the other without padding,
+                       response i from cu_seqlens[i] to cu_seqlens[i + 1] (its prompt may be among them, masked), as
+                       FlashAttention and transformers' ``DataCollatorWithFlattening`` have them. Every (B, T) here is
+                       then (N,) or (1, N), every (B,) stays. ``cumulative_lengths(position_ids)`` makes them; on a GPU
+                       they are taken as they are. Ratios of whole sequences are then made by PyTorch on (N,).
     inplace            True: the gradient is written over the logits instead of into a new tensor. Regard
                        the logits as undefined from this call on. Their version counter is raised, so that another
                        function that saved them for its backward pass raises autograd's "modified by an inplace
@@ -188,11 +196,10 @@ def edge_grpo_loss(
     NaN in a row that counts gives a NaN loss. Differentiable once. Raises TypeError or ValueError for wrong dtypes,
     shapes, targets and missing arguments.
     """
-    check_float("logits", logits, least_dims=3)
-    if logits.dim() != 3:
-        raise ValueError(f"logits must have shape (B, T, V); got {describe(logits)}; add the dimension of sequences")
+    check_float("logits", logits, least_dims=1 if cu_seqlens is not None else 3)
+    tokens = tokens_of("logits", logits, cu_seqlens, feature="V")
     batch = check_batch(
-        logits,
+        tokens,
         logits.dtype,
         targets,
         completion_mask,
@@ -205,11 +212,16 @@ def edge_grpo_loss(
         sampling_logprobs=sampling_logprobs,
         injected_mask=injected_mask,
         truncated_mask=truncated_mask,
-        temperature=temperature,
+        temperature=None if temperature is None else temperature_of_rows(temperature, tokens.sequences),
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
+    return loss_of_logits(tokens.values, batch, inplace=inplace)
+
+
+def loss_of_logits(logits: Tensor, batch: Batch, *, inplace: bool) -> GRPOLossOutput:
+    """Return the loss of a checked batch from its logits, (B, T, V) or (N, V), in as few sweeps as its options need."""
     takes_one_sweep = not (batch.needs_statistics_first() or waits_for_loss_gradient(logits.dtype))
     if batch.advantages is not None and takes_one_sweep and wants_gradient(logits):
         terms, rule = batch.terms(batch.advantages, None), LossRule.of(batch.config)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edge_kernels._checks import check_targets_in_range, describe, stats_dtype
+from edge_kernels._checks import check_targets_in_range, stats_dtype
 from edge_kernels.backend import fused_head, kernels
 from edge_kernels.config import GRPOLossConfig
 from edge_kernels.contract import METRICS, HeadKernels, Injected, KernelStats, LossRule, TokenTerms, Transform
@@ -24,7 +24,8 @@ from edge_kernels.ops.autograd import (
     waits_for_loss_gradient,
     wants_gradient,
 )
-from edge_kernels.ops.batch import Total, check_batch, loss_of_stats, output_of
+from edge_kernels.ops.batch import Batch, Total, loss_of_stats, output_of
+from edge_kernels.ops.batch_checks import check_batch, prepared_hidden
 from edge_kernels.ops.head import (
     Head,
     HeadGradient,
@@ -37,9 +38,9 @@ from edge_kernels.ops.head import (
     tiles,
     weight_gradient_by_columns,
 )
-from edge_kernels.ops.head_checks import LowRank, check_head, check_memory_budget
+from edge_kernels.ops.head_checks import LowRank, check_head, check_low_rank, check_memory_budget
 from edge_kernels.ops.head_plan import FUSED, plan_of, selects_rows
-from edge_kernels.ops.linear_token_stats import at_temperatures, linear_token_stats
+from edge_kernels.ops.linear_token_stats import linear_token_stats
 from edge_kernels.ops.memory import fresh
 from edge_kernels.types import GRPOLossOutput
 
@@ -296,13 +297,14 @@ def linear_edge_grpo_loss(
     num_items: Total = None,
     num_sequences: Total = None,
     entropy_threshold: Total = None,
+    cu_seqlens: Tensor | None = None,
     config: GRPOLossConfig | None = None,
     low_rank: LowRank | None = None,
     memory_budget: int | None = None,
 ) -> GRPOLossOutput:
     """Return ``edge_grpo_loss(F.linear(hidden, weight, bias), targets, completion_mask, ...)`` without all the logits.
 
-    hidden  (B, T, D): float32, bfloat16, float16 or float64.
+    hidden  (B, T, D), or (N, D) or (1, N, D) with ``cu_seqlens``: float32, bfloat16, float16 or float64.
     weight  (V, D), and bias (V,) or None, in the dtype of ``hidden`` (under autocast in any).
 
     Everything else as ``edge_grpo_loss``; hidden, weight and bias receive gradients, each only if it requires one.
@@ -337,12 +339,10 @@ def linear_edge_grpo_loss(
     CPU without instructions for them are made in float32, the weight being converted block by block.
     """
     dtype = check_head(hidden, weight, bias)
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must have shape (B, T, D); got {describe(hidden)}; add the dimension of sequences")
-    if temperature is not None:
-        hidden = at_temperatures(hidden, bias, temperature, (config or GRPOLossConfig()).softcap)
+    check_low_rank(low_rank, hidden, weight)
+    tokens, low_rank, left = prepared_hidden(hidden, low_rank, bias, temperature, config, cu_seqlens)
     batch = check_batch(
-        hidden,
+        tokens,
         dtype,
         targets,
         completion_mask,
@@ -355,11 +355,24 @@ def linear_edge_grpo_loss(
         sampling_logprobs=sampling_logprobs,
         injected_mask=injected_mask,
         truncated_mask=truncated_mask,
-        temperature=None if temperature is None else 1.0,
+        temperature=left,
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold,
     )
+    return loss_of_hidden(tokens.values, weight, bias, batch, dtype, low_rank, memory_budget)
+
+
+def loss_of_hidden(
+    hidden: Tensor,  # (B, T, D) or (N, D)
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Batch,
+    dtype: torch.dtype,
+    low_rank: LowRank | None,
+    memory_budget: int | None,
+) -> GRPOLossOutput:
+    """Return the loss of a checked batch from its hidden states, in as few sweeps as its options need."""
     wanted = [wants_gradient(t) for t in (hidden, weight, bias)]
     products, budget = product_dtype(dtype, weight.device), check_memory_budget(memory_budget)
     keep_tile = selects_rows(weight) and batch.mask.numel() <= rows_per_tile(weight, products, budget)
@@ -371,8 +384,7 @@ def linear_edge_grpo_loss(
         stats = linear_token_stats(hidden, weight, batch.targets, bias, **options)
         return loss_of_stats(stats, batch)
     terms, rule = batch.terms(batch.advantages, None).flatten(), LossRule.of(batch.config)
-    inputs = (hidden.flatten(0, 1), weight, bias, batch.targets.flatten())
+    inputs = (hidden.flatten(0, -2), weight, bias, batch.targets.flatten())
     records = (batch.transform().pack(), terms.pack(), rule.pack())
     loss, metrics, logprobs, entropy, *_ = linear_grpo_loss_op(*inputs, wanted, keep_tile, dtype, budget, *records)
-    shape = batch.mask.shape
-    return output_of(loss, metrics, logprobs.view(shape), entropy.view(shape), batch.advantages, batch)
+    return output_of(loss, metrics, logprobs, entropy, batch.advantages, batch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edge_kernels.backend import kernels
-from edge_kernels.contract import METRICS, LossRule, TokenTerms
+from edge_kernels.contract import METRICS, LossRule, TokenLoss, TokenTerms
 from edge_kernels.ops.autograd import no_gradients
 
 
@@ -46,3 +46,19 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
 
 
 token_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class KnownLoss(torch.autograd.Function):
+    """A loss, and its metrics, whose derivatives by the statistics are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor, known: TokenLoss, has_bonus: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(known.d_logprobs, known.d_entropy)
+        ctx.mark_non_differentiable(known.metrics)
+        ctx.set_materialize_grads(False)
+        ctx.has_bonus, ctx.others = has_bonus, (None, None)
+        return known.loss, known.metrics
+
+    backward = staticmethod(_backward)

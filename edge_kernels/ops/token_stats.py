@@ -169,7 +169,7 @@ def token_stats(
     and targets (a target out of range gives NaN on a GPU, where checking it would wait for all queued work). Under
     autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
-    transform = Transform(check_temperature(temperature, logits), softcap, logit_scale, ignore_index)
+    transform = Transform(check_temperature(temperature, logits.shape[0]), softcap, logit_scale, ignore_index)
     _check(logits, targets, transform)
     return TokenStats(*token_stats_op(logits, targets, transform.pack())[:3])
 

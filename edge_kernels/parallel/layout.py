@@ -29,17 +29,23 @@ class Layout(NamedTuple):
         return sum(self.sizes)
 
 
-def layout_of(size: int, like: Tensor, group: Any, vocab_sizes: Sequence[int] | None) -> Layout:
-    """Return the division of which this process has ``size`` columns, for the rows of ``like`` (..., D or V)."""
+def member_of(group: Any) -> Any:
+    """Return the group, or the default one for None, of which this process must be a member."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "edge_kernels.parallel needs a process group; call torch.distributed.init_process_group, or use the op of "
             "the same name in edge_kernels"
         )
     group = dist.group.WORLD if group is None else group
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
+    if dist.get_rank(group) < 0:
         raise ValueError("this process must belong to group; got a group without it; call the op on its members only")
+    return group
+
+
+def layout_of(size: int, like: Tensor, group: Any, vocab_sizes: Sequence[int] | None) -> Layout:
+    """Return the division of which this process has ``size`` columns, for the rows of ``like`` (..., D or V)."""
+    group = member_of(group)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     if vocab_sizes is not None:
         sizes = tuple(vocab_sizes)
         if len(sizes) != world or sizes[rank] != size:

@@ -110,13 +110,13 @@ def test_the_entropy_quantile_is_that_of_torch(share: float) -> None:
     mask = torch.rand(7, 9, generator=generator) < 0.6
     entropy[0, 0] = math.nan  # is in no quantile
     expected = entropy.masked_fill(~mask, math.nan).flatten().nanquantile(1 - share)
-    torch.testing.assert_close(_entropy_threshold(entropy, mask, share), expected)
-    assert _entropy_threshold(entropy, torch.zeros_like(mask), share).isnan()
+    torch.testing.assert_close(_entropy_threshold(entropy.masked_fill(~mask, math.nan), share), expected)
+    assert _entropy_threshold(torch.full_like(entropy, math.nan), share).isnan()
 
 
 @pytest.mark.slow
 def test_the_entropy_quantile_of_more_tokens_than_torch_takes() -> None:
     """17 million values: torch.quantile refuses more than 2^24."""
     entropy = torch.arange(2**24 + 2, dtype=torch.float64)
-    threshold = _entropy_threshold(entropy, torch.ones_like(entropy, dtype=torch.bool), 0.25)
+    threshold = _entropy_threshold(entropy, 0.25)
     assert threshold == (2**24 + 1) * 0.75

@@ -87,6 +87,23 @@ def test_every_variant_from_logits(name: str, recorded: bool, inplace: bool) -> 
         torch.testing.assert_close(metric.double(), exact.metrics[key].double(), rtol=1e-5, atol=1e-5, msg=key)
 
 
+# One whose coefficients a kernel knows, and one whose ratio is made between two sweeps.
+@pytest.mark.parametrize("name", ["clipped", "sequence"])
+def test_packed_tokens(name: str) -> None:
+    config = GRPOLossConfig(**CONFIGS[name])
+    (logits, targets, mask), options = make_batch(config, True)
+    with use_backend("reference"):
+        exact = edge_grpo_loss(logits.double().requires_grad_(), targets, mask, config=config, **options)
+    per_token = {"old_logprobs", "ref_logprobs"}
+    flat = {key: value.flatten() if key in per_token else value for key, value in options.items()}
+    cu_seqlens = torch.arange(0, B * T + 1, T)
+    tokens = (logits.flatten(0, 1).requires_grad_(), targets.flatten(), mask.flatten())
+    out = edge_grpo_loss(*tokens, config=config, cu_seqlens=cu_seqlens, **flat)
+    assert torch.autograd.grad(out.loss, tokens[0])[0].isfinite().all()
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(out.entropy.double(), exact.entropy.flatten(), rtol=1e-5, atol=2e-6)
+
+
 # 2,100: several programs of 1,024 tokens and a rest, or a sequence in several blocks. 3: less than the smallest block.
 @pytest.mark.parametrize("length", [3, 2100])
 @pytest.mark.parametrize("name", ["clipped", "sapo", "sequence", "geo_mean", "sampler, sequences masked"])
