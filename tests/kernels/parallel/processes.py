@@ -6,32 +6,28 @@ python processes.py RANK WORLD FOLDER; writes the names of the cases that passed
 from __future__ import annotations
 
 import itertools
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import edge_kernels
 from edge_kernels import parallel, use_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+import sequence_cases
 from grpo_batch import LOSS_TYPES, V, config_of, inputs_for, make_batch
+from traffic import TOLERANCE, close, counted, refuses
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7}
-CASES: dict[str, Callable[[Any], None]] = {}
+CASES: dict[str, Callable[[Any], None]] = {function.__name__: function for function in sequence_cases.CASES}
 
 
 def case(function: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -44,39 +40,8 @@ def spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def close(actual: Tensor, expected: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
-    """To rounding, of the largest magnitude of the expected values; special values in the same places."""
-    assert actual.dtype == expected.dtype, name
-    assert actual.shape == expected.shape, name
-    finite = expected[expected.isfinite()]
-    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    tolerance = TOLERANCE[dtype or expected.dtype] * scale
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}")
-
-
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
-
-
-class Traffic(TorchDispatchMode):
-    """The collectives that this process takes part in: their names, and the bytes of their tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = [value for value in tree_leaves(args[0]) if isinstance(value, Tensor)]
-            self.seen.append((func._schema.name.split("::")[1], sum(value.nbytes for value in tensors)))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted(*expected: tuple[str, int]) -> Iterator[None]:
-    with Traffic() as traffic:
-        yield
-    assert traffic.seen == list(expected), traffic.seen
 
 
 def compare_stats(
@@ -348,11 +313,6 @@ def distributed_tensors(group: Any) -> None:
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def refuses(words: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=re.escape(words)):
-        function(*arguments, **options)
 
 
 @case
