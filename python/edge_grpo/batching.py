@@ -23,7 +23,7 @@ class Sample:
     """A response on its way through a step; later phases fill in what they compute.
 
     ``first`` is what the policy sampled, ``response`` what is trained on (the same object when nothing was corrected).
-    ``logprobs`` and ``entropy`` (one entry per response token, nats) are those under the weights that sampled it.
+    ``logprobs`` and ``entropy`` (one entry per response token, nats) are those under the weights that begin the step.
     """
 
     prompt: Prompt

@@ -9,8 +9,8 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,37 +24,13 @@ from edge_grpo.data.sources import load_examples
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.policy.encoding import TextEncoder
 from edge_grpo.published import Rewriter
+from edge_grpo.rollout.collected import Collected, from_plain
 from edge_grpo.types import Prompt, Response, Reward, RolloutEngine, Sampling, TrainerState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Timed = Callable[[str], AbstractContextManager[None]]  # adds what the block takes to a phase's seconds
-
-
-@dataclass(frozen=True)
-class Collected:
-    """One process's samples of a step."""
-
-    samples: list[Sample]
-    fallbacks: int = 0  # corrections that did not fit and became a shorter kind or none
-    num_truncated: int = 0  # solutions that were cut to fit
-    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what reward functions logged, by name
-    dropped: tuple[Sample, ...] = ()  # of groups that others have replaced
-    rounds: int = 0  # in which groups were replaced
-
-    def replaced_by(self, again: Collected) -> Collected:
-        """Return these samples with the groups of ``again`` in the place of those of the same number."""
-        new = {sample.group for sample in again.samples}
-        kept = [sample for sample in self.samples if sample.group not in new]
-        return replace(
-            self,
-            samples=sorted([*kept, *again.samples], key=lambda sample: sample.group),
-            fallbacks=self.fallbacks + again.fallbacks,
-            num_truncated=self.num_truncated + again.num_truncated,
-            dropped=self.dropped + tuple(sample for sample in self.samples if sample.group in new),
-            rounds=self.rounds + 1,
-        )
 
 
 class Collector:
@@ -153,11 +129,19 @@ class Collector:
             return Collected(samples)
         return Collected(samples, plan.fallbacks.total(), plan.num_truncated)
 
+    def from_plain(self, trees: Sequence[Mapping[str, Any]]) -> Collected | None:
+        """Return this process's part of what a checkpoint holds; see ``rollout.collected``."""
+        return from_plain(trees, self.prompts, groups=self._groups, rank=self.rank, processes=self.processes)
+
+    @property
+    def _groups(self) -> range:
+        """The numbers of this process's groups, in each step."""
+        per_process = self.num_prompts // self.processes
+        return range(self.rank * per_process, (self.rank + 1) * per_process)
+
     def _rows(self, step: int) -> dict[int, int]:
         """Return the row of each of this process's groups of a step; each epoch has its own order of the data."""
-        per_process = self.num_prompts // self.processes
-        groups = range(self.rank * per_process, (self.rank + 1) * per_process)
-        return dict(zip(groups, self._rows_of(step, groups), strict=True))
+        return dict(zip(self._groups, self._rows_of(step, self._groups), strict=True))
 
     def _rows_of(self, step: int, groups: Iterable[int]) -> list[int]:
         places = [divmod((step - 1) * self.num_prompts + group, len(self.prompts)) for group in groups]

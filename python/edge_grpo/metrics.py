@@ -199,7 +199,8 @@ def peak_bytes() -> int:
 def drift_metrics(pairs: Sequence[tuple[Sample, Recomputed, Recomputed]]) -> dict[str, float]:
     """Return how far the trainer's recomputed logprobs and entropies lie from those recorded while sampling.
 
-    ``pairs`` holds a sample and the recomputed logprobs and entropies of its tokens, under the weights that sampled it.
+    ``pairs`` holds a sample and the recomputed logprobs and entropies of its tokens, under the weights that
+    the step began with: those that sampled it, or with ``rollout.ahead`` those one step later.
     Tokens without a record, or not recomputed (None), do not count; with none at all there are no metrics.
     """
     logprob_errors: list[float] = []

@@ -47,6 +47,8 @@ from edge_grpo.metrics import (
 )
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
+from edge_grpo.rollout.ahead import Rollouts
+from edge_grpo.rollout.collected import Collected, to_plain
 from edge_grpo.rollout.together import together
 from edge_grpo.run import checkpoint, identity
 from edge_grpo.run.files import write_text
@@ -153,6 +155,7 @@ class Trainer:
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
         )
+        self.rollouts = Rollouts(self._collect, ahead=bool(config.rollout.ahead), last=config.steps)
 
     def run(self, *, resume: bool, accept_changes: bool = False) -> tuple[Evaluation | None, Evaluation | None]:
         """Make all steps; return the evaluations before and after. Unless it resumes, an earlier run is replaced."""
@@ -231,7 +234,8 @@ class Trainer:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
         started = time.perf_counter()
         timed = PhaseTimes(self.accelerator.device)
-        collected = together(lambda: self.collector.collect(step, timed))
+        ahead = self.config.rollout.ahead
+        collected = self.rollouts.take(step)
         samples = collected.samples
         self.engine.sleep()
         with timed("score"):
@@ -239,6 +243,10 @@ class Trainer:
         self._assign_advantages(samples)
         with timed("update"):
             update_metrics = self.learner.update(samples, step)
+        if ahead:
+            with timed("wait"):
+                self.rollouts.wait()
+        with timed("update"):
             self.engine.update_weights(self.learner.model)
         total = time.perf_counter() - started
 
@@ -249,7 +257,9 @@ class Trainer:
         if self.config.rollout.resample:
             dropped = gather_object(list(collected.dropped))
             metrics |= resample_metrics(everyone, dropped, gather_object([collected.rounds]))
-        metrics |= {f"time/{phase}": seconds for phase, seconds in timed.seconds.items()}
+        if ahead:
+            metrics["rollout/staleness"] = float(collected.staleness)
+        metrics |= {f"time/{phase}": seconds for phase, seconds in {**collected.seconds, **timed.seconds}.items()}
         if self.collector.corrector is not None:
             counts = gather_object([(collected.fallbacks, collected.num_truncated)])
             metrics |= correction_metrics(counts, len(self.collector.corrector.rejected_solutions))
@@ -261,6 +271,11 @@ class Trainer:
             "memory/peak_bytes": float(peak_bytes()),
         }
         return everyone, metrics
+
+    def _collect(self, step: int) -> Collected:
+        """Return this process's samples of a step, timed: ahead, without waiting for what the learner has queued."""
+        timed = PhaseTimes(torch.device("cpu") if self.config.rollout.ahead else self.accelerator.device)
+        return replace(self.collector.collect(step, timed), seconds=timed.seconds)
 
     def _assign_advantages(self, samples: Sequence[Sample]) -> None:
         loss, kl_coef = self.learner.loss, self.config.reward.kl_coef
@@ -318,6 +333,7 @@ class Trainer:
     def close(self) -> None:
         try:
             self.engine.close()
+            self.rollouts.close()
         finally:
             self.rewarder.close()
             # accelerate would hold the next run in this process to this one's precision.
@@ -342,10 +358,14 @@ class Trainer:
         learner = self.learner
         record = checkpoint.load_latest(self.accelerator, self.checkpoints, learner.model, learner.optimizer)
         self.engine.update_weights(learner.model)
+        if rollouts := checkpoint.load_rollouts(self.checkpoints, record):
+            self.rollouts.pending = self.collector.from_plain(rollouts)
+            if self.rollouts.pending is None:
+                self._say(f"the samples of step {record.step + 1} that were saved are of other prompts: sampled again")
         return record
 
     def _save(self, step: int, samples: Sequence[Sample], *, evaluated: bool) -> None:
-        learner = self.learner
+        learner, pending = self.learner, self.rollouts.pending
         learner.check_finite(samples)
         checkpoint.save(
             self.accelerator,
@@ -355,6 +375,7 @@ class Trainer:
             learner.optimizer,
             keep=KEPT_CHECKPOINTS,
             evaluated=evaluated,
+            rollout=None if pending is None else to_plain(pending, self.collector.prompts),
         )
 
     def _say(self, sentence: str) -> None:

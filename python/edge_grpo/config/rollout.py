@@ -39,6 +39,7 @@ class RolloutConfig:
     # address of vllm-server, on which edge-grpo serve listens; a list, or several with commas, shares the work
     server: str | tuple[str, ...] = "127.0.0.1:8000"
     server_folder: str | None = None  # a folder shared with vllm-server, for the weights; null sends them by NCCL
+    ahead: int = 0  # with vllm-server, 1 samples each step's responses while the step before is learnt from
     timeout: float = 600.0  # seconds that vllm-server may take to start, for a request, or for new weights
 
     def __post_init__(self) -> None:
@@ -50,6 +51,13 @@ class RolloutConfig:
         )
         problems += whole(0, resample=self.resample) + real("(0, 1e6]", timeout=self.timeout)
         problems += self._server_problems()
+        if self.ahead not in (0, 1):
+            problems.append(f"ahead must be 0 or 1; got {self.ahead!r}")
+        elif self.ahead and self.engine != "vllm-server":
+            problems.append(
+                f"ahead = 1 needs an engine that samples while the policy learns; got engine = {self.engine}; set "
+                "engine to vllm-server, or ahead to 0"
+            )
         for name in sorted(name for name in self.vllm if "-" in name):
             problems.append(f"vllm takes its arguments with underscores; got {name!r}")
         for name in sorted(_FIXED_IN_VLLM.keys() & self.vllm.keys()):

@@ -121,7 +121,7 @@ class Learner:
             for number, part in enumerate(minibatches(samples, optim.minibatches, seed=seed)):
                 own = LossTotals()
                 pairs = self.accumulate_gradient(part, own)
-                if epoch == number == 0:  # the weights are still those that sampled
+                if epoch == number == 0:  # the weights are still those that the step began with
                     drift = pairs
                 norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
                 learning_rate = self._set_learning_rate(

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def save(
     *,
     keep: int,
     evaluated: bool = True,
+    rollout: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it."""
+    """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it.
+
+    ``rollout`` is what this process has collected for the next step; all processes have one, or none has.
+    """
     target = path_of(folder, step)
     partial = partial_of(target)
     if accelerator.is_main_process:
@@ -90,6 +95,8 @@ def save(
     accelerator.wait_for_everyone()
     with state.writing(partial):
         state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
+        if rollout is not None:
+            (partial / _rollout(accelerator.process_index)).write_text(json.dumps(rollout), encoding="utf-8")
         if accelerator.is_main_process:
             state.write_weights(model, partial / _WEIGHTS)
             state.write_optimizer(optimizer, partial / _OPTIMIZER)
@@ -151,6 +158,16 @@ def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimi
     return record
 
 
+def load_rollouts(folder: Path, record: Record) -> list[dict[str, Any]]:
+    """Return what each of the processes that saved a checkpoint had collected for its next step; nothing without."""
+    found = []
+    for path in (path_of(folder, record.step) / _rollout(rank) for rank in range(record.processes)):
+        if path.name in record.sha256:
+            with state.reading(path):
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
 def _verified(accelerator: Accelerator, path: Path) -> Record:
     """The checkpoint's record. The main process compares the files with it, and all processes learn the outcome."""
     outcome: list[Any] = [None]
@@ -171,10 +188,12 @@ def _verify(path: Path) -> Record:
         record = Record(**json.loads((path / _RECORD).read_text(encoding="utf-8")))
         named = _NAME.fullmatch(path.name)
         random_states = {_random_state(rank) for rank in range(record.processes)}
+        rollouts = {_rollout(rank) for rank in range(record.processes)} & record.sha256.keys()
         if (
             named is None
             or record.step != int(named[1])
-            or record.sha256.keys() != {_WEIGHTS, _OPTIMIZER} | random_states
+            or record.sha256.keys() != {_WEIGHTS, _OPTIMIZER} | random_states | rollouts
+            or len(rollouts) not in (0, record.processes)
         ):
             raise ValueError("it belongs to another checkpoint")
     for name, written in record.sha256.items():
@@ -186,6 +205,10 @@ def _verify(path: Path) -> Record:
 
 def _random_state(rank: int) -> str:
     return f"random_state_{rank}.json"
+
+
+def _rollout(rank: int) -> str:
+    return f"rollout_{rank}.json"
 
 
 def _sha256(path: Path) -> str:

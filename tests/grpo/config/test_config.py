@@ -210,6 +210,9 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.server=a:1,b"], "rollout.server must read HOST:PORT; got 'b'"),
         (["rollout.server=a:1,"], "rollout.server must read HOST:PORT; got ''"),
         (["rollout.server=a:1,b:2,a:1"], "rollout.server must name each address once; got a:1 2 times"),
+        (["rollout.ahead=2"], "rollout.ahead must be 0 or 1; got 2"),
+        (["rollout.ahead=1"], "rollout.ahead = 1 needs an engine that samples while the policy learns; got engine ="),
+        (["rollout.ahead=1", "rollout.engine=vllm"], "got engine = vllm; set engine to vllm-server, or ahead to 0"),
         (["rollout.timeout=.inf"], "rollout.timeout must be a number in (0, 1e6]; got inf"),
         (["rollout.vllm.max-model-len=99"], "rollout.vllm takes its arguments with underscores"),
         (

@@ -54,6 +54,19 @@ def test_only_the_newest_are_kept(tmp_path, prepared):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
+def test_what_was_collected_for_the_next_step_is_kept_and_checked(tmp_path, prepared):
+    accelerator, model, optimizer = prepared
+    checkpoint.save(accelerator, tmp_path, 1, model, optimizer, keep=2)
+    assert checkpoint.load_rollouts(tmp_path, checkpoint.load_latest(accelerator, tmp_path, model, optimizer)) == []
+    checkpoint.save(accelerator, tmp_path, 2, model, optimizer, keep=2, rollout={"samples": [1, 2]})
+    record = checkpoint.load_latest(accelerator, tmp_path, model, optimizer)
+    assert checkpoint.load_rollouts(tmp_path, record) == [{"samples": [1, 2]}]
+    saved = tmp_path / "step-000002" / "rollout_0.json"
+    saved.write_text(saved.read_text().replace("1", "3"))
+    with pytest.raises(checkpoint.state.UnreadableError, match=r"rollout_0\.json.*its content has changed"):
+        checkpoint.load_latest(accelerator, tmp_path, model, optimizer)
+
+
 def test_an_unfinished_checkpoint_is_never_loaded(tmp_path, prepared, monkeypatch):
     accelerator, model, optimizer = prepared
     checkpoint.save(accelerator, tmp_path, 1, model, optimizer, keep=2)

@@ -40,6 +40,7 @@ const SECTIONS = [
       series: [["ratio/sampler_mean", "mean"], ["ratio/sampler_p99", "99th percentile"], ["ratio/sampler_max", "largest"]], constant: 1 },
     { title: "Bounded ratios", note: "Share of ratios outside their bounds; these are truncated or masked.", unit: "share", quiet: true, series: [["ratio/sampler_truncated", "bounded"]] },
     { title: "Learning rate", zero: true, note: "", exact: true, series: [["optim/lr", "learning rate"]] },
+    { title: "Staleness", note: "Steps that were learnt from between the weights that sampled and those that learn.", quiet: true, series: [["rollout/staleness", "steps"]] },
     { title: "Drift", note: "Absolute difference between values recorded while sampling and recomputed ones, in nats. Growth means that sampler and trainer disagree.", log: true,
       series: [["drift/logprob_max", "logprob, largest"], ["drift/logprob_mean", "logprob, mean"], ["drift/entropy_max", "entropy, largest"]] },
   ]],
