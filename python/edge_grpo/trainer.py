@@ -34,17 +34,9 @@ from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
 from edge_grpo.learning.distribution import check_distribution
+from edge_grpo.learning.gathered import gathered
 from edge_grpo.learning.learner import Learner
-from edge_grpo.metrics import (
-    PhaseTimes,
-    correction_metrics,
-    function_metrics,
-    num_generated,
-    peak_bytes,
-    resample_metrics,
-    step_metrics,
-    treatment_metrics,
-)
+from edge_grpo.metrics import PhaseTimes, peak_bytes
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.ahead import Rollouts
@@ -234,7 +226,6 @@ class Trainer:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
         started = time.perf_counter()
         timed = PhaseTimes(self.accelerator.device)
-        ahead = self.config.rollout.ahead
         collected = self.rollouts.take(step)
         samples = collected.samples
         self.engine.sleep()
@@ -243,31 +234,18 @@ class Trainer:
         self._assign_advantages(samples)
         with timed("update"):
             update_metrics = self.learner.update(samples, step)
-        if ahead:
+        if self.config.rollout.ahead:
             with timed("wait"):
                 self.rollouts.wait()
         with timed("update"):
             self.engine.update_weights(self.learner.model)
         total = time.perf_counter() - started
 
-        everyone: list[Sample] = gather_object(samples)
-        metrics = step_metrics(everyone) | update_metrics | function_metrics(gather_object([collected.logged]))
-        metrics |= treatment_metrics(everyone, self.config, self.learner.loss)
-        dropped: list[Sample] = []
-        if self.config.rollout.resample:
-            dropped = gather_object(list(collected.dropped))
-            metrics |= resample_metrics(everyone, dropped, gather_object([collected.rounds]))
-        if ahead:
-            metrics["rollout/staleness"] = float(collected.staleness)
+        everyone, metrics = gathered(collected, self.config, self.learner.loss, self.collector.corrector)
         metrics |= {f"time/{phase}": seconds for phase, seconds in {**collected.seconds, **timed.seconds}.items()}
-        if self.collector.corrector is not None:
-            counts = gather_object([(collected.fallbacks, collected.num_truncated)])
-            metrics |= correction_metrics(counts, len(self.collector.corrector.rejected_solutions))
-        num_tokens = num_generated([*everyone, *dropped])
-        metrics |= {
+        metrics |= update_metrics | {
             "time/total": total,
-            "tokens/generated": float(num_tokens),
-            "throughput/tokens_per_s": num_tokens / total,
+            "throughput/tokens_per_s": metrics["tokens/generated"] / total,
             "memory/peak_bytes": float(peak_bytes()),
         }
         return everyone, metrics
