@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from edge_grpo.learning.gathered import gathered
 from edge_grpo.learning.learner import Learner
 from edge_grpo.metrics import PhaseTimes, peak_bytes
 from edge_grpo.policy.loading import eos_token_ids, load_model
+from edge_grpo.policy.sharding import whole_parameters
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.ahead import Rollouts
 from edge_grpo.rollout.collected import Collected, to_plain
@@ -135,7 +137,8 @@ class Trainer:
             self._say(doubt)
 
         self.learner = Learner(config, model, accelerator, pad_token_id=self.tokenizer.pad_token_id)
-        self.engine = build_engine(config, model, self.tokenizer)
+        with self._sampling():
+            self.engine = build_engine(config, model, self.tokenizer)
         self.collector = Collector(
             config,
             prompts,
@@ -226,7 +229,8 @@ class Trainer:
         """Make one step (1-based): collect, learn. Returns all processes' samples and the step's metrics."""
         started = time.perf_counter()
         timed = PhaseTimes(self.accelerator.device)
-        collected = self.rollouts.take(step)
+        with self._sampling():
+            collected = self.rollouts.take(step)
         samples = collected.samples
         self.engine.sleep()
         with timed("score"):
@@ -306,7 +310,15 @@ class Trainer:
             style=config.reward.answer,
             reasoning=config.reward.reasoning,
         )
-        return Evaluation.merge(gather_object([together(share_of)]))
+        with self._sampling():
+            share = together(share_of)
+        return Evaluation.merge(gather_object([share]))
+
+    def _sampling(self) -> AbstractContextManager[None]:
+        """Within it the engine samples: that of transformers with the policy's own parameters, which must be whole."""
+        if self.config.rollout.engine == "transformers":
+            return whole_parameters(self.learner.policy)
+        return nullcontext()
 
     def close(self) -> None:
         try:
@@ -354,6 +366,7 @@ class Trainer:
             keep=KEPT_CHECKPOINTS,
             evaluated=evaluated,
             rollout=None if pending is None else to_plain(pending, self.collector.prompts),
+            split=self.config.model.sharding != "none",
         )
 
     def _say(self, sentence: str) -> None:

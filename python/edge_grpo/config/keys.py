@@ -122,6 +122,8 @@ class OptimConfig:
     epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; whole groups stay together
     micro_batch_size: int = 8  # sequences per forward and backward; changes memory, not the gradient
+    # with model.sharding: reduce the gradient after each micro-batch, for less memory and more communication
+    reduce_each_micro_batch: bool = False
 
     def __post_init__(self) -> None:
         problems = whole(1, epochs=self.epochs, minibatches=self.minibatches, micro_batch_size=self.micro_batch_size)

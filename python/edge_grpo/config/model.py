@@ -8,6 +8,7 @@ from typing import Literal
 from edge_grpo.config.checks import did_you_mean, real, refuse, whole
 
 Precision = Literal["float32", "bfloat16", "mixed"]
+Sharding = Literal["none", "fsdp2"]
 _OF_LORA = ("rank", "alpha", "targets", "dropout", "config")
 
 
@@ -23,6 +24,7 @@ class ModelConfig:
     precision: Precision = "float32"  # of parameters; mixed: float32 parameters under bfloat16 autocast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     lora: dict[str, bool | int | float | str] = field(default_factory=dict)
+    sharding: Sharding = "none"  # over processes: none, each holds all parameters, or fsdp2, each holds a part of them
     load_in_4bit: bool = False  # frozen weights in bitsandbytes' NF4 under the adapters (QLoRA); needs a GPU
 
     def __post_init__(self) -> None:
@@ -37,6 +39,8 @@ class ModelConfig:
         ]
         if self.load_in_4bit and not lora:
             problems.append("load_in_4bit freezes the weights, so that only adapters can be trained; set lora.rank")
+        if self.load_in_4bit and self.sharding != "none":
+            problems.append("load_in_4bit and sharding cannot be combined: packed 4-bit weights cannot be split")
         if "config" in lora and len(lora) > 1:
             others = ", ".join(sorted(lora.keys() - {"config"}))
             problems.append(f"lora.config holds the whole configuration; leave out {others}")

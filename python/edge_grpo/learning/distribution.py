@@ -1,29 +1,55 @@
-"""Which processes a run can be spread over, and how."""
+"""Which processes a run can be spread over, and what of the model each of them holds."""
 
 from __future__ import annotations
+
+import os
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from edge_grpo.config import TrainConfig
+from edge_grpo.config import ModelConfig, TrainConfig
+from edge_grpo.policy.model import PolicyModel
+from edge_grpo.policy.sharding import shard
+
+_SHARD = "launch with torchrun, or with accelerate's plain data parallelism (--multi_gpu or --cpu), and set "
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raise ValueError where groups cannot be sampled, whole, on these processes."""
+    """Raise ValueError where a run cannot be spread, in whole groups, over these processes as they were launched."""
     kind = accelerator.distributed_type
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if kind not in supported:
+    if kind == DistributedType.FSDP:
+        raise ValueError(f"accelerate launched this run with its FSDP plugin; {_SHARD}model.sharding=fsdp2 instead")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise ValueError(
-            f"distributed type {kind.value} is not supported: sampling with transformers needs whole parameters on "
-            "every process; launch with accelerate's plain data parallelism (--multi_gpu or --cpu)"
+            f"accelerate launched this run with FSDP, which it ignores on a {accelerator.device.type}: every process "
+            f"would hold all parameters; {_SHARD}model.sharding=fsdp2, which shards on a CPU too"
         )
+    if kind not in _PLAIN:
+        raise ValueError(f"distributed type {kind.value} is not supported; {_SHARD}model.sharding=fsdp2 to split them")
     processes, prompts = accelerator.num_processes, config.rollout.num_prompts
     if processes > 1 and config.rollout.engine == "vllm":
         raise ValueError(
             f"rollout.engine='vllm' runs in one process; got {processes}; use 'vllm-server', which they can share"
+        )
+    if config.model.sharding != "none" and config.rollout.engine == "vllm-server":
+        raise ValueError(
+            f"rollout.engine='vllm-server' gets whole weights; got model.sharding={config.model.sharding!r}; set "
+            "model.sharding=none or rollout.engine=transformers"
         )
     if prompts % (processes * config.optim.minibatches):
         raise ValueError(
             f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "
             f"{processes} x {config.optim.minibatches}, since groups stay whole"
         )
+
+
+def place(policy: PolicyModel, config: ModelConfig, accelerator: Accelerator) -> None:
+    """Put ``policy`` on this process's device: all of it, or the part that ``config.sharding`` gives it.
+
+    One process alone holds everything either way.
+    """
+    if config.sharding == "fsdp2" and accelerator.num_processes > 1:
+        shard(policy, processes=accelerator.num_processes, device=accelerator.device)
+    else:
+        policy.to(accelerator.device)

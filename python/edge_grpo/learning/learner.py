@@ -9,6 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from statistics import fmean
 
@@ -16,19 +17,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
+from edge_grpo.learning.distribution import place
 from edge_grpo.learning.entropy import EntropyTerm, add_padding, entropy_mask, loss_by_entropy, mean_over
+from edge_grpo.learning.rounds import in_step, stands_in
 from edge_grpo.learning.schedule import learning_rate_factor
 from edge_grpo.learning.totals import LossTotals, Normalizers
 from edge_grpo.metrics import Recomputed, drift_metrics
 from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, lm_head
+from edge_grpo.policy.sharding import is_sharded, own_part, release, set_synchronized, whole
 from edge_grpo.types import Response
 from edge_kernels import GRPOLossOutput, TokenStats, linear_edge_grpo_loss, linear_token_stats
 
@@ -56,11 +60,15 @@ class Learner:
         self.needs_reference = bool(config.loss.beta or config.reward.kl_coef)
         if self.needs_reference and not adds_nothing(model):
             frozen = copy.deepcopy(model).requires_grad_(False).eval()
-            self.reference = PolicyModel(frozen).to(accelerator.device)
+            self.reference = PolicyModel(frozen)
+            place(self.reference, config.model, accelerator)
         policy = PolicyModel(model)
+        place(policy, config.model, accelerator)
+        self.is_sharded = is_sharded(policy)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.optim.learning_rate, weight_decay=config.optim.weight_decay)
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.policy: nn.Module = policy if self.is_sharded else accelerator.prepare_model(policy)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.skipped_in_a_row = 0
         self.num_updates = config.steps * config.optim.epochs * config.optim.minibatches
 
@@ -85,12 +93,12 @@ class Learner:
                 sample.logprobs = torch.tensor(sample.response.logprobs)
                 sample.entropy = torch.tensor(sample.response.entropy)
         self.model.eval()
-        for chunk in micro_batches(unscored, self.optim.micro_batch_size):
+        for chunk in self._passes(unscored):
             for sample, logprobs, entropy in zip(chunk, *self.token_stats(self.unwrapped, chunk), strict=True):
                 sample.logprobs, sample.entropy = logprobs, entropy
         if self.averages_padding:
             add_padding(samples)
-            for chunk in micro_batches(samples, self.optim.micro_batch_size):
+            for chunk in self._passes(samples):
                 for sample, mean in zip(chunk, self._mean_entropies(chunk).tolist(), strict=True):
                     sample.mean_entropy = mean
         if self.needs_reference:
@@ -100,9 +108,14 @@ class Learner:
         """Fill the logprobs of the policy as training began: of a copy, or of the base model under fresh adapters."""
         model = self.unwrapped if self.reference is None else self.reference
         with contextlib.nullcontext() if self.reference else disabled(self.model):
-            for chunk in micro_batches(samples, self.optim.micro_batch_size):
+            for chunk in self._passes(samples):
                 for sample, logprobs in zip(chunk, self.token_stats(model, chunk)[0], strict=True):
                     sample.ref_logprobs = logprobs
+
+    def _passes(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Micro-batches to pass through the model without a gradient: by all processes together if it is sharded."""
+        chunks = list(micro_batches(samples, self.optim.micro_batch_size))
+        return in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id) if self.is_sharded else chunks
 
     def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """Learn from the rollout, ``epochs`` passes of ``minibatches`` optimizer steps each, and return its metrics.
@@ -123,7 +136,7 @@ class Learner:
                 pairs = self.accumulate_gradient(part, own)
                 if epoch == number == 0:  # the weights are still those that the step began with
                     drift = pairs
-                norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm))
+                norm = float(whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), optim.max_grad_norm)))
                 learning_rate = self._set_learning_rate(
                     ((step - 1) * optim.epochs + epoch) * optim.minibatches + number
                 )
@@ -153,11 +166,11 @@ class Learner:
 
         All processes call it. Where the squares overflow, a model with RMS norms predicts the same for every prompt.
         """
-        finite = all(_is_bounded(value) for value in self.model.parameters())
-        if finite and samples:
-            self.model.eval()
-            chunk = next(iter(micro_batches(samples, self.optim.micro_batch_size)))
-            finite = all(bool(entropy.isfinite().all()) for entropy in self.token_stats(self.unwrapped, chunk)[1])
+        finite = all(_is_bounded(own_part(value)) for value in self.model.parameters())
+        self.model.eval()
+        for chunk in self._passes(samples[: self.optim.micro_batch_size]):
+            entropies = self.token_stats(self.unwrapped, chunk)[1]
+            finite = finite and all(bool(entropy.isfinite().all()) for entropy in entropies)
         if not self._everywhere(finite):
             raise FloatingPointError("the weights, their squares, or the logits are not finite; training diverged")
 
@@ -182,25 +195,32 @@ class Learner:
         Returns the samples that took part with their recomputed logprobs and entropies.
         """
         normalizers = self._normalizers(part)
-        # DistributedDataParallel averages gradients over processes, while the normalizers are already global.
+        # Gradients are averaged over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
         chunks = list(micro_batches(self._contributing(part), self.optim.micro_batch_size))
+        chunks = in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id)
         pairs: list[tuple[Sample, Recomputed, Recomputed]] = []
         for position, chunk in enumerate(chunks):
             batch = self._pad(chunk)
-            synchronize = position == len(chunks) - 1
-            with contextlib.nullcontext() if synchronize else self.accelerator.no_sync(self.policy):
+            with self._reducing(is_last=position == len(chunks) - 1):
                 out = self._loss_of(batch, normalizers, self._entropy_term(chunk, batch, normalizers))
-                stands_in = chunk[0].reward.skipped  # alone in its chunk, so that this process reduces too
-                self.accelerator.backward(out.loss * (0 if stands_in else scale))
-            if stands_in:
-                break
+                self.accelerator.backward(out.loss * scale)
+            if stands_in(chunk):
+                continue
             totals.add(out)
             for sample, logprobs, entropy in zip(
                 chunk, unpad(out.logprobs, batch), unpad(out.entropy, batch), strict=True
             ):
                 pairs.append((sample, self._computed(sample, logprobs), self._computed(sample, entropy)))
         return pairs
+
+    def _reducing(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Within it the backward pass of a micro-batch reduces the gradient, or leaves that to a later one."""
+        if self.is_sharded:
+            set_synchronized(self.policy, is_last or self.optim.reduce_each_micro_batch)
+            return contextlib.nullcontext()
+        no_sync: AbstractContextManager[None] = self.accelerator.no_sync(self.policy)
+        return contextlib.nullcontext() if is_last else no_sync
 
     def _computed(self, sample: Sample, values: Tensor) -> Recomputed:
         """The loss's value of each token; None of superseded tokens that it does not read."""
@@ -230,9 +250,11 @@ class Learner:
 
     def _stats_of(self, model: PolicyModel, batch: Batch, mask: Tensor) -> TokenStats:
         with self.accelerator.autocast():
-            return model(
+            stats = model(
                 batch.input_ids, batch.attention_mask, lambda hidden, head: self._stats(hidden, head, batch, mask)
             )
+        release(model)
+        return stats
 
     def _stats(self, hidden: Tensor, head: LMHead, batch: Batch, mask: Tensor) -> TokenStats:
         """Return the statistics of the predictions that ``mask`` selects, 0 elsewhere, from hidden states (B, L, D)."""
@@ -291,7 +313,8 @@ class Learner:
             )
             return out if term is None else term.added_to(out, self._stats(hidden, head, batch, term.mask).entropy)
 
-        return self.policy(batch.input_ids, batch.attention_mask, loss)
+        with self.accelerator.autocast():
+            return self.policy(batch.input_ids, batch.attention_mask, loss)
 
     def _normalizers(self, part: Sequence[Sample]) -> Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
@@ -317,19 +340,20 @@ class Learner:
     def _contributing(self, part: Sequence[Sample]) -> Sequence[Sample]:
         """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
 
-        The others still count in the normalizers, unless they are skipped. At least one sample is kept, because every
-        process has to take part in the gradient's reduction.
+        The others still count in the normalizers, unless they are skipped. One is kept for the metrics, if there is.
         """
         all_contribute = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
         active = [sample for sample in part if not sample.reward.skipped]
         if self.loss.mask_truncated_completions:
             active = [sample for sample in active if not sample.is_truncated] or active[:1]
-        return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1] or part[:1]
+        return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1]
 
     def _pad(self, samples: Sequence[Sample]) -> Batch:
         return pad(samples, self.pad_token_id, self.accelerator.device)
 
 
 def _is_bounded(weight: Tensor) -> bool:
+    if not weight.numel():
+        return True
     low, high = weight.aminmax()
     return float(low) >= -_LARGEST_WEIGHT and float(high) <= _LARGEST_WEIGHT  # false for NaN

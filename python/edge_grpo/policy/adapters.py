@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edge_grpo.policy.sharding import whole
+
 INSTALL = "install it with `pip install 'edge-grpo[lora]'`"
 CONFIG_FILE = "adapter_config.json"  # peft's own name for it
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -66,13 +68,18 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     _train_adapters(model)
 
 
-def save_lora(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter of ``model`` into ``folder`` as peft does; the base model is named, not written."""
-    peft = _peft()
+def lora_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the adapter's weights by their names in peft's files. Where they are split, all processes iterate."""
+    state = _peft().get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    for name, value in state.items():
+        yield f"{_PREFIX}{name}", whole(value)
+
+
+def save_lora(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter's ``weights`` into ``folder`` as peft does; the base model is named, not written."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
-    weights = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(weights, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    contiguous = {name: value.contiguous() for name, value in weights.items()}
+    save_file(contiguous, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
     config = copy.copy(model.peft_config[_NAME])
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -134,18 +141,19 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the base model's weights by their names in its checkpoint, each adapter merged into its layer's weight.
 
     One layer is merged at a time, in a copy, so that what is trained keeps every bit. Without adapters it yields the
-    state dict.
+    state dict. Of weights that are split over processes one tensor is whole at a time, for which all processes must
+    iterate to the end.
     """
     wrappers = _wrappers(model)
     done: set[str] = set()
     for name, value in model.state_dict().items():
         wrapper = next((prefix for prefix in wrappers if name.startswith(f"{prefix}.")), None)
         if wrapper is None:
-            yield name, value.detach()
+            yield name, whole(value)
         elif wrapper not in done:
             done.add(wrapper)
             layer = _merged(wrappers[wrapper])
-            yield from ((f"{wrapper}.{part}", tensor.detach()) for part, tensor in layer.state_dict().items())
+            yield from ((f"{wrapper}.{part}", whole(tensor)) for part, tensor in layer.state_dict().items())
 
 
 def _is_trained(name: str) -> bool:

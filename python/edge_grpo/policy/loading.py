@@ -26,6 +26,7 @@ from edge_grpo.policy.adapters import CONFIG_FILE, add_lora, base_of, load_lora
 from edge_grpo.policy.chat import Chat
 from edge_grpo.policy.hub import cached_if_unreachable
 from edge_grpo.policy.model import check_head, enable_checkpointing, unwrap
+from edge_grpo.policy.sharding import whole
 
 BUILT_IN = {"edge_grpo:tiny": "tiny"}  # name -> folder inside this package
 _HAS_GGUF_CONFIG = hasattr(transformers, "GgufConfig")
@@ -112,11 +113,15 @@ def _closing_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the weights as they were loaded: of each saved tensor the name, type, shape and bytes."""
+    """Return a hash of the weights as they were loaded: of each saved tensor the name, type, shape and bytes.
+
+    All processes call it for weights that are split over them.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
+    for name, own in sorted(unwrap(model).state_dict().items()):
+        tensor = whole(own)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -123,6 +123,8 @@ class TransformersEngine:
                 **({} if cache is None else {_CACHE: cache}),
                 generation_config=self._generation_config(steps),
                 logits_processor=LogitsProcessorList([sampler]),
+                # Of a sharded model it would wait for other processes at each token: they sample other numbers of them.
+                synced_gpus=False,
             )
             new = output.sequences[:, ids.shape[1] :]  # (rows, steps or fewer), padded after a row's end
             span = slice(start, start + new.shape[1])

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from torch import nn
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
-from edge_grpo.policy.adapters import is_adapted, save_lora
-from edge_grpo.run import state
+from edge_grpo.policy.adapters import is_adapted, lora_weights, save_lora
+from edge_grpo.policy.sharding import is_sharded, whole_weights
+from edge_grpo.run import shards, state
 from edge_grpo.run.files import partial_of, write_json
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -59,6 +60,11 @@ class Record:
     processes: int
     sha256: dict[str, str]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has written its part of the parameters."""
+        return any(map(shards.is_shard, self.sha256))
+
 
 def steps(folder: Path) -> list[int]:
     """Return the steps that have a whole checkpoint in ``folder``, in ascending order."""
@@ -82,10 +88,12 @@ def save(
     keep: int,
     evaluated: bool = True,
     rollout: Mapping[str, Any] | None = None,
+    split: bool = False,
 ) -> Path:
     """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it.
 
     ``rollout`` is what this process has collected for the next step; all processes have one, or none has.
+    With ``split`` each process writes what it holds of the parameters, for any number of processes to read.
     """
     target = path_of(folder, step)
     partial = partial_of(target)
@@ -97,12 +105,14 @@ def save(
         state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
         if rollout is not None:
             (partial / _rollout(accelerator.process_index)).write_text(json.dumps(rollout), encoding="utf-8")
-        if accelerator.is_main_process:
+        if split:
+            shards.write(model, optimizer, partial)
+        elif accelerator.is_main_process:
             state.write_weights(model, partial / _WEIGHTS)
             state.write_optimizer(optimizer, partial / _OPTIMIZER)
         accelerator.wait_for_everyone()
+        hashes = _hashes(accelerator, partial, sorted(path.name for path in partial.iterdir()))
         if accelerator.is_main_process:
-            hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
             write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
             _replace(partial, target)
     if accelerator.is_main_process:
@@ -113,13 +123,20 @@ def save(
 
 
 def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: Any) -> None:
-    """Write model, or its adapter as peft does, and tokenizer as a folder to load, in place of an older one."""
+    """Write model, or its adapter as peft does, and tokenizer as a folder to load, in place of an older one.
+
+    All processes call it. Of parameters that are split over them the main process collects all in host memory.
+    """
+    weights = lora_weights(model) if is_adapted(model) else whole_weights(model) if is_sharded(model) else ()
+    kept = {name: value.cpu() for name, value in weights if accelerator.is_main_process}
     if accelerator.is_main_process:
         partial = partial_of(target)
         shutil.rmtree(partial, ignore_errors=True)
         with state.writing(partial):
             if is_adapted(model):
-                save_lora(model, partial)
+                save_lora(model, kept, partial)
+            elif is_sharded(model):
+                model.save_pretrained(partial, state_dict=kept)
             else:
                 model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -142,14 +159,18 @@ def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimi
     newest = path_of(folder, found[-1])
     try:
         record = _verified(accelerator, newest)
-        state.read_weights(model, newest / _WEIGHTS)
-        state.read_optimizer(optimizer, newest / _OPTIMIZER)
+        if record.is_sharded:
+            shards.read(model, optimizer, newest)
+        else:
+            state.read_weights(model, newest / _WEIGHTS)
+            state.read_optimizer(optimizer, newest / _OPTIMIZER)
         if record.processes == accelerator.num_processes:
             state.read_random_state(newest / _random_state(accelerator.process_index), accelerator.device)
         elif accelerator.is_main_process:
             print(
                 f"{newest} was saved by {record.processes} processes and is resumed by {accelerator.num_processes}: "
-                "the next steps differ from those that the former would have made",
+                "the next steps have the same batches, and the same losses to rounding, unless the model has dropout "
+                "or a reward function draws random numbers",
                 file=sys.stderr,
             )
     except state.UnreadableError as error:
@@ -169,38 +190,52 @@ def load_rollouts(folder: Path, record: Record) -> list[dict[str, Any]]:
 
 
 def _verified(accelerator: Accelerator, path: Path) -> Record:
-    """The checkpoint's record. The main process compares the files with it, and all processes learn the outcome."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [_verify(path)]
-        except state.UnreadableError as error:
-            outcome = [str(error)]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], str):
-        raise state.UnreadableError(outcome[0])
-    record: Record = outcome[0]
+    """The checkpoint's record. Each process compares some files with it, and all processes learn the outcome."""
+    record: Record | None = None
+    complaint: str | None = None
+    try:
+        record = _read_record(path)
+        for name in _share(accelerator, list(record.sha256)):
+            with state.reading(path / name):
+                if _sha256(path / name) != record.sha256[name]:
+                    raise ValueError("its content has changed since it was written")
+    except state.UnreadableError as error:
+        complaint = str(error)
+    complaints = [found for found in gather_object([complaint]) if found is not None]
+    if record is None or complaints:
+        raise state.UnreadableError(complaints[0])
     return record
 
 
-def _verify(path: Path) -> Record:
+def _read_record(path: Path) -> Record:
     with state.reading(path / _RECORD):
         record = Record(**json.loads((path / _RECORD).read_text(encoding="utf-8")))
         named = _NAME.fullmatch(path.name)
         random_states = {_random_state(rank) for rank in range(record.processes)}
         rollouts = {_rollout(rank) for rank in range(record.processes)} & record.sha256.keys()
+        others = record.sha256.keys() - random_states - rollouts
         if (
             named is None
             or record.step != int(named[1])
-            or record.sha256.keys() != {_WEIGHTS, _OPTIMIZER} | random_states | rollouts
+            or not random_states < record.sha256.keys()
+            or not (others == {_WEIGHTS, _OPTIMIZER} or (others and all(map(shards.is_shard, others))))
             or len(rollouts) not in (0, record.processes)
         ):
             raise ValueError("it belongs to another checkpoint")
-    for name, written in record.sha256.items():
-        with state.reading(path / name):
-            if _sha256(path / name) != written:
-                raise ValueError("its content has changed since it was written")
+        written = {entry.name for entry in path.iterdir() if shards.is_shard(entry.name)}
+        if extra := written - others:  # what reads shards takes all that lie in the folder
+            raise ValueError(f"{min(extra)} belongs to another checkpoint")
     return record
+
+
+def _hashes(accelerator: Accelerator, folder: Path, names: list[str]) -> dict[str, str]:
+    """The hash of each file; every process computes some of them."""
+    own = {name: _sha256(folder / name) for name in _share(accelerator, names)}
+    return {name: value for share in gather_object([own]) for name, value in share.items()}
+
+
+def _share(accelerator: Accelerator, names: list[str]) -> list[str]:
+    return names[accelerator.process_index :: accelerator.num_processes]
 
 
 def _random_state(rank: int) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from edge_grpo.policy.adapters import is_adapted
 
-_OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
 
 
 class UnreadableError(ValueError):
@@ -98,7 +98,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         for key, value in load_file(path).items():
             index, _, name = key.partition(".")
             expected = torch.Size() if name == "step" else parameters[int(index)].shape
-            if name not in _OF_ADAMW or value.shape != expected:
+            if name not in OF_ADAMW or value.shape != expected:
                 raise ValueError(f"{key} of shape {tuple(value.shape)} belongs to another optimizer or model")
             state[int(index)][name] = value
         optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})

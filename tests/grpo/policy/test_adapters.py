@@ -102,7 +102,7 @@ def test_a_saved_adapter_is_peft_s_and_loads_here_and_there(saved, tmp_path):
     model, tokenizer = load_model(ModelConfig(path=str(saved), lora=LORA))
     shaken(model)
     folder = tmp_path / "adapter"
-    adapters.save_lora(model, folder)
+    adapters.save_lora(model, dict(adapters.lora_weights(model)), folder)
     tokenizer.save_pretrained(folder)
     assert not (folder / "model.safetensors").exists()
     mask = torch.ones_like(IDS)
@@ -121,7 +121,7 @@ def test_a_saved_adapter_is_peft_s_and_loads_here_and_there(saved, tmp_path):
 
 def test_an_adapter_of_the_built_in_model_finds_its_base(tmp_path):
     model, tokenizer = load_model(ModelConfig(lora={"rank": 2}))
-    adapters.save_lora(shaken(model), tmp_path)
+    adapters.save_lora(model, dict(adapters.lora_weights(shaken(model))), tmp_path)
     assert adapters.base_of(tmp_path) == "edge_grpo:tiny"
     again, retokenizer = load_model(ModelConfig(path=str(tmp_path)))
     mask = torch.ones_like(IDS)
@@ -182,7 +182,8 @@ def test_peft_configurations_that_are_refused(saved, tmp_path, content, message)
 
 def test_an_adapter_on_an_adapter_is_refused(saved, tmp_path):
     folder = tmp_path / "adapter"
-    adapters.save_lora(load(saved, lora=LORA), folder)
+    model = load(saved, lora=LORA)
+    adapters.save_lora(model, dict(adapters.lora_weights(model)), folder)
     with pytest.raises(ValueError, match="carries an adapter, which is trained further"):
         load(folder, lora=LORA)
 
