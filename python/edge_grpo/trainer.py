@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from edge_grpo.batching import Sample
 from edge_grpo.collect import (
@@ -112,6 +113,8 @@ class Trainer:
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,
             project_dir=config.output,
+            # Processes wait for the slowest to sample, and for the first to send the weights, in up to three attempts.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=1800 + 4 * config.rollout.timeout))],
         )
         check_distribution(config, accelerator)
         torch.manual_seed(config.seed)

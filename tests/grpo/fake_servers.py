@@ -89,6 +89,7 @@ class ModelServer(FakeServer):
             self.model, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, batch_size=64
         )
         self.events: list[tuple[str, ...]] = []
+        self.sizes: Counter[int] = Counter()  # of requests, in completions
         self.one_at_a_time = threading.Lock()
 
     def answer(self, path: str, body: dict) -> dict:
@@ -103,6 +104,7 @@ class ModelServer(FakeServer):
 
     def completions(self, prompt: list[int], params: dict) -> dict:
         version = self.version
+        self.sizes[params["n"]] += 1
         self.events.append(("begin", version))
         sampling = Sampling(max_tokens=params["max_tokens"], temperature=params["temperature"])
         with self.one_at_a_time:

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from training import records
 from edge_grpo.config import EvalConfig, ModelConfig, TrainConfig, to_dict
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.trainer import train
+from edge_kernels import GRPOLossConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -41,62 +43,26 @@ def shared(config: TrainConfig, servers: list[ModelServer], tmp_path: Path) -> T
     return replace(config, rollout=replace(rollout, server_folder=str(tmp_path / "shared")))
 
 
-def launch(config: TrainConfig, tmp_path: Path, *program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program with the configuration's file on two processes."""
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program, str(file)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_each_step_samples_with_the_weights_of_its_own(shared, servers, tmp_path):
-    """And as one process alone does. Learning is so fast that older weights would show in the ratios."""
-    config = replace(shared, steps=3, method="grpo", eval=EvalConfig(data="arithmetic:1@test", size=8, every=2))
-    result = launch(config, tmp_path, "-m", "edge_grpo", "train", "--config")
-    assert result.returncode == 0, result.stderr[-3000:]
-    before, *steps = records(tmp_path / "run")
-    assert before["eval/accuracy"] >= 0
-    assert sum(step["grad/norm"] > 0 for step in steps) > 0
-    for step in steps:
-        assert step["ratio/sampler_max"] == pytest.approx(1, abs=1e-3)
-        assert step["drift/logprob_max"] < 1e-3
-    events = [list(server.events) for server in servers]
-    train(replace(config, output=str(tmp_path / "alone")))
-    for expected, got in zip(records(tmp_path / "alone"), [before, *steps], strict=True):
-        for key in expected.keys() & {"eval/accuracy", "reward/mean", "length/mean", "loss", "grad/norm"}:
-            assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), (expected["step"], key)
-    for server, of_server in zip(servers, events, strict=True):
-        server.events = of_server
-    for server in servers:
-        versions = [event[1] for event in server.events if event[0] == "version"]
-        assert len(versions) == len(set(versions)) == 4  # at the start, and after each step
-        assert versions == [event[1] for event in servers[0].events if event[0] == "version"]
-        sampling = 0
-        for event in server.events:
-            sampling += {"begin": 1, "end": -1}.get(event[0], 0)
-            assert not (sampling and event[0] in ("weights", "version"))  # nobody samples while weights come in
-    asked = [[server.events.count(("begin", one)) for one in versions] for server in servers]
-    assert asked[0] == asked[1]
-    assert asked[0][1] == 2  # a step without an evaluation: a group of each process
-
-
-FAILURES = """
+SCRIPT = """
 import json, sys, yaml
+from dataclasses import replace
 import torch
 from accelerate import PartialState
 from edge_grpo.config import from_dict
 from edge_grpo.policy.loading import load_model
 from edge_grpo.rollout import build_engine, connection
+from edge_grpo.rollout.ahead import Rollouts
+from edge_grpo.rollout.collected import Collected
 from edge_grpo.rollout.together import together
+from edge_grpo.trainer import Trainer, train
 from edge_grpo.types import Sampling
 
-connection._PAUSE = 0.01
 config = from_dict(yaml.safe_load(open(sys.argv[1])))
-rank = PartialState(cpu=True).process_index
+train(config)
+train(replace(config, output=f"{config.output}-ahead", rollout=replace(config.rollout, ahead=1)))
+
+rank = PartialState().process_index
+connection._PAUSE = 0.01
 model, tokenizer = load_model(config.model)
 engine = build_engine(config, model, tokenizer)
 said = []
@@ -110,37 +76,103 @@ def attempt(work):
 def sample(token):
     return together(lambda: len(engine.generate([[token]], Sampling(max_tokens=2), seed=0)))
 
+def collect(step):
+    if rank == 1 and step == 2:
+        raise ValueError("not this one")
+    return Collected([])
+
+rollouts = Rollouts(collect, ahead=True, last=9)
 attempt(lambda: sample(5))                          # both
-attempt(lambda: sample(5 if rank == 0 else 1000))   # process 1 asks for what the server refuses
-attempt(lambda: sample(6 if rank == 1 else 1000))   # process 0 does
-attempt(lambda: engine.update_weights(model))       # the server does not take the weights, which process 0 sends
+attempt(lambda: sample(5 if rank == 0 else REFUSED))  # process 1 asks for what the server refuses
+attempt(lambda: sample(6 if rank == 1 else REFUSED))  # process 0 does
+attempt(lambda: engine.update_weights(model))       # a server does not take the weights, which process 0 sends
 attempt(lambda: sample(7))                          # both once more: nobody is left behind
+attempt(lambda: rollouts.take(1).staleness)
+attempt(rollouts.wait)                              # what process 1 collects ahead fails
 with open(f"{sys.argv[1]}.{rank}", "w") as file:
     json.dump(said, file)
 torch.distributed.destroy_process_group()
 """
+REFUSED = 1000  # no token of the model
 
 
-def test_where_one_process_fails_all_do(shared, servers, tmp_path):
-    """Whichever it is, nobody waits for it, and both say what was wrong."""
-    server = servers[0]
-    answer = server.answer
+def test_two_processes_share_two_servers(shared, servers, tmp_path):
+    """On time and ahead, from the right weights, with the steps of one process alone. Then each way in which one may fail.
 
-    def refuse(path: str, body: dict) -> dict:
-        return {"choices": []} if 1000 in body.get("token_ids", ()) else answer(path, body)
-
-    server.answer = refuse  # type: ignore[method-assign]
-    server.trouble["/collective_rpc"] = lambda attempt: 0 if attempt > 1 else None
-    rollout = replace(shared.rollout, server=server.address)
-    (tmp_path / "failures.py").write_text(FAILURES)
-    result = launch(replace(shared, rollout=rollout), tmp_path, str(tmp_path / "failures.py"))
+    One launch for all of it, since most of its time goes into starting processes. Learning is so fast that other
+    weights would show in the ratios of trainer and sampler.
+    """
+    # A gradient also where corrections have made all responses right.
+    config = replace(shared, steps=3, loss=GRPOLossConfig(entropy_coef=0.1))
+    config = replace(config, eval=EvalConfig(data="arithmetic:1@test", size=8, every=2))
+    for server in servers:
+        refuse_where_asked(server)
+    file, script = tmp_path / "config.yaml", tmp_path / "two.py"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    script.write_text(SCRIPT.replace("REFUSED", str(REFUSED)))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(file)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
+    check_requests(servers)
+    for server in servers:
+        server.trouble.clear()  # it takes weights again
+    on_time, ahead = records(tmp_path / "run"), records(tmp_path / "run-ahead")
+    for record in [*on_time[1:], ahead[1]]:
+        assert record["ratio/sampler_max"] == pytest.approx(1, abs=1e-3)
+        assert record["drift/logprob_max"] < 1e-3
+    assert [record["rollout/staleness"] for record in ahead[1:]] == [0, 1, 1]
+    assert all(record["ratio/sampler_max"] > 1.01 for record in ahead[2:])
+    train(replace(config, output=str(tmp_path / "alone"), rollout=replace(config.rollout, ahead=1)))
+    for expected, got in zip(records(tmp_path / "alone"), ahead, strict=True):
+        for key in expected.keys() & {"eval/accuracy", "reward/mean", "length/mean", "loss", "grad/norm"}:
+            assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), (expected["step"], key)
     said = [json.loads((tmp_path / f"config.yaml.{rank}").read_text()) for rank in (0, 1)]
-    for own, other, failing in ((said[1], said[0], 1), (said[0], said[1], 0)):
-        place = 1 if failing else 2
-        assert own[place].startswith(f"RolloutError: the vLLM server at http://{server.address} returned 0 completions")
+    check_failures(*said, [server.address for server in servers])
+
+
+def refuse_where_asked(server: ModelServer) -> None:
+    """Have the server send nothing where the token ``REFUSED`` is asked for, and from then on take no weights."""
+    answer = server.answer
+    refused = threading.Event()
+
+    def instead(path: str, body: dict) -> dict:
+        if REFUSED not in body.get("token_ids", ()):
+            return answer(path, body)
+        refused.set()
+        return {"choices": []}
+
+    server.answer = instead  # type: ignore[method-assign]
+    server.trouble["/collective_rpc"] = lambda attempt: 0 if refused.is_set() else None
+
+
+def check_requests(servers: Sequence[ModelServer]) -> None:
+    """All servers get the same weights and the same number of requests, and sample none while weights come in."""
+    pushed = [[event[1] for event in server.events if event[0] == "version"] for server in servers]
+    versions = pushed[0]
+    assert pushed[1] == versions
+    assert len(versions) == len(set(versions)) == 4 + 4 + 1  # each run's at the start and after three steps
+    for server in servers:
+        sampling = 0
+        for event in server.events:
+            sampling += {"begin": 1, "end": -1}.get(event[0], 0)
+            assert not (sampling and event[0] in ("weights", "version"))
+    groups = [server.sizes[4] for server in servers]
+    assert groups[0] == groups[1] == 2 * 3 * 2  # in each step of a run one group of each process
+
+
+def check_failures(first: list, second: list, addresses: Sequence[str]) -> None:
+    """Whichever process fails, nobody waits for it, and both say what was wrong."""
+    for own, other, failing, place in ((second, first, 1, 1), (first, second, 0, 2), (first, second, 0, 3)):
+        its_first = addresses[failing]  # each process begins at another server
+        assert own[place].startswith(f"RolloutError: the vLLM server at http://{its_first} ")
         assert other[place] == f"RolloutError: process {failing} of this run failed: {own[place]}"
-    assert "failed 3 times to answer /collective_rpc" in said[0][3]
-    assert said[1][3] == f"RolloutError: process 0 of this run failed: {said[0][3]}"
-    for own in said:
-        assert (own[0], own[4]) == (1, 1)
+    assert "returned 0 completions" in first[2]
+    assert "failed 3 times to answer /collective_rpc" in first[3]
+    assert second[6] == "ValueError: not this one"
+    assert first[6] == "RolloutError: process 1 of this run failed: ValueError: not this one"
+    for own in (first, second):
+        assert (own[0], own[4], own[5]) == (1, 1, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ from edge_grpo.config.trust import reaching_out, refuse_foreign
 from edge_grpo.run.folder import claim, is_main_process
 from edge_grpo.run.history import Point, read_run
 from edge_grpo.text import clock, percent
+
+_LAST_WORDS = 5.0  # seconds that the main process has for them
 
 
 class _KeysHelp(argparse.Action):
@@ -99,10 +102,12 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt as stop:
         if is_main:
             _say_how_to_resume(config, earlier)
+        _let_main_speak(is_main)
         return getattr(stop, "status", 130)
     except (RuntimeError, OSError):
         if is_main and _identity(output) is not None:  # else the run has not begun
             _say_how_to_resume(config, earlier)
+        _let_main_speak(is_main)
         raise
     if is_main:
         from edge_grpo.report.page import write_report
@@ -169,6 +174,12 @@ def _identity(output: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def _let_main_speak(is_main: bool) -> None:
+    """Let the main process end first: a launcher ends the others as soon as one has ended with an error."""
+    if not is_main:
+        time.sleep(_LAST_WORDS)
 
 
 def _say_how_to_resume(config: TrainConfig, earlier: tuple[int, int] | None) -> None:
