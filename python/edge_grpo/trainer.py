@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object
 
 from edge_grpo.batching import Sample
 from edge_grpo.collect import (
@@ -113,8 +113,12 @@ class Trainer:
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,
             project_dir=config.output,
-            # Processes wait for the slowest to sample, and for the first to send the weights, in up to three attempts.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=1800 + 4 * config.rollout.timeout))],
+            kwargs_handlers=[
+                # Processes wait for the slowest to sample, and for the first to send the weights, in up to 3 attempts.
+                InitProcessGroupKwargs(timeout=timedelta(seconds=1800 + 4 * config.rollout.timeout)),
+                # A pass uses each weight once. A cache would hold the 16-bit copies of all of them to its end.
+                AutocastKwargs(cache_enabled=False),
+            ],
         )
         check_distribution(config, accelerator)
         torch.manual_seed(config.seed)

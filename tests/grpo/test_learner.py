@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import LOSSES, assign, collect, flat_gradient, gradient, rollout
 
 from edge_grpo.config import AdvantageConfig, DataConfig, ModelConfig, OptimConfig
 from edge_grpo.learning.schedule import learning_rate_factor
-from edge_grpo.learning.totals import LossTotals
+from edge_grpo.learning.totals import LossTotals, Normalizers
 from edge_grpo.metrics import step_metrics
 from edge_grpo.trainer import Trainer
 from edge_grpo.types import Provenance
@@ -320,3 +322,32 @@ def test_the_learning_rate_rises_and_falls(schedule, expected):
     """Two steps of warm-up, then four down to zero."""
     optim = OptimConfig(schedule=schedule, warmup_steps=2)
     assert [learning_rate_factor(update, optim, 6) for update in range(7)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_autocasts_copies_of_weights_end_with_their_use(config):
+    """With checkpointed activations a layer's are needed no longer; together they would be a second model."""
+    trainer = Trainer(replace(config, model=ModelConfig(precision="mixed", gradient_checkpointing=True)))
+    samples = rollout(trainer)
+    learner, copies = trainer.learner, Copies()
+    learner.model.train()
+    with copies:
+        learner._loss_of(learner._pad(samples[:2]), Normalizers(1, 1, None))
+    assert len(copies.made) > 20
+    assert copies.most < sum(nbytes for _, nbytes in copies.made) / 3
+    trainer.close()
+
+
+class Copies(TorchDispatchMode):
+    """Remembers copies of float32 matrices in bfloat16, and the bytes of most of them at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[weakref.ref, int]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and out.dim() == 2:
+            self.made.append((weakref.ref(out), out.nbytes))
+            self.most = max(self.most, sum(nbytes for copy, nbytes in self.made if copy() is not None))
+        return out
