@@ -7,17 +7,17 @@ from dataclasses import replace
 
 from benchmarks.scaling import choice, tables
 from benchmarks.scaling.choice import MICRO_BATCH_SIZES
-from benchmarks.scaling.layouts import VOCABULARY, Sampling, Setup
+from benchmarks.scaling.layouts import ROUNDED, VOCABULARY, Sampling, Setup
 from benchmarks.scaling.step import Step, step_of
 from benchmarks.scaling.transformer import QWEN_7B
 
 
 def base(gpus: int) -> Setup:
-    """The choice for 7 billion parameters, trained in checkpointed micro-batches of four that are each reduced."""
+    """The choice for 7 billion parameters, trained as in the recipe for 8 GPUs."""
     step = choice.choose(tables.found(QWEN_7B, gpus))
     assert step is not None
     setup = step.setup
-    job = replace(setup.job, micro_batch_size=4, gradient_checkpointing=True, reduce_each_micro_batch=True)
+    job = replace(setup.job, micro_batch_size=8, gradient_checkpointing=True, reduce_each_micro_batch=True)
     return replace(setup, job=job)
 
 
@@ -48,7 +48,8 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
             other = Sampling(share, size, sampling.ahead)
             yield other.name, replace(setup, sampling=other)
     yield f"{Sampling().name} *", replace(setup, sampling=Sampling())
-    yield f"{VOCABULARY.name} *", replace(setup, layout=VOCABULARY)
+    for layout in (ROUNDED, VOCABULARY):
+        yield f"{layout.name} *", replace(setup, layout=layout)
 
 
 def table() -> str:

@@ -37,6 +37,7 @@ class Layout:
     precision: Precision
     offered: bool = True
     is_sharded: bool = False  # FSDP2; else every process holds everything
+    gathers_rounded: bool = False  # FSDP2 casts to bfloat16 before it gathers; else autocast does afterwards
     stays_in_node: bool = False  # each node's processes hold everything together, and nodes are replicas
     splits_vocabulary: bool = False  # the head's weight over the processes of a node
 
@@ -50,6 +51,7 @@ DDP = Layout("DDP", MIXED)
 DDP_LORA = Layout("DDP, LoRA", LORA)
 FSDP = Layout("FSDP2", MIXED, is_sharded=True)
 FSDP_LORA = Layout("FSDP2, LoRA", LORA, is_sharded=True)
+ROUNDED = Layout("FSDP2, gathered in bfloat16", MIXED, offered=False, is_sharded=True, gathers_rounded=True)
 HYBRID = Layout("FSDP2 in each node", MIXED, offered=False, is_sharded=True, stays_in_node=True)
 VOCABULARY = Layout("FSDP2, vocabulary split", MIXED, offered=False, is_sharded=True, splits_vocabulary=True)
 
@@ -101,12 +103,22 @@ class Setup:
 
     @property
     def trainers_of_node(self) -> int:
-        """Servers take their share of every node."""
-        return min(self.trainers, round(SHEET.gpus_per_node * (1 - self.sampling.server_share)))
+        """Servers have nodes of their own, or in a single node some of its GPUs."""
+        return min(self.trainers, SHEET.gpus_per_node)
 
     @property
     def vocabulary_shards(self) -> int:
         return self.trainers_of_node if self.layout.splits_vocabulary else 1
+
+    @property
+    def is_cast_late(self) -> bool:
+        """Whether autocast makes 16-bit copies of whole float32 weights where they are used."""
+        return self.layout.precision.in_autocast and not self.layout.gathers_rounded
+
+    @property
+    def gathered_itemsize(self) -> int:
+        """Bytes of an element of the weights that a layer computes with, before autocast copies them."""
+        return self.layout.precision.weight if self.is_cast_late else 2
 
     def links(self, processes: int) -> Links:
         """Of neighbouring trainer processes."""
@@ -136,7 +148,7 @@ def layouts(model: Transformer, gpus: int) -> Iterator[Layout]:
     if gpus == 1:
         yield from ALONE
         return
-    yield from (DDP, DDP_LORA, FSDP, FSDP_LORA)
+    yield from (DDP, DDP_LORA, FSDP, FSDP_LORA, ROUNDED)
     if gpus > SHEET.gpus_per_node:
         yield HYBRID
     if not model.is_tied:  # a tied head is the embedding, which every process looks up whole

@@ -55,14 +55,16 @@ def comparisons(found: dict[int, dict[str, Any]]) -> Iterator[Comparison]:
         expected = collectives.ddp(shrunken.BUCKETED, 4, buckets)
         yield _traffic("DDP, an optimizer step of two micro-batches", number, cases["ddp"], expected)
         variants = [
-            ("FSDP2", model, "plain"),
-            ("FSDP2, checkpointed", model, "checkpointed"),
-            ("FSDP2, tied", tied, "tied"),
+            ("FSDP2", model, "plain", 4),
+            ("FSDP2, checkpointed", model, "checkpointed", 4),
+            ("FSDP2, gathered in bfloat16", model, "rounded", 2),
+            ("FSDP2, tied", tied, "tied", 4),
         ]
-        for title, shape, name in variants:
+        for title, shape, name, itemsize in variants:
             case = cases[f"fsdp_{name}"]
-            forward = collectives.fsdp_forward(shape, number, 2)
-            gathers, sums = collectives.fsdp_backward(shape, number, 2), collectives.fsdp_reduction(shape, number, 4)
+            forward = collectives.fsdp_forward(shape, number, itemsize)
+            gathers = collectives.fsdp_backward(shape, number, itemsize)
+            sums = collectives.fsdp_reduction(shape, number, 4)
             yield _traffic(f"{title}: scoring", number, case["scoring"], forward)
             yield _traffic(f"{title}: forward", number, case["forward"], forward)
             yield _traffic(f"{title}: backward", number, case["backward"], gathers)
@@ -70,10 +72,10 @@ def comparisons(found: dict[int, dict[str, Any]]) -> Iterator[Comparison]:
             weights = collectives.full_tensors(shape, number, 4)
             yield _traffic(f"{title}: weights for an engine", number, case["weights"], weights)
             held = collectives.padded(shape.shapes(), number) // number
-            for kind, itemsize in (("weights", 4), ("gradients", 4), ("moments", 8)):
-                yield Comparison(f"{title}: bytes of {kind}", number, case["bytes"][kind], itemsize * held)
+            for kind, size in (("weights", 4), ("gradients", 4), ("moments", 8)):
+                yield Comparison(f"{title}: bytes of {kind}", number, case["bytes"][kind], size * held)
         if cases["fsdp_in_nodes"]:
-            whole = collectives.fsdp_forward(model, 2, 2) + collectives.fsdp_backward(model, 2, 2)
+            whole = collectives.fsdp_forward(model, 2, 4) + collectives.fsdp_backward(model, 2, 4)
             whole += collectives.fsdp_reduction(model, 2, 4) + collectives.replicas_reduction(model, 2, 4)
             yield _traffic("FSDP2 in nodes of two: a micro-batch", number, cases["fsdp_in_nodes"], whole)
         case = cases["vocabulary"]

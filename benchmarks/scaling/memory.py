@@ -40,7 +40,7 @@ def head_problem(setup: Setup, rows: int) -> Problem:
         hidden=setup.model.hidden,
         vocab=-(-setup.model.vocab // parts),
         itemsize=2,
-        weight_itemsize=precision.weight if precision.in_autocast and not setup.layout.is_sharded else 2,
+        weight_itemsize=setup.gathered_itemsize,
         advantages_known=parts == 1,
         wants_weight=precision.trains_all,
         sums_in_place=True,
@@ -76,8 +76,8 @@ def training(setup: Setup) -> Memory:
     model, job, precision = setup.model, setup.job, setup.layout.precision
     rows = largest_rows(setup)
     gradients = padded(model.shapes(), setup.shards) / setup.shards * precision.gradient
-    stream = 4 if precision.in_autocast and not setup.layout.is_sharded else 2
-    in_autocast = stream == 4
+    in_autocast = setup.is_cast_late
+    stream = 4 if in_autocast else 2
     per_token = model.activation_bytes(checkpointing=job.gradient_checkpointing, in_autocast=in_autocast)
     if job.gradient_checkpointing:  # one layer's are made again at a time
         per_token += model.layer_activation_bytes(in_autocast=in_autocast)
@@ -89,21 +89,21 @@ def training(setup: Setup) -> Memory:
 
 def _gathered(setup: Setup) -> float:
     """Return what is whole for a while, and what stands beside parameters and gradients."""
-    model, precision = setup.model, setup.layout.precision
+    model, precision, itemsize = setup.model, setup.layout.precision, setup.gathered_itemsize
+    copied = 1 if setup.job.gradient_checkpointing else model.layers  # layers whose copies are kept for their gradients
+    copies = 2 * model.matrices() * copied if setup.is_cast_late else 0
     if not setup.layout.is_sharded:
-        copies = 2 * model.parameters if precision.in_autocast else 0  # autocast keeps them through the forward pass
-        buckets = precision.gradient * model.parameters if setup.trainers > 1 else 0
-        return copies + buckets
+        return copies + (precision.gradient * model.parameters if setup.trainers > 1 else 0)  # DDP's buckets
     has_head = not setup.layout.splits_vocabulary  # else no process holds all of it
     layer = padded(model.layer_shapes(), setup.shards)
     root = padded(model.root_shapes(has_head=has_head), setup.shards)
     if not precision.trains_all:
-        return 2 * root + 2 * 2 * layer
-    # Two layers (the next one comes while this one computes) with one's gradients and their float32 sums; the root,
-    # gathered from the first layer to the last, its gradients and in the end their sums.
-    passing = 2 * root + 2 * root + max(4 * root, (2 + 2 + 2 + 4) * layer)
+        return itemsize * (root + 2 * layer)
+    # The root, gathered from the first layer to the last, with its gradients and in the end their float32 sums; two
+    # layers (the next one comes while this one computes) with one's gradients and sums.
+    passing = 2 * itemsize * root + max(4 * root, (3 * itemsize + 4) * layer)
     adds_up = setup.micro_batches > 1 and not setup.job.reduce_each_micro_batch
-    return passing + (4 * padded(model.shapes(), 1) if adds_up else 0)  # whole gradients, in float32
+    return copies + passing + (4 * padded(model.shapes(), 1) if adds_up else 0)  # whole gradients, in float32
 
 
 def cache_room(setup: Setup) -> float:

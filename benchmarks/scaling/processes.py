@@ -107,15 +107,20 @@ def loss_of(policy: nn.Module, vocab: int) -> Tensor:
         inputs = (hidden[:, :-1], head.weight, targets, mask)
         return linear_edge_grpo_loss(*inputs, advantages=torch.tensor([1.0, -1.0]), config=GRPOLossConfig()).loss
 
-    return policy(input_ids, torch.ones_like(input_ids), loss)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        return policy(input_ids, torch.ones_like(input_ids), loss)
 
 
-def shard(model: Transformer, mesh: Any, *, checkpointing: bool = False) -> Any:
-    """Return the policy as FSDP2 has it: each layer a unit, the rest the root's; bfloat16, sums in float32."""
+def shard(model: Transformer, mesh: Any, *, checkpointing: bool = False, rounded: bool = False) -> Any:
+    """Return the policy as the trainer shards it: each layer a unit, the rest the root's, sums in float32.
+
+    ``rounded``: gathered in bfloat16.
+    """
     inner = qwen2(model)
     if checkpointing:
         enable_checkpointing(inner)
-    options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32), "mesh": mesh}
+    rule = MixedPrecisionPolicy(torch.bfloat16 if rounded else None, torch.float32)
+    options: dict[str, Any] = {"mp_policy": rule, "mesh": mesh}
     for layer in inner.model.layers:
         fully_shard(layer, **options)
     return fully_shard(PolicyModel(inner).train(), **options)
@@ -145,8 +150,8 @@ def ddp(mesh: Any) -> list[tuple[str, int]]:
     return others + last
 
 
-def fsdp(model: Transformer, mesh: Any, checkpointing: bool = False) -> dict[str, Any]:
-    policy = shard(model, mesh, checkpointing=checkpointing)
+def fsdp(model: Transformer, mesh: Any, **options: bool) -> dict[str, Any]:
+    policy = shard(model, mesh, **options)
     with torch.no_grad():
         scoring = traffic_of(lambda: loss_of(policy, model.vocab))
     policy.reshard()
@@ -183,6 +188,11 @@ def fsdp_plain(mesh: Any) -> dict[str, Any]:
 @case
 def fsdp_checkpointed(mesh: Any) -> dict[str, Any]:
     return fsdp(SHARDED, mesh, checkpointing=True)
+
+
+@case
+def fsdp_rounded(mesh: Any) -> dict[str, Any]:
+    return fsdp(SHARDED, mesh, rounded=True)
 
 
 @case

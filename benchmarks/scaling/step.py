@@ -155,11 +155,11 @@ def _score(setup: Setup) -> Phase:
     layers = model.forward_flops(lengths)
     head, logits = 2.0 * rows * model.hidden * model.vocab, 2 * 2 * rows * model.vocab  # written and read
     computing = layers / LAYER_PRODUCTS + head / HEAD_RATES.products
-    moving = logits / MEMORY
+    moving = (logits + _cast_bytes(setup)) / MEMORY
     return Phase(
         "score",
         flops=(layers + head) * times,
-        memory_bytes=logits * times,
+        memory_bytes=(logits + _cast_bytes(setup)) * times,
         sent=tuple(_forward_traffic(setup, times)),
         computing=computing * times,
         moving=moving * times,
@@ -181,22 +181,29 @@ def _update(setup: Setup) -> Phase:
     products = (3 if problem.advantages_known else 4) + (plan.way == COLUMNS) - (not problem.wants_weight)
     head = 2.0 * products * problem.rows * problem.hidden * problem.vocab
     computing = (forward + backward) / LAYER_PRODUCTS + plan.seconds
+    cast = _cast_bytes(setup) * (2 if recomputes else 1)
     launching = (4 if recomputes else 3) * model.layers * ASSUMED.layer_seconds
     return Phase(
         "update",
         flops=(forward + backward + head) * times,
-        memory_bytes=2 * 2.0 * problem.rows * problem.vocab * times,
+        memory_bytes=(2 * 2.0 * problem.rows * problem.vocab + cast) * times,
         sent=tuple(_update_traffic(setup, rows, times)),
         computing=computing * times,
-        launching=max(0.0, launching - computing) * times,
+        moving=cast / MEMORY * times,
+        launching=max(0.0, launching - computing - cast / MEMORY) * times,
         hides=True,
     )
+
+
+def _cast_bytes(setup: Setup) -> float:
+    """Return what autocast reads and writes of the layers' weights in one pass."""
+    return (4 + 2) * setup.model.layers * setup.model.matrices() if setup.is_cast_late else 0
 
 
 def _forward_traffic(setup: Setup, times: int) -> list[Sent]:
     if not setup.layout.is_sharded:
         return []
-    gathers = collectives.fsdp_forward(setup.model, setup.shards, 2)
+    gathers = collectives.fsdp_forward(setup.model, setup.shards, setup.gathered_itemsize)
     return [Sent.of(gathers, setup.links(setup.shards), times)]
 
 
@@ -208,9 +215,8 @@ def _update_traffic(setup: Setup, rows: int, times: int) -> list[Sent]:
         once = collectives.ddp(model, layout.precision.gradient) if trains_all else [Collective(ALL_REDUCE, adapters)]
         return [Sent.of(once, setup.links(setup.trainers))]
     has_head = not layout.splits_vocabulary
-    gathers = collectives.fsdp_forward(model, shards, 2, has_head=has_head) + collectives.fsdp_backward(
-        model, shards, 2
-    )
+    gathers = collectives.fsdp_forward(model, shards, setup.gathered_itemsize, has_head=has_head)
+    gathers += collectives.fsdp_backward(model, shards, setup.gathered_itemsize)
     sums = collectives.fsdp_reduction(model, shards, 4, has_head=has_head)
     if not trains_all:
         sums = [Collective(REDUCE_SCATTER, adapters // model.layers, model.layers)]
