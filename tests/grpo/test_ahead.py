@@ -29,7 +29,7 @@ from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout.ahead import Rollouts
 from edge_grpo.rollout.collected import Collected, from_plain, to_plain
 from edge_grpo.run.stop import Stopped
-from edge_grpo.trainer import Trainer, train
+from edge_grpo.trainer import Trainer, plan, train
 from edge_grpo.types import Provenance, RolloutError
 from edge_kernels import GRPOLossConfig
 
@@ -223,6 +223,10 @@ def test_an_error_of_the_learner_ends_the_sampling(ahead, server, monkeypatch):
         assert not release.is_set()
     finally:
         release.set()
+
+
+def test_a_plan_samples_ahead_too(ahead):
+    assert any(line.startswith("time") for line in plan(replace(ahead, method="grpo")).lines())
 
 
 def test_what_is_begun_is_taken_once_and_in_turn():

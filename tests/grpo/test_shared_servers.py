@@ -97,7 +97,7 @@ REFUSED = 1000  # no token of the model
 
 
 def test_two_processes_share_two_servers(shared, servers, tmp_path):
-    """On time and ahead, from the right weights, with the steps of one process alone. Then each way in which one may fail.
+    """On time and ahead, from the right weights, with the steps of one process alone; then each way in which one fails.
 
     One launch for all of it, since most of its time goes into starting processes. Learning is so fast that other
     weights would show in the ratios of trainer and sampler.
