@@ -1,14 +1,17 @@
 """From responses to tensors: what one micro-batch holds, how a rollout is cut into mini- and micro-batches.
 
-A sequence is prompt and completion, right-padded. Everything per token is aligned with the *predicted* token: position
-t of ``targets`` is ``input_ids[:, t + 1]``, and ``completion_mask`` selects the positions that predict a completion.
+A sequence is prompt and completion, right-padded, or packed behind the one before it. Everything per token is aligned
+with the *predicted* token: position t of ``targets`` is ``input_ids[:, t + 1]``, and ``completion_mask`` selects the
+positions that predict a completion.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +55,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch of B sequences, L tokens each at most; T = L - 1 predictions."""
+    """A micro-batch of B sequences: padded, L tokens each at most, or packed into one row; T = L - 1 predictions.
+
+    Packed, what has (B, L) or (B, T) below has (1, L) or (1, T) with L the number of all tokens. The last position of a
+    sequence then predicts the first token of the next; ``completion_mask`` is False there.
+    """
 
     input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64
+    attention_mask: Tensor | None  # (B, L) int64; None: packed
+    position_ids: Tensor | None  # (1, L) int64, from 0 in each sequence; None: padded
+    cu_seqlens: Tensor | None  # (B + 1,) int32: where the predictions of each sequence begin and end; None: padded
+    num_tokens: list[int]  # of each sequence's completion
     targets: Tensor  # (B, T) int64
     completion_mask: Tensor  # (B, T) bool
     injected_mask: Tensor  # (B, T) bool
@@ -69,20 +79,43 @@ class Batch:
 
 def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
     """Return the samples as one right-padded batch on ``device``."""
-    longest = max(sample.length + sample.padding for sample in samples)
-    input_ids = torch.full((len(samples), longest), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros(len(samples), longest - 1, dtype=torch.bool)
-    injected_mask, superseded_mask = torch.zeros_like(completion_mask), torch.zeros_like(completion_mask)
+    longest = max(sample.length for sample in samples)
+    attention_mask = torch.zeros(len(samples), longest, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        start, stop = len(sample.prompt.token_ids), sample.length
-        input_ids[row, :stop] = torch.tensor(sample.prompt.token_ids + sample.response.token_ids)
-        attention_mask[row, : stop + sample.padding] = 1  # it is predicted after, so it is read
-        completion_mask[row, start - 1 : stop - 1] = True
-        injected_mask[row, start - 1 : stop - 1] = torch.tensor(
+        attention_mask[row, : sample.length] = 1
+    places = [(row, 0) for row in range(len(samples))]
+    fields = {"attention_mask": attention_mask.to(device), "position_ids": None, "cu_seqlens": None}
+    return _filled(samples, torch.full_like(attention_mask, pad_token_id), places, fields, device)
+
+
+def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
+    """Return the samples as one row without padding on ``device``."""
+    ends = list(itertools.accumulate(sample.length for sample in samples))
+    starts = [0, *ends[:-1]]
+    position_ids = torch.cat([torch.arange(sample.length) for sample in samples])[None]
+    predictions = torch.tensor([*starts, ends[-1] - 1], dtype=torch.int32)  # the last token predicts nothing
+    fields = {"attention_mask": None, "position_ids": position_ids.to(device), "cu_seqlens": predictions.to(device)}
+    return _filled(samples, torch.zeros_like(position_ids), [(0, start) for start in starts], fields, device)
+
+
+def _filled(
+    samples: Sequence[Sample],
+    input_ids: Tensor,  # (B, L) or (1, L), to be filled in
+    places: Sequence[tuple[int, int]],  # the row and the column at which each sequence starts
+    fields: dict[str, Any],  # of the batch, known already
+    device: torch.device | str,
+) -> Batch:
+    completion_mask = torch.zeros(len(input_ids), input_ids.shape[1] - 1, dtype=torch.bool)
+    injected_mask, superseded_mask = torch.zeros_like(completion_mask), torch.zeros_like(completion_mask)
+    for (row, offset), sample in zip(places, samples, strict=True):
+        stop = offset + sample.length
+        input_ids[row, offset:stop] = torch.tensor(sample.prompt.token_ids + sample.response.token_ids)
+        predicting = slice(offset + len(sample.prompt.token_ids) - 1, stop - 1)
+        completion_mask[row, predicting] = True
+        injected_mask[row, predicting] = torch.tensor(
             [provenance == Provenance.INJECTED for provenance in sample.response.provenance], dtype=torch.bool
         )
-        superseded_mask[row, start - 1 : stop - 1] = torch.tensor(sample.response.superseded, dtype=torch.bool)
+        superseded_mask[row, predicting] = torch.tensor(sample.response.superseded, dtype=torch.bool)
 
     def per_token(values: Sequence[Tensor | None]) -> Tensor | None:
         if any(value is None for value in values):
@@ -95,7 +128,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
     assert sampling is not None
     return Batch(
         input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
+        num_tokens=[len(sample.response.token_ids) for sample in samples],
         targets=input_ids[:, 1:].to(device),
         completion_mask=completion_mask.to(device),
         injected_mask=injected_mask.to(device),
@@ -105,6 +138,7 @@ def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str
         logprobs=per_token([sample.logprobs for sample in samples]),
         ref_logprobs=per_token([sample.ref_logprobs for sample in samples]),
         sampling_logprobs=sampling,
+        **fields,
     )
 
 
@@ -119,22 +153,31 @@ def counted_tokens(response: Response, loss: GRPOLossConfig) -> list[bool]:
 
 
 def unpad(values: Tensor, batch: Batch) -> list[Tensor]:
-    """Return the completion entries of ``values`` (B, T) as one CPU tensor per sequence: the inverse of padding.
+    """Return the completion entries of ``values``, (B, T) or (1, T), as one CPU tensor per sequence.
 
     Each has memory of its own: a view is pickled with the whole batch's, and processes exchange their samples.
     """
-    lengths = batch.completion_mask.sum(1).tolist()
-    return [part.clone() for part in values[batch.completion_mask].float().cpu().split(lengths)]
+    return [part.clone() for part in values[batch.completion_mask].float().cpu().split(batch.num_tokens)]
 
 
-def micro_batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Cut into batches of at most ``size`` sequences of like length, so that little is padding.
+def micro_batches(
+    samples: Sequence[Sample], size: int, max_tokens: int = 0, *, packed: bool = False
+) -> Iterator[list[Sample]]:
+    """Cut into batches of at most ``size`` sequences and ``max_tokens`` tokens (0: any), of like length.
 
-    The loss is normalized by totals over the whole optimizer step, so the order and the cut do not change the gradient.
+    Padding counts as tokens unless ``packed``; a sequence that is longer is alone. The loss is normalized by totals
+    over the whole optimizer step, so the order and the cut do not change the gradient.
     """
-    ordered = sorted(samples, key=lambda sample: sample.length, reverse=True)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    chunk: list[Sample] = []
+    for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
+        used = sum(each.length for each in chunk) if packed else len(chunk) * (chunk[0].length if chunk else 0)
+        more = sample.length if packed or not chunk else chunk[0].length
+        if chunk and (len(chunk) == size or (max_tokens and used + more > max_tokens)):
+            yield chunk
+            chunk = []
+        chunk.append(sample)
+    if chunk:
+        yield chunk
 
 
 def minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> list[list[Sample]]:

@@ -55,6 +55,7 @@ class Layout:
     checkpointing: bool = False
     precision: str = "float32"
     lora: bool = False
+    packing: bool = False  # the reference never packs
 
     @property
     def reference(self) -> str:
@@ -67,7 +68,9 @@ class Layout:
             gradient_checkpointing=self.checkpointing,
             lora=LORA if self.lora else {},
         )
-        optim = OptimConfig(micro_batch_size=self.micro_batch_size, reduce_each_micro_batch=self.reduce_each)
+        optim = OptimConfig(
+            micro_batch_size=self.micro_batch_size, reduce_each_micro_batch=self.reduce_each, packing=self.packing
+        )
         return TrainConfig(model=model, optim=optim, loss=LOSSES[self.loss])
 
 
@@ -93,6 +96,9 @@ def layouts() -> list[Layout]:
                     replace(own, name=f"{name}, KL to a reference", loss="kl", case="one has none"),
                     replace(own, name=f"{name}, entropy quantile", loss="entropy quantile"),
                     replace(own, name=f"{name}, LoRA", lora=True),
+                    replace(own, name=f"{name}, packed", packing=True, micro_batch_size=3),
+                    replace(own, name=f"{name}, packed, one has none", packing=True, case="one has none"),
+                    replace(own, name=f"{name}, packed, LoRA", packing=True, lora=True, checkpointing=True),
                     replace(own, name=f"{name}, mixed precision", precision="mixed"),
                     replace(own, name=f"{name}, LoRA on bfloat16", precision="bfloat16", lora=True),
                 ]

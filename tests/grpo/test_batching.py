@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_grpo.batching import Sample, micro_batches, minibatches, pad, unpad
+from edge_grpo.batching import Sample, micro_batches, minibatches, pack, pad, unpad
 from edge_grpo.types import Example, Prompt, Provenance, Response, Reward
 
 PAD = 9
@@ -46,18 +46,33 @@ def test_pad_keeps_padding_apart_from_an_equal_token():
     assert batch.completion_mask.tolist() == [[True, True, False], [False, False, True]]
 
 
+def test_pack_aligns_everything_with_the_predicted_token():
+    batch = pack([make_sample([1, 2], [3, 4, 5], injected=[1], advantage=2.0), make_sample([6], [7])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.attention_mask is None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.targets.tolist() == [[2, 3, 4, 5, 6, 7]]
+    # The last position of the first sequence predicts the second one's prompt, which nothing is learned from.
+    assert batch.completion_mask.tolist() == [[False, True, True, True, False, True]]
+    assert batch.injected_mask.tolist() == [[False, False, True, False, False, False]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 6]
+    assert batch.advantages.tolist() == [2.0, 0.0]
+    assert batch.sampling_logprobs[0, 1] == -3
+    assert torch.isnan(batch.sampling_logprobs[0, 2])
+
+
 sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=6)
 
 
 @given(sizes)
-def test_unpad_inverts_pad(shapes):
+def test_unpad_inverts_pad_and_pack(shapes):
     samples = [make_sample(range(p), range(10, 10 + t)) for p, t in shapes]
     for number, sample in enumerate(samples):
         sample.logprobs = torch.arange(len(sample.response.token_ids)) + 100.0 * number
-    batch = pad(samples, PAD)
-    assert batch.logprobs is not None
-    for sample, values in zip(samples, unpad(batch.logprobs, batch), strict=True):
-        assert torch.equal(values, sample.logprobs)
+    for batch in (pad(samples, PAD), pack(samples)):
+        assert batch.logprobs is not None
+        for sample, values in zip(samples, unpad(batch.logprobs, batch), strict=True):
+            assert torch.equal(values, sample.logprobs)
 
 
 def test_what_processes_exchange_of_a_sample_does_not_grow_with_its_micro_batch():
@@ -76,6 +91,20 @@ def test_micro_batches_hold_every_sample_once(shapes, size):
     chunks = list(micro_batches(samples, size))
     assert all(1 <= len(chunk) <= size for chunk in chunks)
     assert sorted(id(s) for chunk in chunks for s in chunk) == sorted(map(id, samples))
+
+
+@given(sizes, st.integers(1, 30), st.booleans())
+def test_micro_batches_keep_to_their_tokens(shapes, max_tokens, packed):
+    samples = [make_sample(range(p), range(t)) for p, t in shapes]
+    chunks = list(micro_batches(samples, 4, max_tokens=max_tokens, packed=packed))
+    assert sorted(id(s) for chunk in chunks for s in chunk) == sorted(map(id, samples))
+    lengths = [[sample.length for sample in chunk] for chunk in chunks]
+    sizes = [sum(each) if packed else max(each) * len(each) for each in lengths]
+    for size, each in zip(sizes, lengths, strict=True):
+        assert size <= max_tokens or len(each) == 1
+    for (size, each), following in zip(zip(sizes, lengths, strict=True), lengths[1:], strict=False):
+        more = following[0] if packed else each[0]
+        assert size + more > max_tokens or len(each) == 4  # no cut without need
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])

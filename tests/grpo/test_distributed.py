@@ -29,7 +29,8 @@ from edge_grpo.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROUNDED = {"mixed precision": 0.02, "bfloat16": 0.02}  # bfloat16 keeps 8 bits, and sums are split elsewhere
+# bfloat16 keeps 8 bits, and sums are split elsewhere; a packed row's products are of other shapes
+ROUNDED = {"mixed precision": 0.02, "bfloat16": 0.02, "packed": 1e-5}
 
 
 def processes(*arguments: str | Path) -> None:

@@ -122,12 +122,14 @@ class OptimConfig:
     epochs: int = 1  # passes over each rollout
     minibatches: int = 1  # optimizer steps per pass; whole groups stay together
     micro_batch_size: int = 8  # sequences per forward and backward; changes memory, not the gradient
+    micro_batch_tokens: int = 0  # tokens per forward and backward, padding included; 0: only micro_batch_size limits it
+    packing: bool = False  # a micro-batch is one row without padding; attention keeps its sequences apart
     # with model.sharding: reduce the gradient after each micro-batch, for less memory and more communication
     reduce_each_micro_batch: bool = False
 
     def __post_init__(self) -> None:
         problems = whole(1, epochs=self.epochs, minibatches=self.minibatches, micro_batch_size=self.micro_batch_size)
-        problems += whole(0, warmup_steps=self.warmup_steps)
+        problems += whole(0, warmup_steps=self.warmup_steps, micro_batch_tokens=self.micro_batch_tokens)
         problems += real("(0, 1e37]", learning_rate=self.learning_rate) + real("> 0", max_grad_norm=self.max_grad_norm)
         problems += real(">= 0", weight_decay=self.weight_decay)
         if not problems and not self.learning_rate * self.weight_decay < 1:
@@ -252,6 +254,11 @@ class TrainConfig:
                 "loss.entropy_coef and loss.top_entropy_quantile cannot be combined: the entropy bonus would act on "
                 "the tokens of the quantile alone, whose number a micro-batch does not know; set one of them to its "
                 "default"
+            )
+        if self.optim.packing and (self.published.padding_entropy or self.published.entropy_gradient):
+            problems.append(
+                "optim.packing and published.padding_entropy or entropy_gradient cannot be combined: these average "
+                "over padding, of which a packed row has none; set optim.packing to false"
             )
         problems += self._entropy_gradient_conflicts()
         defaults = GRPOLossConfig()

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pad, unpad
+from edge_grpo.batching import Batch, Sample, counted_tokens, micro_batches, minibatches, pack, pad, unpad
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.learning.distribution import place
@@ -31,7 +31,7 @@ from edge_grpo.learning.totals import LossTotals, Normalizers
 from edge_grpo.metrics import Recomputed, drift_metrics
 from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
-from edge_grpo.policy.model import PolicyModel, lm_head
+from edge_grpo.policy.model import PolicyModel, check_packing, lm_head
 from edge_grpo.policy.sharding import is_sharded, own_part, release, set_synchronized, whole
 from edge_grpo.types import Response
 from edge_kernels import GRPOLossOutput, TokenStats, linear_edge_grpo_loss, linear_token_stats
@@ -54,6 +54,8 @@ class Learner:
         self.averages_padding = config.use_eda and config.published.padding_entropy
         self.learns_entropy = config.use_eda and config.published.entropy_gradient
         self.masks_superseded = config.use_gec and config.correction.superseded == "mask"
+        if config.optim.packing:
+            check_packing(model)
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
@@ -114,7 +116,7 @@ class Learner:
 
     def _passes(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Micro-batches to pass through the model without a gradient: by all processes together if it is sharded."""
-        chunks = list(micro_batches(samples, self.optim.micro_batch_size))
+        chunks = self._micro_batches(samples)
         return in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id) if self.is_sharded else chunks
 
     def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
@@ -197,11 +199,11 @@ class Learner:
         normalizers = self._normalizers(part)
         # Gradients are averaged over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
-        chunks = list(micro_batches(self._contributing(part), self.optim.micro_batch_size))
+        chunks = self._micro_batches(self._contributing(part))
         chunks = in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id)
         pairs: list[tuple[Sample, Recomputed, Recomputed]] = []
         for position, chunk in enumerate(chunks):
-            batch = self._pad(chunk)
+            batch = self._batch(chunk)
             with self._reducing(is_last=position == len(chunks) - 1):
                 out = self._loss_of(batch, normalizers, self._entropy_term(chunk, batch, normalizers))
                 self.accelerator.backward(out.loss * scale)
@@ -238,21 +240,20 @@ class Learner:
 
     def token_stats(self, model: PolicyModel, chunk: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the logprobs and the entropies of each sample's response tokens, by a forward pass."""
-        batch = self._pad(chunk)
+        batch = self._batch(chunk)
         stats = self._stats_of(model, batch, batch.completion_mask)
         return unpad(stats.logprobs, batch), unpad(stats.entropy, batch)
 
     def _mean_entropies(self, chunk: Sequence[Sample]) -> Tensor:
         """Return the mean entropy of each sample by a forward pass, over its padding too, (B,)."""
-        batch = self._pad(chunk)
+        batch = self._batch(chunk)
         mask = entropy_mask(chunk, self.loss, batch.targets)
         return mean_over(self._stats_of(self.unwrapped, batch, mask).entropy, mask)
 
     def _stats_of(self, model: PolicyModel, batch: Batch, mask: Tensor) -> TokenStats:
         with self.accelerator.autocast():
-            stats = model(
-                batch.input_ids, batch.attention_mask, lambda hidden, head: self._stats(hidden, head, batch, mask)
-            )
+            inputs = (batch.input_ids, batch.attention_mask)
+            stats = model(*inputs, lambda hidden, head: self._stats(hidden, head, batch, mask), batch.position_ids)
         release(model)
         return stats
 
@@ -307,6 +308,7 @@ class Learner:
                 sampling_logprobs=batch.sampling_logprobs if reads_sampler else None,
                 injected_mask=batch.injected_mask,
                 truncated_mask=batch.truncated_mask,
+                cu_seqlens=batch.cu_seqlens,
                 **normalizers._asdict(),
                 config=self.loss,
                 low_rank=head.low_rank(hidden[:, :-1]),
@@ -314,7 +316,7 @@ class Learner:
             return out if term is None else term.added_to(out, self._stats(hidden, head, batch, term.mask).entropy)
 
         with self.accelerator.autocast():
-            return self.policy(batch.input_ids, batch.attention_mask, loss)
+            return self.policy(batch.input_ids, batch.attention_mask, loss, batch.position_ids)
 
     def _normalizers(self, part: Sequence[Sample]) -> Normalizers:
         """Return the totals over all processes that make micro-batch losses add up to the whole step's loss."""
@@ -348,8 +350,14 @@ class Learner:
             active = [sample for sample in active if not sample.is_truncated] or active[:1]
         return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1]
 
-    def _pad(self, samples: Sequence[Sample]) -> Batch:
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        if self.optim.packing:
+            return pack(samples, self.accelerator.device)
         return pad(samples, self.pad_token_id, self.accelerator.device)
+
+    def _micro_batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        limits, is_packed = (self.optim.micro_batch_size, self.optim.micro_batch_tokens), self.optim.packing
+        return list(micro_batches(samples, *limits, packed=is_packed))
 
 
 def _is_bounded(weight: Tensor) -> bool:

@@ -7,13 +7,14 @@ tile at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edge_grpo.policy.head import LMHead
+from edge_kernels import cumulative_lengths
 
 T = TypeVar("T")
 
@@ -34,9 +35,13 @@ class PolicyModel(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, then: Callable[[Tensor, LMHead], T] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        then: Callable[[Tensor, LMHead], T] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor | T:
-        hidden = _base_hidden_states(self.model, input_ids, attention_mask)
+        hidden = _base_hidden_states(self.model, input_ids, attention_mask, position_ids)
         return hidden if then is None else then(hidden, lm_head(self.model))
 
 
@@ -96,6 +101,33 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raise ValueError unless sequences packed into one row have the hidden states that each has alone.
+
+    Of architectures with a state (linear attention, Mamba), convolutions over tokens, or positions of their own, some
+    carry it over from one sequence to the next, and nothing else would show it.
+    """
+    inner = unwrap(model)
+    was_training = inner.training
+    inner.eval()
+    vocab = inner.config.get_text_config().vocab_size
+    lengths = (5, 1, 9, 4)  # of several lengths, one of a single token
+    parts = [(torch.arange(n, device=inner.device)[None] * 7 + 11 * n) % vocab for n in lengths]
+    alone = torch.cat([_base_hidden_states(inner, part, torch.ones_like(part)) for part in parts], dim=1)
+    position_ids = torch.cat([torch.arange(n, device=inner.device) for n in lengths])[None]
+    packed = _base_hidden_states(inner, torch.cat(parts, dim=1), None, position_ids)
+    inner.train(was_training)
+    error, scale = (packed - alone).abs().max().float(), alone.abs().max().float()
+    tolerance = 1e-4 if packed.dtype == torch.float32 else 0.02  # bfloat16 rounds to 0.4 %
+    if not error <= tolerance * scale:  # NaN fails too
+        raise ValueError(
+            f"optim.packing needs a model whose sequences, packed into one row, do not see each other; of "
+            f"{type(inner).__name__} with {inner.config._attn_implementation} attention the hidden states are off by "
+            f"{float(error / scale):.3g} of their largest; set optim.packing=false"
+        )
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass of every layer while in training mode."""
     # The second is its name in earlier releases of transformers 5.
@@ -103,16 +135,35 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _base_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    mask = attention_mask.long()
-    # Without a mask attention takes its fast causal path. With all padding on the right nothing is lost: no real token
-    # looks that far ahead.
-    right_padded = bool((mask.diff(dim=1) <= 0).all())
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model.get_decoder()(
-        input_ids=input_ids,
-        attention_mask=None if right_padded else mask,
-        position_ids=positions,
-        use_cache=False,
-    )
-    return output.last_hidden_state
+def _base_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Return the last hidden states of padded sequences, or, with their positions, of sequences packed into one row."""
+    if position_ids is not None or attention_mask is None:
+        assert position_ids is not None, "a row without attention_mask is packed"
+        options = _varlen_options(model, position_ids)
+    else:
+        mask = attention_mask.long()
+        # Without a mask attention takes its fast causal path. With all padding on the right nothing is lost: no real
+        # token looks that far ahead. Positions go on there: transformers takes one that does not for the start of a
+        # packed sequence, and makes a mask.
+        if bool((mask.diff(dim=1) <= 0).all()):
+            positions = torch.arange(mask.shape[1], device=mask.device)[None].expand_as(mask)
+            options = {"attention_mask": None, "position_ids": positions}
+        else:
+            options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return model.get_decoder()(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+
+
+def _varlen_options(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+    """Return the arguments that keep packed sequences apart.
+
+    transformers makes a block-diagonal mask of positions that start again; FlashAttention wants cumulative lengths.
+    """
+    options: dict[str, Any] = {"attention_mask": None, "position_ids": position_ids}
+    if "flash" in str(model.config._attn_implementation):
+        cu_seqlens = cumulative_lengths(position_ids)
+        longest = int(cu_seqlens.diff().max())
+        options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        options |= {"max_length_q": longest, "max_length_k": longest}
+    return options

@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import spawn
 
 from edge_grpo.config import ModelConfig
 from edge_grpo.policy.loading import load_model
-from edge_grpo.policy.model import PolicyModel, hidden_states, lm_head, unwrap
+from edge_grpo.policy.model import PolicyModel, check_packing, hidden_states, lm_head, unwrap
 
 # One architecture for each form of head: plain, biased attention, soft cap, scale, divisor.
 ARCHITECTURES = {
@@ -48,6 +48,46 @@ def test_head_of_hidden_states_gives_each_sequences_own_logits(model, side):
         for index, row in enumerate(rows):
             alone = model(input_ids=row[None]).logits[0]
             torch.testing.assert_close(logits[index][mask[index]], alone, atol=2e-5, rtol=1e-5)
+
+
+def test_packed_sequences_do_not_see_each_other(model):
+    """Their own logits, and gradients that end at their first token: of every architecture."""
+    check_packing(model)
+    rows = sequences(9, 4, 1, 6)
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    policy = PolicyModel(model)
+    hidden = policy(torch.cat(rows)[None], None, None, positions)[0]
+    for row, own in zip(rows, hidden.split([len(row) for row in rows]), strict=True):
+        alone = model(input_ids=row[None]).logits[0]
+        torch.testing.assert_close(lm_head(model).logits(own), alone, atol=2e-5, rtol=1e-5)
+    others = torch.cat([sequences(9)[0].flip(0), *rows[1:]])[None]
+    with torch.no_grad():
+        changed = policy(others, None, None, positions)[0]
+    assert torch.equal(changed[9:], hidden[9:])  # to the bit: nothing of the first sequence is in the others
+    assert not torch.equal(changed[:9], hidden[:9])
+
+
+def test_an_architecture_that_carries_its_state_on_is_not_packed(make_model):
+    """LFM2's convolutions run over the whole row."""
+    model = make_model("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8)
+    with pytest.raises(ValueError, match=r"optim.packing needs a model .* Lfm2ForCausalLM with sdpa attention"):
+        check_packing(model)
+
+
+def test_attention_needs_no_mask_for_padding_on_the_right(tiny_model, monkeypatch):
+    masks = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def recording(*arguments, attn_mask=None, is_causal=False, **options):
+        masks.append(attn_mask)
+        return attend(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", recording)
+    ids, mask = torch.ones(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    hidden_states(tiny_model, ids, mask)
+    assert masks == [None, None]  # one for each layer
+    hidden_states(tiny_model, ids, mask.flip(1))
+    assert all(found is not None for found in masks[2:])
 
 
 def test_gradients_do_not_depend_on_wrapping(tiny_model):
