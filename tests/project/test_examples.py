@@ -45,9 +45,12 @@ def test_an_example_runs(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("one", "other"), [("plain_loop.py", "compiled.py"), ("fabric_loop.py", "fsdp2.py")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("plain_loop.py", "compiled.py"), ("plain_loop.py", "packed.py"), ("fabric_loop.py", "fsdp2.py")],
+)
 def test_two_ways_to_the_same_first_loss(one, other):
-    """Compiled or not; on two processes, with whole parameters or with shards."""
+    """Compiled or not; padded or packed; on two processes, with whole parameters or with shards."""
     assert run(one)[0] == pytest.approx(run(other)[0], abs=1e-5)
 
 
