@@ -67,11 +67,17 @@ def test_packed_sequences_do_not_see_each_other(model):
     assert not torch.equal(changed[:9], hidden[:9])
 
 
-def test_an_architecture_that_carries_its_state_on_is_not_packed(make_model):
-    """LFM2's convolutions run over the whole row."""
-    model = make_model("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8)
-    with pytest.raises(ValueError, match=r"optim.packing needs a model .* Lfm2ForCausalLM with sdpa attention"):
-        check_packing(model)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),  # convolutions over the row
+        ("Mamba", {}),  # a state
+        ("Bloom", {"n_head": 4}),  # biases by the place in the row
+    ],
+)
+def test_an_architecture_that_reads_past_a_sequence_is_not_packed(make_model, name, options):
+    with pytest.raises(ValueError, match=rf"optim.packing needs a model .* of {name}ForCausalLM with .* attention"):
+        check_packing(make_model(name, **options))
 
 
 def test_attention_needs_no_mask_for_padding_on_the_right(tiny_model, monkeypatch):
