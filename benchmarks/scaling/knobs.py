@@ -43,8 +43,9 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     yield key("no correction (`method` eda)", corrected=0.0)
     yield key("a quarter of the wrong responses corrected (`correction.scope`)", corrected=0.25)
     yield f"`rollout.ahead` {1 - sampling.ahead}", replace(setup, sampling=replace(sampling, ahead=1 - sampling.ahead))
-    for share, size in ((0.25, 1), (0.25, 2), (0.5, 1), (0.5, 2), (0.5, 4)):
-        if (share, size) != (sampling.server_share, sampling.tensor_parallel):
+    for share, size in ((0.25, 1), (0.25, 2), (0.5, 1), (0.5, 2), (0.5, 4), (0.5, 8)):
+        is_other = (share, size) != (sampling.server_share, sampling.tensor_parallel)
+        if is_other and size <= share * setup.gpus:
             other = Sampling(share, size, sampling.ahead)
             yield other.name, replace(setup, sampling=other)
     yield f"{Sampling().name} *", replace(setup, sampling=Sampling())

@@ -161,6 +161,6 @@ def samplings(gpus: int) -> Iterator[Sampling]:
         yield Sampling()
         return
     for share in (0.25, 0.5):
-        for size in (1, 2, 4):
-            if size <= share * SHEET.gpus_per_node:
+        for size in (1, 2, 4, 8):
+            if size <= min(share * gpus, SHEET.gpus_per_node):
                 yield from (Sampling(share, size, ahead) for ahead in (0, 1))

@@ -244,14 +244,15 @@ def _optimizer(setup: Setup) -> Phase:
 
 
 def _weights(setup: Setup) -> Phase:
-    """Return the time until the engines sample with the new weights."""
-    model, itemsize = setup.model, setup.layout.precision.weight
-    moved = (itemsize + 2) * model.parameters / setup.sampling.tensor_parallel
-    sent = [Sent.of(collectives.full_tensors(model, setup.shards, itemsize), setup.links(setup.shards))]
-    if setup.servers:  # from the first process, through its adapter
-        engines = setup.servers
-        links = Links(engines + 1, 1 if setup.gpus == setup.trainers_of_node + engines else engines + 1)
-        sent.append(Sent.of([Collective(BROADCAST, itemsize * model.parameters)], links))
+    """Return the time until the engines sample with the new weights: one server after the other, by NCCL."""
+    model, itemsize, size = setup.model, setup.layout.precision.weight, setup.sampling.tensor_parallel
+    servers = setup.servers // size
+    moved = (itemsize + 2) * model.parameters / size
+    gathers = collectives.full_tensors(model, setup.shards, itemsize)
+    sent = [Sent.of(gathers, setup.links(setup.shards), max(1, servers))]
+    if servers:  # from the first process, through its adapter
+        links = Links(size + 1, 1 if setup.gpus == setup.trainers_of_node + setup.servers else size + 1)
+        sent.append(Sent.of([Collective(BROADCAST, itemsize * model.parameters)], links, servers))
     return Phase("weights", memory_bytes=moved, sent=tuple(sent), moving=moved / MEMORY)
 
 

@@ -256,3 +256,13 @@ def test_changes_change_one_thing():
         parts = [name for name in ("layout", "sampling", "job") if getattr(other, name) != getattr(base, name)]
         assert len(parts) == 1
         assert replace(other, **{parts[0]: getattr(base, parts[0])}) == base
+
+
+def test_each_server_gets_the_weights_by_itself():
+    """In float32: 339 tensors gathered for each of four servers, and sent to the two GPUs of each."""
+    weights = step_of(setup(gpus=32, sampling=Sampling(0.25, 2))).weights
+    gathers, sent = weights.sent
+    assert gathers.count == 4 * 339
+    assert sent.count == 4
+    assert sent.links.processes == 3
+    assert sent.collectives[0].nbytes == 4 * 7_615_616_512
