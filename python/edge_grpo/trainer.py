@@ -144,8 +144,7 @@ class Trainer:
             self._say(doubt)
 
         self.learner = Learner(config, model, accelerator, pad_token_id=self.tokenizer.pad_token_id)
-        with self._sampling():
-            self.engine = build_engine(config, model, self.tokenizer)
+        self.engine = build_engine(config, self.learner.unwrapped, self.tokenizer)
         self.collector = Collector(
             config,
             prompts,

@@ -1,8 +1,8 @@
 """What test_distributed.py runs in several processes at once, forked from one that has imported everything.
 
-``processes.py gradients SAMPLES OUT`` computes the gradient of every layout, ``processes.py resume FOLDER`` kills a run
-on four processes and resumes it on two. Both are processes of their own, because what pytest's has done
-before (threads, accelerate's state) is not to be inherited.
+``processes.py gradients SAMPLES OUT`` checks what vLLM gets and computes the gradient of every layout, ``processes.py
+resume FOLDER`` kills a run on four processes and resumes it on two. Both are processes of their own, because what
+pytest's has done before (threads, accelerate's state) is not to be inherited.
 """
 
 from __future__ import annotations
@@ -15,16 +15,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training import LOSSES
@@ -33,9 +41,14 @@ from edge_grpo.batching import Sample
 from edge_grpo.config import DataConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.learning.learner import Learner
 from edge_grpo.learning.totals import LossTotals
-from edge_grpo.policy.loading import load_model
-from edge_grpo.policy.sharding import whole
+from edge_grpo.policy.adapters import merged_weights
+from edge_grpo.policy.loading import eos_token_ids, load_model
+from edge_grpo.policy.model import PolicyModel
+from edge_grpo.policy.sharding import layers_of, shard, whole
+from edge_grpo.rollout.transformers import TransformersEngine
+from edge_grpo.rollout.wire import compare, host_weights, probe
 from edge_grpo.trainer import train
+from edge_grpo.types import Response, RolloutError
 
 PAD = 0
 LORA: dict[str, Any] = {"rank": 4, "targets": "q_proj,v_proj"}
@@ -156,7 +169,9 @@ def gradients(samples: list[Sample], out: Path) -> None:
         for layout in own:
             if (key := (layout.reference, processes)) not in references:
                 plain = Layout("", 1, case=layout.case, loss=layout.loss, precision=layout.precision, lora=layout.lora)
-                references[key] = gradient_of(plain, samples, starved_of=processes)
+                references[key] = alone(
+                    partial(gradient_of, plain, samples, starved_of=processes), out.with_suffix(".pt")
+                )
 
         def compute(own: list[Layout] = own) -> None:
             for layout in own:
@@ -169,6 +184,83 @@ def gradients(samples: list[Sample], out: Path) -> None:
         together(processes, compute)
     parts = [json.loads(out.with_suffix(f".{processes}").read_text()) for processes in (2, 4)]
     out.write_text(json.dumps(parts[0] | parts[1]))
+
+
+def adapted(lora: dict[str, Any]) -> tuple[Any, Any]:
+    """The shipped model and its tokenizer; adapters add something, the same in every process."""
+    torch.manual_seed(0)
+    model, tokenizer = load_model(ModelConfig(lora=lora))
+    for name, value in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(value, std=0.02)
+    return model, tokenizer
+
+
+def check_weights(folder: Path) -> None:
+    """What goes to vLLM from split parameters, adapters merged, is what went from whole ones; so are the logprobs."""
+
+    def whole_weights_and_words(lora: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Response]:
+        model, tokenizer = adapted(lora)
+        eos = eos_token_ids(model, tokenizer)
+        engine = TransformersEngine(model, eos_token_ids=eos, pad_token_id=PAD, batch_size=1)
+        return host_weights(model, keep=True), probe(engine, model, seed=0)
+
+    for lora in ({}, LORA):
+        expected, said = alone(partial(whole_weights_and_words, lora), folder / "weights.pt")
+
+        def check(lora: Any = lora, expected: Any = expected, said: Any = said) -> None:
+            model, _ = adapted(lora)
+            policy = PolicyModel(model)
+            shard(policy, processes=2, device=torch.device("cpu"))
+            compare(said, policy)
+            with pytest.raises(RolloutError, match="differ from the trainer's"):
+                compare(replace(said, logprobs=tuple(value - 1 for value in said.logprobs)), policy)
+            assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+            is_main = PartialState().is_main_process
+            got = host_weights(model, keep=is_main)
+            assert got.keys() == (expected.keys() if is_main else set())
+            for name, value in got.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+            shapes = {name: value.shape for name, value in merged_weights(model, gather=False)}
+            assert shapes == {name: value.shape for name, value in expected.items()}
+
+        together(2, check)
+
+
+def check_units_of_accelerate() -> None:
+    """accelerate's own FSDP2 preparation, which it keeps from a CPU: PolicyModel says what its layers and ends are."""
+    ids = torch.arange(5, 25)[None]
+
+    def gradient_by_name(policy: PolicyModel) -> dict[str, torch.Tensor]:
+        logits = policy(ids, torch.ones_like(ids), lambda hidden, head: head.logits(hidden))
+        logits.logsumexp(-1).sum().backward()
+        return {name: whole(value.grad) for name, value in policy.named_parameters() if value.grad is not None}
+
+    def check() -> None:
+        model, _ = load_model(ModelConfig())
+        expected = gradient_by_name(PolicyModel(model))
+        model.zero_grad()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+        launched = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision="no",
+            torch_device_mesh={("shard",): mesh},
+            parallelism_config=SimpleNamespace(fsdp_dim_names=["shard"]),
+        )
+        layers = layers_of(model)
+        policy = fsdp2_prepare_model(launched, PolicyModel(model))
+        units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+        assert {id(layer) for layer in layers} < {id(unit) for unit in units}
+        got = gradient_by_name(policy)
+        assert got.keys() == expected.keys()
+        for name, value in got.items():
+            scale = float(expected[name].abs().max())
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6 * scale)
+
+    together(2, check)
 
 
 def run_of(output: Path, sharding: str) -> TrainConfig:
@@ -188,12 +280,18 @@ def run_of(output: Path, sharding: str) -> TrainConfig:
 
 def resume(folder: Path) -> None:
     """Train on one process; then on four until these are killed, and on two from the checkpoint that they left."""
-    train(run_of(folder / "whole", "none"))
+    together(1, lambda: train(run_of(folder / "whole", "none")))
     parts = folder / "parts"
     record = parts / "checkpoints" / "step-000001" / "trainer_state.json"
     together(4, lambda: train(run_of(parts, "fsdp2")), kill_when=record.is_file)
     (folder / "at_kill.json").write_text(json.dumps(sorted(path.name for path in record.parent.iterdir())))
     together(2, lambda: train(run_of(parts, "fsdp2"), resume=True))
+
+
+def alone(work: Callable[[], Any], path: Path) -> Any:
+    """What ``work`` returns in a process of its own. This one does nothing but fork: what it began might hang later."""
+    together(1, lambda: torch.save(work(), path))
+    return torch.load(path, weights_only=False)
 
 
 def together(processes: int, work: Callable[[], object], *, kill_when: Callable[[], bool] | None = None) -> None:
@@ -203,15 +301,15 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
         port = listener.getsockname()[1]
 
     def run(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState(cpu=True)
         work()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    PartialState._reset_state()
     started = [mp.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
     for process in started:
         process.start()
@@ -233,6 +331,8 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "gradients":
+        check_weights(Path(sys.argv[3]).parent)
+        check_units_of_accelerate()
         gradients(torch.load(sys.argv[2], weights_only=False), Path(sys.argv[3]))
     else:
         resume(Path(sys.argv[2]))

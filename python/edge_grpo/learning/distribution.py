@@ -32,11 +32,6 @@ def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
         raise ValueError(
             f"rollout.engine='vllm' runs in one process; got {processes}; use 'vllm-server', which they can share"
         )
-    if config.model.sharding != "none" and config.rollout.engine == "vllm-server":
-        raise ValueError(
-            f"rollout.engine='vllm-server' gets whole weights; got model.sharding={config.model.sharding!r}; set "
-            "model.sharding=none or rollout.engine=transformers"
-        )
     if prompts % (processes * config.optim.minibatches):
         raise ValueError(
             f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "

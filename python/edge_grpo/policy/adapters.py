@@ -137,23 +137,24 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: PreTrainedModel, *, gather: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield the base model's weights by their names in its checkpoint, each adapter merged into its layer's weight.
 
     One layer is merged at a time, in a copy, so that what is trained keeps every bit. Without adapters it yields the
     state dict. Of weights that are split over processes one tensor is whole at a time, for which all processes must
-    iterate to the end.
+    iterate to the end; without ``gather`` they stay split, for their shapes and dtypes.
     """
+    seen = whole if gather else Tensor.detach
     wrappers = _wrappers(model)
     done: set[str] = set()
     for name, value in model.state_dict().items():
         wrapper = next((prefix for prefix in wrappers if name.startswith(f"{prefix}.")), None)
         if wrapper is None:
-            yield name, whole(value)
+            yield name, seen(value)
         elif wrapper not in done:
             done.add(wrapper)
             layer = _merged(wrappers[wrapper])
-            yield from ((f"{wrapper}.{part}", whole(tensor)) for part, tensor in layer.state_dict().items())
+            yield from ((f"{wrapper}.{part}", seen(tensor)) for part, tensor in layer.state_dict().items())
 
 
 def _is_trained(name: str) -> bool:

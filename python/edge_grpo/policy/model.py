@@ -34,6 +34,23 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the layers, for what shards by them (accelerate, ``sharding``)."""
+        return sorted(self.model._no_split_modules or ())
+
+    base_model_prefix = "decoder"  # where accelerate looks for the final norm
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
     def forward(
         self,
         input_ids: Tensor,

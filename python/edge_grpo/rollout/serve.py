@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from edge_grpo.config import TrainConfig
 from edge_grpo.policy.loading import load_model
-from edge_grpo.rollout.wire import INSTALL, engine_arguments, export, save_weights
+from edge_grpo.rollout.wire import INSTALL, engine_arguments, export, host_weights, save_weights
 
 
 def log_path(config: TrainConfig, index: int) -> Path:
@@ -39,7 +39,7 @@ def serve(config: TrainConfig, index: int | None = None) -> NoReturn:
     folder = log.with_name(log.stem.replace("server", "served-model"))
     model, tokenizer = load_model(config.model)
     export(model, tokenizer, folder)
-    save_weights(model, folder)
+    save_weights(host_weights(model, keep=True), folder)
     arguments = serve_arguments(config, engine_arguments(config, model), folder, config.rollout.servers[index])
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
     print("VLLM_SERVER_DEV_MODE=1 vllm serve", shlex.join(arguments), flush=True)

@@ -11,23 +11,36 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
+from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
+from edge_grpo.policy.sharding import is_sharded
 from edge_grpo.rollout.connection import Connection, reason_of
 from edge_grpo.rollout.serve import log_path
 from edge_grpo.rollout.spread import Spread, each
 from edge_grpo.rollout.together import together
-from edge_grpo.rollout.wire import Request, max_length_of, requests_of, response_of, save_weights, verify
+from edge_grpo.rollout.wire import (
+    Request,
+    compare,
+    host_weights,
+    max_length_of,
+    probe,
+    requests_of,
+    response_of,
+    save_weights,
+)
 from edge_grpo.types import Response, RolloutError, Sampling
 
 
@@ -65,7 +78,7 @@ class ServerEngine:
         together(self._await_start)
         together(lambda: self._prepare(policy))
         self.update_weights(policy)
-        together(lambda: self._verify(policy, config.seed))
+        self._verify(model, config.seed)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
@@ -90,7 +103,10 @@ class ServerEngine:
     def update_weights(self, model: nn.Module) -> None:
         """Make the servers sample with ``model``'s parameters. All processes call it, and none may be generating."""
         [version] = broadcast_object_list([f"edge-grpo-{uuid.uuid4().hex}"])
-        together(lambda: self._send(unwrap(model), version))
+        policy = unwrap(model)
+        is_kept = self._process.is_main_process and self._rollout.server_folder is not None
+        weights = host_weights(policy, keep=is_kept) if self._rollout.server_folder is not None else {}
+        together(lambda: self._send(policy, weights, version))
         self._version = version
 
     def sleep(self) -> None:
@@ -145,21 +161,33 @@ class ServerEngine:
                 channel = NCCLChannel(server.url, policy, world_size=world_size, timeout=self._rollout.timeout)
                 self._channels.append(channel)
 
-    def _verify(self, policy: PreTrainedModel, seed: int) -> None:
-        """Check the logprobs of each server by itself, on process 0."""
+    def _verify(self, model: nn.Module, seed: int) -> None:
+        """Compare the logprobs of each server by itself, which process 0 asks, with those of ``model``."""
+        [responses] = broadcast_object_list([together(lambda: self._probe(unwrap(model), seed))])
+        for server, response in zip(self.servers, responses, strict=True):
+            with _naming(server):
+                compare(response, model)
+
+    def _probe(self, policy: PreTrainedModel, seed: int) -> list[Response]:
+        responses = []
         for server in self.servers if self._process.is_main_process else ():
             alone = copy.copy(self)
             alone._spread = Spread([server])
-            try:
-                verify(alone, policy, seed=seed)
-            except RolloutError as error:
-                raise RolloutError(f"the server at {server.url}: {error}") from error
+            with _naming(server):
+                responses.append(probe(alone, policy, seed=seed))
+        return responses
 
     # ------------------------------------------------------------------ weights
 
-    def _send(self, policy: PreTrainedModel, version: str) -> None:
-        """Send the weights to all servers and name them ``version`` there, on process 0."""
+    def _send(self, policy: PreTrainedModel, weights: Mapping[str, Tensor], version: str) -> None:
+        """Send the weights to all servers and name them ``version`` there, on process 0.
+
+        ``weights`` are those that go by a folder. By NCCL process 0 reads ``policy``'s as it sends them; if they are
+        split, the other processes read along, one tensor after the other.
+        """
         if not self._process.is_main_process:
+            for _ in self.servers if self._rollout.server_folder is None and is_sharded(policy) else ():
+                deque(merged_weights(policy), maxlen=0)
             return
         if self._rollout.server_folder is None:
             # One after the other: it is this process's GPU that sends.
@@ -173,7 +201,7 @@ class ServerEngine:
             folder = Path(self._rollout.server_folder).resolve() / f"weights-{version}"
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             try:
-                save_weights(policy, folder)
+                save_weights(weights, folder)
                 each(lambda server: server.ask("/collective_rpc", reload), self.servers)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -205,3 +233,12 @@ class ServerEngine:
                 sampling=sampling,
                 eos_token_ids=self._eos_token_ids,
             )
+
+
+@contextmanager
+def _naming(server: Connection) -> Iterator[None]:
+    """Say in a RolloutError which server it is about."""
+    try:
+        yield
+    except RolloutError as error:
+        raise RolloutError(f"the server at {server.url}: {error}") from error

@@ -175,7 +175,10 @@ class NCCLChannel:
             """The parameters under their checkpoint names, read again for each transfer."""
 
             def metadata(self) -> list[Any]:
-                return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self]
+                return [
+                    ParamMeta(name, value.dtype, tuple(value.shape))
+                    for name, value in merged_weights(model, gather=False)
+                ]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
                 return merged_weights(model)

