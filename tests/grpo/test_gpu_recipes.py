@@ -1,0 +1,199 @@
+"""The recipes for 1, 8 and 64 GPUs: what the cost model chooses, and each run on CPU processes with a small model.
+
+Of a recipe stay the method, the kind of model, precision, sharding, checkpointing, engine and every way of the step.
+Fewer are processes, servers, prompts and tokens; the weights go to the servers through a folder, since NCCL needs GPUs,
+and where vLLM is not installed the engine in process is that of transformers, scored in full as vLLM's responses are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fake_servers import ModelServer, running
+from training import records
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.scaling import tables
+from benchmarks.scaling.layouts import FSDP, Setup
+from benchmarks.scaling.step import step_of
+from benchmarks.scaling.transformer import MODELS
+from edge_grpo.config import ModelConfig, TrainConfig, load_config, recipe_path, to_dict
+from edge_grpo.policy.loading import eos_token_ids, load_tokenizer
+
+# By recipe: GPUs, of these the trainer's, and the CPU processes that stand for them.
+RECIPES = {
+    "qwen2.5-math-1.5b-1gpu": (1, 1, 1),
+    "qwen2.5-math-7b-8gpus": (8, 4, 2),
+    "qwen2.5-32b-64gpus": (64, 48, 4),
+}
+PROBLEMS = [
+    {"problem": f"{n} + {n} = ?", "answer": str(2 * n), "solution": f"\\boxed{{{2 * n}}}"} for n in range(2, 10)
+]
+
+
+def config_of(name: str) -> TrainConfig:
+    return load_config(recipe_path(name))
+
+
+# --- as the cost model has it -----------------------------------------------------------------------------------------
+
+
+def setup_of(name: str) -> Setup:
+    """The recipe's settings in the cost model's choice for its model and number of GPUs."""
+    gpus, config = RECIPES[name][0], config_of(name)
+    (model,) = (model for model in MODELS if config.model.path.endswith(model.name))
+    chosen = next(step for other, number, step in tables.chosen() if (other, number) == (model, gpus))
+    assert chosen is not None
+    job = replace(
+        chosen.setup.job,
+        num_prompts=config.rollout.num_prompts,
+        num_generations=config.rollout.num_generations,
+        max_completion_length=config.rollout.max_completion_length,
+        correction_max_length=config.correction.max_length,
+        micro_batch_size=config.optim.micro_batch_size,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        reduce_each_micro_batch=config.optim.reduce_each_micro_batch,
+    )
+    return replace(chosen.setup, job=job)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_the_cost_model_chooses(name):
+    setup, config, (gpus, trainers, _) = setup_of(name), config_of(name), RECIPES[name]
+    rollout, sampling = config.rollout, setup.sampling
+    assert (setup.gpus, setup.trainers) == (gpus, trainers)
+    assert (config.model.sharding == "fsdp2") == (setup.layout is FSDP)
+    assert config.model.precision == "mixed"
+    assert (rollout.engine == "vllm-server") == bool(setup.servers)
+    assert rollout.vllm.get("tensor_parallel_size", 1) == sampling.tensor_parallel
+    assert rollout.ahead == sampling.ahead
+    if setup.servers:
+        assert len(rollout.servers) * sampling.tensor_parallel == setup.servers
+        assert rollout.batch_size * len(rollout.servers) >= setup.job.responses
+    assert rollout.num_prompts == tables.PROMPTS_OF_GPU * gpus
+    assert rollout.num_prompts % trainers == 0
+    step = step_of(setup)
+    assert step is not None  # it fits
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_how_many_processes_it_needs(name):
+    """In the command that it shows, where there are several."""
+    text, trainers = recipe_path(name).read_text(encoding="utf-8"), RECIPES[name][1]
+    assert (f"--num_processes {trainers} " in text) == (trainers > 1)
+    assert f"--recipe {name}" in text
+
+
+# --- on CPU processes -------------------------------------------------------------------------------------------------
+
+
+def small_model(folder: Path) -> Path:
+    """A random Qwen2 of two layers with the shipped tokenizer, written as a model to load."""
+    tokenizer = load_tokenizer(ModelConfig())
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vocab = len(tokenizer) + 16  # loaded for a Qwen2 it gets a token more
+    config = Qwen2Config(vocab_size=vocab, tie_word_embeddings=False, **sizes, **heads)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def shrunk(config: TrainConfig, processes: int, model: Path, folder: Path) -> TrainConfig:
+    """Two steps of short responses, two prompts for each process."""
+    folder.mkdir()
+    (folder / "data.json").write_text(json.dumps(PROBLEMS))
+    rollout = replace(config.rollout, num_prompts=2 * processes, num_generations=4, max_completion_length=8)
+    rollout = replace(rollout, vllm={}, temperature=1.0, timeout=60.0)
+    loss = config.loss
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        rollout = replace(rollout, engine="transformers")
+        loss = replace(loss, sampler_ratio_cap=config.sampler_ratio_cap)
+    return replace(
+        config,
+        steps=2,
+        output=str(folder / "run"),
+        save_every=2,
+        model=replace(config.model, path=str(model)),
+        data=replace(config.data, train=str(folder / "data.json")),
+        rollout=rollout,
+        correction=replace(config.correction, max_length=48),
+        loss=loss,
+    )
+
+
+@contextlib.contextmanager
+def served(config: TrainConfig, folder: Path) -> Iterator[tuple[TrainConfig, list[ModelServer]]]:
+    """Two servers in the place of the recipe's four, one for its one, none for none."""
+    if config.rollout.engine != "vllm-server":
+        yield config, []
+        return
+    model = Qwen2ForCausalLM.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model)
+    with contextlib.ExitStack() as stack:
+        number = min(2, len(config.rollout.servers))
+        servers = [ModelServer(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id) for _ in range(number)]
+        for server in servers:
+            stack.enter_context(running(server))
+        addresses = tuple(server.address for server in servers)
+        rollout = replace(config.rollout, server=addresses, server_folder=str(folder / "weights"))
+        yield replace(config, rollout=rollout), servers
+
+
+Run = tuple[TrainConfig, list[ModelServer]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All recipes, one after the other, by one program: importing takes longer than a run."""
+    folder = tmp_path_factory.mktemp("recipes")
+    model, found, arguments = small_model(folder / "model"), {}, []
+    with contextlib.ExitStack() as stack:
+        for name, (_, _, processes) in RECIPES.items():
+            config = shrunk(config_of(name), processes, model, folder / name)
+            found[name] = config, _ = stack.enter_context(served(config, folder / name))
+            file = folder / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(to_dict(config)))
+            arguments += [str(processes), str(file)]
+        result = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("train_on_processes.py")), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_with_a_small_model_on_cpu_processes(name: str, runs: dict[str, Run]) -> None:
+    (config, servers), (_, _, processes) = runs[name], RECIPES[name]
+    output = Path(config.output)
+    steps = records(output)
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["correction/reflect"] + step["correction/answer"] + step["correction/solution"] > 0
+        assert step["ratio/sampler_mean"] == pytest.approx(1, abs=0.05)  # bfloat16 against float32
+        assert step["optim/skipped"] == 0
+    assert any(step["grad/norm"] > 0 for step in steps)
+    for server in servers:
+        assert sum(event[0] == "version" for event in server.events) == 1 + config.steps  # at first, after each step
+        assert any(event[0] == "begin" for event in server.events)
+    if config.rollout.ahead:
+        assert [step["rollout/staleness"] for step in steps] == [0, 1]
+    shards = sorted(path.name for path in (output / "checkpoints" / "step-000002").glob("shard-*"))
+    assert len(shards) == (processes if config.model.sharding == "fsdp2" else 0)
+    assert (output / "final" / "config.json").exists()
