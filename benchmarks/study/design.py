@@ -1,0 +1,151 @@
+"""Which runs the study is made of. Making them is ``work``'s, what follows from them ``outcomes``'s.
+
+A cell is one way to train in one setting. Its learning rate is the best of a grid on tuning seeds, which its results
+do not use; the grid is extended by a factor of two where its first or last value is best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+SMALLEST_RATE, LARGEST_RATE = 5e-5, 1.6e-3
+SEEDS = tuple(range(8))
+TUNING_SEEDS = (100, 101)
+PUBLISHED_MIX = "{reflect: 0.5, answer: 0.25, solution: 0.25}"
+
+_TINY = (
+    "steps=80",
+    "save_every=0",
+    "eval.size=64",
+    "eval.generations=4",
+    "eval.every=10",
+    "rollout.num_generations=4",
+    "rollout.temperature=0.6",
+    "rollout.max_completion_length=96",
+    "correction.max_length=128",
+    f"correction.mix={PUBLISHED_MIX}",
+    "optim.schedule=constant",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all its cells have in common: a recipe and overrides of it, the rates to try, the seeds of the results."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    tokens: float  # thousands of generated tokens at which its cells are compared
+    rates: tuple[float, ...] = RATES
+    seeds: tuple[int, ...] = SEEDS
+
+    @property
+    def steps(self) -> int:
+        """The steps of each of its runs."""
+        return int(next(text.removeprefix("steps=") for text in self.overrides if text.startswith("steps=")))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train: overrides of the recipe in a setting.
+
+    ``family`` is the table that shows it; ``tuning_seeds`` choose its rate. ``supervised`` trains on the solutions of
+    the step's prompts, without sampling. With ``rate_of`` the rate is that of another cell of the setting, times the
+    mean entropy weight that the runs of ``factor_of`` had if that is given, in place of tuning.
+    """
+
+    name: str
+    family: str
+    setting: Setting
+    overrides: tuple[str, ...] = ()
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS[:1]
+    supervised: bool = False
+    rate_of: str | None = None
+    factor_of: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f"{self.setting.name}: {self.name}"
+
+
+def _arithmetic(level: int, prompts: int) -> Setting:
+    """Arithmetic of a level with the model that the package ships, and so many prompts a step."""
+    task = (f"data.train=arithmetic:{level}", f"eval.data=arithmetic:{level}@test", f"rollout.num_prompts={prompts}")
+    return Setting(f"level {level}, {prompts} prompts", "tiny", (*_TINY, *task), 5.0 * prompts)
+
+
+HARD = _arithmetic(5, 2)
+EASY = _arithmetic(2, 2)
+HARD_WIDE = _arithmetic(5, 8)
+
+
+def _method(name: str, scope: str | None = None) -> tuple[str, ...]:
+    return (f"method={name}", *((f"correction.scope={scope}",) if scope else ()))
+
+
+def _main(setting: Setting) -> list[Cell]:
+    """The methods, each correction with every scope."""
+    ways = {"GRPO": _method("grpo"), "forced reflection": _method("grpo+reflection"), "EDA": _method("eda")}
+    for scope in ("all", "collapsed", "one"):
+        ways[f"GEC, {scope}"] = _method("gec", scope)
+        ways[f"EDGE, {scope}"] = _method("edge", scope)
+    return [Cell(name, "methods", setting, overrides, TUNING_SEEDS) for name, overrides in ways.items()]
+
+
+def _kinds() -> list[Cell]:
+    """What is injected, how its tokens count, and what its first attempt is credited with: around one cell."""
+    edge = _method("edge", "collapsed")
+    cells = [
+        Cell(f"{kind} alone", "kinds", HARD, (*edge, f"correction.mix={{{kind}: 1}}"))
+        for kind in ("reflect", "answer", "solution", "hint")
+    ]
+    cells += [Cell(f"injected: {way}", "injected", HARD, (*edge, f"loss.injected={way}")) for way in _TREATMENTS]
+    solutions = (*_method("edge", "one"), "correction.mix={solution: 1}")
+    cells.append(Cell("scope one, solution alone", "kinds", HARD, solutions))
+    masked = "correction.superseded=mask"
+    cells.append(Cell("superseded: mask", "injected", HARD, (*edge, masked)))
+    reflect = (*edge, "correction.mix={reflect: 1}", masked)
+    cells.append(Cell("reflect alone, superseded: mask", "injected", HARD, reflect))
+    return cells
+
+
+_TREATMENTS = ("mask", "sft", "shaped")
+
+
+def _controls() -> list[Cell]:
+    """What could explain an effect in place of the method, and what users try first."""
+    return [
+        Cell("supervised fine-tuning", "controls", HARD, (*_SUPERVISED,), supervised=True),
+        Cell("EDA, preserve_scale", "controls", HARD, (*_method("eda"), "eda.preserve_scale=true")),
+        Cell("GRPO, rate x mean weight", "controls", HARD, _method("grpo"), rate_of="GRPO", factor_of="EDA"),
+        Cell("GRPO, resample", "controls", HARD, (*_method("grpo"), "rollout.resample=4")),
+        Cell("GEC, solution alone, collapsed", "controls", HARD, (*_method("gec", "collapsed"), _SOLUTION)),
+    ]
+
+
+_SOLUTION = "correction.mix={solution: 1}"
+_SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
+
+
+def _elsewhere(setting: Setting) -> list[Cell]:
+    """The methods that matter, in another setting."""
+    ways = {
+        "GRPO": _method("grpo"),
+        "EDA": _method("eda"),
+        "GEC, collapsed": _method("gec", "collapsed"),
+        "EDGE, collapsed": _method("edge", "collapsed"),
+    }
+    return [Cell(name, "settings", setting, overrides) for name, overrides in ways.items()]
+
+
+def cells() -> list[Cell]:
+    """All cells, in the order in which they are made."""
+    found = _main(HARD) + _controls() + _kinds()
+    for setting in (HARD_WIDE, EASY):
+        found += _elsewhere(setting)
+    return found
+
+
+QUICK = ("GRPO", "EDA", "GEC, collapsed", "EDGE, all", "EDGE, collapsed")  # in the setting HARD, at the tuned rates

@@ -1,0 +1,134 @@
+"""The study: what runs come to, by hand; which runs are missing; a real run of each kind; the page holds its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks.study import draw, outcomes, schedule
+from benchmarks.study.design import HARD, SEEDS, Cell, cells
+from benchmarks.study.results import FILE, Results
+from benchmarks.study.work import make_run
+from edge_grpo.config import load_config, recipe_path
+
+RISE = {"steps": [0, 10, 20], "tokens": [0.0, 1.0, 3.0], "accuracy": [0.0, 0.2, 0.6]}
+FALL = {"steps": [0, 10, 20], "tokens": [0.0, 1.0, 3.0], "accuracy": [0.1, 0.5, 0.2]}
+
+
+def record(cell: Cell, rate: float, seed: int, accuracy: float) -> dict[str, object]:
+    return RISE | {"cell": cell.key, "rate": rate, "seed": seed, "accuracy": [0.0, accuracy, accuracy], "weight": [2.0]}
+
+
+def test_outcomes_by_hand():
+    assert outcomes.area(RISE) == pytest.approx((10 * 0.1 + 10 * 0.4) / 20)
+    assert outcomes.at_step(RISE, 10) == 0.2
+    assert outcomes.at_step(RISE, 30) == 0.0  # a run that diverged before
+    assert outcomes.at_tokens(RISE, 2.0) == pytest.approx(0.4)
+    assert outcomes.at_tokens(RISE, 9.0) == 0.6
+    assert outcomes.reaches(RISE, "steps", 0.4) == pytest.approx(15)
+    assert outcomes.reaches(RISE, "tokens", 0.4) == pytest.approx(2.0)
+    assert outcomes.reaches(RISE, "steps", 0.7) is None
+    assert not outcomes.collapses(RISE)
+    assert outcomes.collapses(FALL)
+
+
+def test_a_run_that_diverged_counts_nothing_afterwards():
+    run = {"steps": [0, 10], "accuracy": [0.2, 0.2], "diverged": "the loss was not finite", "of_steps": 40}
+    assert outcomes.area(run) == pytest.approx(0.2 * 10 / 40)
+    assert outcomes.collapses(run)
+
+
+def test_the_median_counts_runs_that_never_reach_the_threshold():
+    assert outcomes.median_reach([RISE, FALL, RISE], "steps") == pytest.approx(15)
+    low = RISE | {"accuracy": [0.0, 0.1, 0.1]}
+    assert outcomes.median_reach([RISE, low, low], "steps") is None
+    assert outcomes.median_reach([RISE, low], "steps") is None  # the middle of 15 and never
+
+
+def test_differences_are_within_seeds():
+    own = [RISE | {"seed": seed, "accuracy": [0, 0, seed + 0.1]} for seed in range(3)]
+    base = [RISE | {"seed": seed, "accuracy": [0, 0, float(seed)]} for seed in range(2)]
+    difference = outcomes.paired(own, base, lambda run: run["accuracy"][-1])
+    assert difference is not None
+    assert difference.value == pytest.approx(0.1)
+
+
+def test_each_cell_is_a_configuration():
+    found = cells()
+    assert len({cell.key for cell in found}) == len(found)
+    for cell in found:
+        last = {text.partition("=")[0]: text for text in (*cell.setting.overrides, *cell.overrides)}
+        assert load_config(recipe_path(cell.setting.recipe), list(last.values())).steps == cell.setting.steps
+
+
+def test_the_rate_is_the_best_on_tuning_seeds_and_the_grid_grows_at_its_ends(tmp_path):
+    cell = cells()[0]
+    results = Results(tmp_path / "results.json")
+    rates = cell.setting.rates
+    assert [run[1:] for run in results.missing_tuning(cell)] == [(r, s) for r in rates for s in cell.tuning_seeds]
+    for rate in rates:
+        for seed in cell.tuning_seeds:
+            results.add(record(cell, rate, seed, 0.5 - rate))  # the first one is best
+        results.add(record(cell, rate, 0, 0.9))  # results do not decide
+    assert results.best_rate(cell) is None
+    assert [run[1] for run in results.missing_tuning(cell)] == [rates[0] / 2] * len(cell.tuning_seeds)
+    for seed in cell.tuning_seeds:
+        results.add(record(cell, rates[0] / 2, seed, 0.9))
+    assert results.missing_tuning(cell) == []  # one step beyond is enough
+    assert results.best_rate(cell) == rates[0] / 2
+
+
+def test_the_control_of_the_rate_takes_the_mean_weight(tmp_path):
+    by_key = {cell.key: cell for cell in cells()}
+    control = next(cell for cell in cells() if cell.factor_of)
+    base, weighted = (by_key[f"{HARD.name}: {name}"] for name in (control.rate_of, control.factor_of))
+    results = Results(tmp_path / "results.json")
+    for cell in (base, weighted):
+        for rate in cell.setting.rates:
+            for seed in cell.tuning_seeds:
+                results.add(record(cell, rate, seed, 0.9 if rate == 2e-4 else 0.1))
+    assert results.rate_of(control, by_key) is None
+    for seed in SEEDS:
+        results.add(record(weighted, 2e-4, seed, 0.5))
+    assert results.rate_of(control, by_key) == pytest.approx(4e-4)
+
+
+def test_what_is_finished_is_not_made_again(tmp_path):
+    path = tmp_path / "results.json"
+    results = Results(path)
+    cell = cells()[0]
+    everything = next(schedule.full_runs(results))
+    assert (cell, cell.setting.rates[0], cell.tuning_seeds[0]) in everything
+    results.add(record(cell, cell.setting.rates[0], cell.tuning_seeds[0], 0.1))
+    again = next(schedule.full_runs(Results(path)))
+    assert len(again) == len(everything) - 1
+    assert [run["cell"] for run in json.loads(path.read_text())["runs"]] == [cell.key]
+
+
+SHORT = ("steps=2", "eval.every=1", "eval.size=2", "eval.generations=1")
+
+
+def test_a_run_leaves_its_record_and_no_folder(tmp_path):
+    cell = next(cell for cell in cells() if cell.name == "EDGE, collapsed")
+    made = make_run(cell, 1e-4, 0, tmp_path, SHORT)
+    assert made["steps"] == [0, 1, 2]
+    assert made["tokens"][2] > made["tokens"][1] > 0
+    assert all(len(made[name]) == 2 for name in ("entropy", "advantage_var", "collapsed_before", "weight"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_supervised_fine_tuning_trains_on_solutions_alone(tmp_path):
+    cell = next(cell for cell in cells() if cell.supervised)
+    made = make_run(cell, 1e-3, 0, tmp_path, ("steps=4", "eval.every=2", "eval.size=2", "eval.generations=1"))
+    assert made["injected"] == [1.0, 1.0]
+    assert made["advantage_var"] == [0.0, 0.0]
+    assert made["tokens"] == [0.0, 0.0, 0.0]
+    assert made["entropy"][1] != made["entropy"][0]  # of the same kind of text: the policy moved
+
+
+def test_the_page_holds_the_tables_of_the_results():
+    page = draw.PAGE.read_text(encoding="utf-8")
+    assert draw.filled(page, draw.Made(Results())) == page, "run: python -m benchmarks.study --draw"
+    assert all(math.isfinite(value) for run in json.loads(FILE.read_text())["runs"] for value in run["accuracy"])
