@@ -1,4 +1,4 @@
-"""``edge-grpo report``: the page about one or several runs. Drawing it is ``edge_grpo.report``."""
+"""``edge-grpo report``: the page about runs, and a table of groups of them. Both come from ``edge_grpo.report``."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     if options.output:
         check_writable(options.output)
-    from edge_grpo.report.page import write_report
+    from edge_grpo.commands.tables import print_groups
+    from edge_grpo.report.page import read_groups, write_page
 
     keys = None
     if options.group is not None:
         keys = [] if options.group == "none" else [key.strip() for key in options.group.split(",") if key.strip()]
     # runs/* names the page of an earlier call too, which lies beside the runs.
     folders = [path for path in options.runs if not (path.suffix == ".html" and path.is_file())]
-    print(write_report(folders or options.runs, options.output, group=keys, baseline=options.baseline))
+    groups, baseline = read_groups(folders or options.runs, group=keys, baseline=options.baseline)
+    page = write_page(groups, baseline, options.output)
+    print_groups(groups, baseline)
+    print(page)
     return 0
 
 

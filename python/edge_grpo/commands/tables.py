@@ -1,6 +1,6 @@
-"""Evaluations as tables on a terminal: a result, a comparison, answer sheets. ``eval`` and ``compare`` print them.
+"""Tables on a terminal: an evaluation, a comparison of two, answer sheets, groups of runs.
 
-The figures come from ``edge_grpo.evaluation``. Everything goes to standard output.
+The figures come from ``edge_grpo.evaluation`` and ``edge_grpo.report``. Everything goes to standard output.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from edge_grpo.evaluation.compare import Comparison, Row
 from edge_grpo.evaluation.estimators import Estimate
 from edge_grpo.evaluation.result import Result
 from edge_grpo.evaluation.sheets import SheetCheck
+from edge_grpo.report.groups import Group, compare, quantities
 from edge_grpo.text import percent
 
 _ROWS_SHOWN = 12
@@ -120,6 +121,25 @@ def print_checks(checks: Mapping[str, SheetCheck]) -> None:
                 print(f"{name}: {what}: {_rows(rows)}")
 
 
+def print_groups(groups: Sequence[Group], baseline: Group) -> None:
+    """Print the held-out accuracy of groups of runs, and how each differs from the baseline; nothing for one group."""
+    shown = [quantity for quantity in quantities(groups) if quantity.better > 0]
+    compared = [compare(groups, baseline, quantity) for quantity in shown]
+    if len(groups) < 2 or not any(compared):
+        return
+    titles = [f"{quantity.title}, %" for quantity in shown]
+    table = _table("", "runs", *(name for title in titles for name in (title, f"against {baseline.name}")))
+    for group in groups:
+        cells = []
+        for rows in compared:
+            row = next((row for row in rows if row.group is group), None)
+            cells.append(f"{100 * row.estimate.value:.1f}" if row else "-")
+            cells.append(_interval(row.difference.estimate, signed=True) if row and row.difference else "")
+        _row(table, group.name, str(len(group.runs)), *cells)
+    _console().print(table)
+    print("In parentheses: 95 % intervals, over seeds where a group has several runs.")
+
+
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column(first, no_wrap=True)
@@ -141,6 +161,8 @@ def _interval(estimate: Estimate, *, signed: bool = False) -> str:
     if math.isnan(estimate.value):
         return "-"
     value, low, high = (f"{100 * number:{'+' if signed else ''}.1f}" for number in estimate)
+    if math.isnan(estimate.low):
+        return value if signed else f"{value}%"
     return f"{value} ({low} to {high})" if signed else f"{value}% ({low}-{high})"
 
 

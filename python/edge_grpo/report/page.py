@@ -36,7 +36,17 @@ def write_report(
 ) -> Path:
     """Write the page about the run folders ``runs`` and return its path.
 
-    ``output`` defaults to report.html in the run's folder, or, for several runs, in the folder that holds them all.
+    ``output`` defaults to report.html in the run's folder, or, for several runs, in the folder that holds them all. For
+    ``group`` and ``baseline``, and what is raised, see ``read_groups``.
+    """
+    return write_page(*read_groups(runs, group=group, baseline=baseline), output)
+
+
+def read_groups(
+    runs: Sequence[Path], *, group: Sequence[str] | None = None, baseline: str | None = None
+) -> tuple[list[Group], Group]:
+    """Return the runs in these folders in groups, and the group that the others are compared with.
+
     ``group`` and ``baseline`` are those of ``groups.make_groups`` and ``groups.find_baseline``. Raises
     FileNotFoundError for a folder that is not a run's, and ValueError for a run given twice or for a key or a baseline
     that is none; the page names whatever else is missing or broken.
@@ -44,14 +54,21 @@ def write_report(
     if not runs:
         raise ValueError("a report needs at least one run folder")
     paths = [Path(run) for run in runs]
-    if output is None:
-        output = (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
     found = [read_run(path, name, share=1 / len(paths)) for path, name in zip(paths, _names(paths), strict=True)]
     groups = make_groups(found, group)
     standard = find_baseline(groups, baseline)
     if len(groups) < len(found):
         groups.sort(key=lambda group: group is not standard)  # the baseline comes first; a lone run keeps its place
-    write_text(output, _page(found, groups, standard))
+    return groups, standard
+
+
+def write_page(groups: Sequence[Group], baseline: Group, output: Path | None = None) -> Path:
+    """Write the page about groups of runs and return its path."""
+    runs = [run for group in groups for run in group.runs]
+    if output is None:
+        paths = [run.path for run in runs]
+        output = (paths[0] if len(paths) == 1 else _common_parent(paths)) / "report.html"
+    write_text(output, _page(runs, groups, baseline))
     return output
 
 

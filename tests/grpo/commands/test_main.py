@@ -281,7 +281,10 @@ def test_train_eval_report_and_info(
     capsys.readouterr()
 
     assert cli.main(["report", "edge", "grpo"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    header, *rows, _, page = capsys.readouterr().out.splitlines()
+    assert "against grpo" in header
+    assert [row.split()[:2] for row in rows] == [["edge", "1"], ["grpo", "1"]]
+    assert page == f"{tmp_path / 'report.html'}"
 
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out

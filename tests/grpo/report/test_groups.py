@@ -12,6 +12,7 @@ import yaml
 from report_page import Page
 from run_folder import make_run
 
+from edge_grpo.commands.tables import print_groups
 from edge_grpo.config import TrainConfig
 from edge_grpo.report.cards import tone
 from edge_grpo.report.groups import (
@@ -169,6 +170,19 @@ def test_accuracy_is_compared_at_the_last_step_that_all_groups_have() -> None:
     curve = curve_of_differences(groups[1], groups[0])
     assert [step for step, _ in curve] == [0, 10, 20]
     assert (curve[1][1].made_of, curve[1][1].estimate.value) == ("pairs", pytest.approx(0.25))
+
+
+def test_the_terminal_compares_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = make_groups([run_of("grpo", s, 0.1, 0.4 + s / 10) for s in range(3)] + [run_of("edge", 0, 0.1, 0.9)])
+    print_groups(groups, find_baseline(groups))
+    header, grpo, edge, note = capsys.readouterr().out.splitlines()
+    assert "Held-out accuracy at step 10, %" in header
+    assert "against grpo" in header
+    assert grpo.split() == ["grpo", "3", "50.0", "30.0"]  # at the end, and the mean of the run by trapezoids
+    assert edge.split() == ["edge", "1", "90.0", "+40.0", "50.0", "+20.0"]  # one run has no interval
+    assert "95 %" in note
+    print_groups(groups[:1], groups[0])
+    assert capsys.readouterr().out == ""
 
 
 def test_the_page_compares_groups(tmp_path: Path) -> None:
