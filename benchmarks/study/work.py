@@ -100,7 +100,14 @@ class _NoAttempt:
     def __init__(self, eos_token_id: int) -> None:
         self._eos = eos_token_id
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Response]:
         empty = Response((self._eos,), (0.0,), (0.0,), (Provenance.SAMPLED,), "stop")
         return [empty] * len(prompts)
 
