@@ -22,7 +22,7 @@ from benchmarks.study.outcomes import (
     paired,
     reaches,
 )
-from benchmarks.study.results import Results
+from benchmarks.study.results import Made, Results
 from edge_grpo.evaluation.estimators import Estimate
 from edge_grpo.report.groups import mean_interval
 
@@ -30,28 +30,6 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "study.md"
 STEPS = (20, 40, 80)
 Baseline = Callable[[Cell], str]
-
-
-class Made:
-    """The cells that have results, and their runs."""
-
-    def __init__(self, results: Results) -> None:
-        by_key = {cell.key: cell for cell in cells()}
-        self.results = results
-        self.rates: dict[str, float] = {}
-        self.runs: dict[str, list[Record]] = {}
-        for cell in by_key.values():
-            rate = results.rate_of(cell, by_key)
-            if rate is not None and len(found := results.of(cell, rate, cell.setting.seeds)) > 1:
-                self.rates[cell.key], self.runs[cell.key] = rate, found
-
-    def cells(self, family: str) -> list[Cell]:
-        """The cells of a family that have results."""
-        return [cell for cell in cells() if cell.family == family and cell.key in self.runs]
-
-    def of(self, name: str) -> list[Record]:
-        """The runs of a cell of the setting HARD; none if it has no results."""
-        return self.runs.get(f"{HARD.name}: {name}", [])
 
 
 def draw(results: Results) -> list[Path]:

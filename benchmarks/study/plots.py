@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from benchmarks.study.design import HARD, cells
 from benchmarks.study.outcomes import area, at_tokens
+from benchmarks.study.results import Made
 from edge_grpo.report.groups import mean_interval
-
-if TYPE_CHECKING:
-    from benchmarks.study.draw import Made
 
 _SHOWN = ("GRPO", "EDA", "GEC, collapsed", "EDGE, all", "EDGE, collapsed")
 _COLORS = dict(zip(_SHOWN, ("#444444", "#d98c00", "#3b8bc2", "#b5485d", "#2a8f5c"), strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.design import Cell
+from benchmarks.study.design import HARD, Cell, cells
 from benchmarks.study.outcomes import area
 from benchmarks.study.work import Record
 
@@ -79,15 +79,37 @@ class Results:
         have = self._records
         return [(cell, rate, s) for rate in rates for s in cell.tuning_seeds if (cell.key, rate, s) not in have]
 
-    def rate_of(self, cell: Cell, cells: dict[str, Cell]) -> float | None:
-        """The rate of a cell's results, None while runs that decide it are missing; ``cells`` are all, by key."""
+    def rate_of(self, cell: Cell, by_key: dict[str, Cell]) -> float | None:
+        """The rate of a cell's results, None while runs that decide it are missing; ``by_key`` are all cells."""
         if cell.rate_of is None:
             return self.best_rate(cell)
-        rate = self.best_rate(cells[f"{cell.setting.name}: {cell.rate_of}"])
+        rate = self.best_rate(by_key[f"{cell.setting.name}: {cell.rate_of}"])
         if rate is None or cell.factor_of is None:
             return rate
-        weighted, seeds = cells[f"{cell.setting.name}: {cell.factor_of}"], cell.setting.seeds
+        weighted, seeds = by_key[f"{cell.setting.name}: {cell.factor_of}"], cell.setting.seeds
         own = self.best_rate(weighted)
         if own is None or len(runs := self.of(weighted, own, seeds)) < len(seeds):
             return None
         return float(f"{rate * fmean(fmean(run['weight']) for run in runs):.3g}")
+
+
+class Made:
+    """The cells that have results, and their runs."""
+
+    def __init__(self, results: Results) -> None:
+        by_key = {cell.key: cell for cell in cells()}
+        self.results = results
+        self.rates: dict[str, float] = {}
+        self.runs: dict[str, list[Record]] = {}
+        for cell in by_key.values():
+            rate = results.rate_of(cell, by_key)
+            if rate is not None and len(found := results.of(cell, rate, cell.setting.seeds)) > 1:
+                self.rates[cell.key], self.runs[cell.key] = rate, found
+
+    def cells(self, family: str) -> list[Cell]:
+        """The cells of a family that have results."""
+        return [cell for cell in cells() if cell.family == family and cell.key in self.runs]
+
+    def of(self, name: str) -> list[Record]:
+        """The runs of a cell of the setting HARD; none if it has no results."""
+        return self.runs.get(f"{HARD.name}: {name}", [])

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.study import draw, outcomes, schedule
 from benchmarks.study.design import HARD, SEEDS, Cell, cells
-from benchmarks.study.results import FILE, Results
+from benchmarks.study.results import FILE, Made, Results
 from benchmarks.study.work import make_run
 from edge_grpo.config import load_config, recipe_path
 
@@ -130,5 +130,5 @@ def test_supervised_fine_tuning_trains_on_solutions_alone(tmp_path):
 
 def test_the_page_holds_the_tables_of_the_results():
     page = draw.PAGE.read_text(encoding="utf-8")
-    assert draw.filled(page, draw.Made(Results())) == page, "run: python -m benchmarks.study --draw"
+    assert draw.filled(page, Made(Results())) == page, "run: python -m benchmarks.study --draw"
     assert all(math.isfinite(value) for run in json.loads(FILE.read_text())["runs"] for value in run["accuracy"])
