@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.study.design import Cell
+from benchmarks.study.sampler import SmallLlamaEngine
 from edge_grpo.config import TrainConfig, load_config, recipe_path
 from edge_grpo.run.folder import claim
 from edge_grpo.run.history import read_run
@@ -83,6 +84,8 @@ def _train(config: TrainConfig, *, supervised: bool) -> None:
     with claim(Path(config.output), resume=False, overwrite=True):
         trainer = Trainer(config)
         try:
+            if config.model.path == "edge_grpo:tiny":
+                trainer.engine = trainer.collector.engine = SmallLlamaEngine.like(trainer.engine)
             if supervised:
                 trainer.collector.engine = _NoAttempt(trainer.tokenizer.eos_token_id)
             trainer.run(resume=False)

@@ -10,8 +10,12 @@ import pytest
 from benchmarks.study import draw, outcomes, schedule
 from benchmarks.study.design import HARD, SEEDS, Cell, cells
 from benchmarks.study.results import FILE, Made, Results
+from benchmarks.study.sampler import SmallLlamaEngine
 from benchmarks.study.work import make_run
-from edge_grpo.config import load_config, recipe_path
+from edge_grpo.config import ModelConfig, load_config, recipe_path
+from edge_grpo.policy.loading import eos_token_ids, load_model
+from edge_grpo.rollout.transformers import TransformersEngine
+from edge_grpo.types import Sampling
 
 RISE = {"steps": [0, 10, 20], "tokens": [0.0, 1.0, 3.0], "accuracy": [0.0, 0.2, 0.6]}
 FALL = {"steps": [0, 10, 20], "tokens": [0.0, 1.0, 3.0], "accuracy": [0.1, 0.5, 0.2]}
@@ -126,6 +130,23 @@ def test_supervised_fine_tuning_trains_on_solutions_alone(tmp_path):
     assert made["advantage_var"] == [0.0, 0.0]
     assert made["tokens"] == [0.0, 0.0, 0.0]
     assert made["entropy"][1] != made["entropy"][0]  # of the same kind of text: the policy moved
+
+
+def test_the_fast_sampler_gives_the_responses_of_generate():
+    model, tokenizer = load_model(ModelConfig())
+    options = {"eos_token_ids": eos_token_ids(model, tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    usual = TransformersEngine(model, batch_size=16, **options)
+    fast = SmallLlamaEngine.like(usual)
+    # Prompts of different lengths are padded; three responses each end at different tokens, so that rows leave.
+    prompts = [tokenizer(text).input_ids for text in ("What is 87 - 3 * (14 + 9)?\n", "Calculate 45 - 78.\n") * 3]
+    for temperature in (0.6, 0.0):
+        sampling = Sampling(max_tokens=40, temperature=temperature)
+        for a, b in zip(
+            usual.generate(prompts, sampling, seed=1), fast.generate(prompts, sampling, seed=1), strict=True
+        ):
+            assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+            assert a.entropy == pytest.approx(b.entropy, abs=1e-4)
 
 
 def test_the_page_holds_the_tables_of_the_results():
