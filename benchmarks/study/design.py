@@ -129,6 +129,24 @@ _SOLUTION = "correction.mix={solution: 1}"
 _SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
 
 
+def _published() -> list[Cell]:
+    """The published code's deviations from the paper, each alone and all at once, at the rate of the paper's method."""
+    deviations = {
+        "entropy not detached": ("published.entropy_gradient=true",),
+        "entropy over padding": ("published.padding_entropy=true",),
+        "mean over the batch": ("eda.mean_over=batch",),
+        "no bound on the weight": ("eda.clip=.inf",),
+        "no end of sequence": ("published.drop_eos=true",),
+        "encoded again": ("published.reencode=true",),
+    }
+    deviations["all of these"] = tuple(text for texts in deviations.values() for text in texts)
+    edge = _method("edge", "all")
+    return [
+        Cell(name, "published", HARD, (*edge, *overrides), rate_of="EDGE, all")
+        for name, overrides in deviations.items()
+    ]
+
+
 def _elsewhere(setting: Setting) -> list[Cell]:
     """The methods that matter, in another setting."""
     ways = {
@@ -142,7 +160,7 @@ def _elsewhere(setting: Setting) -> list[Cell]:
 
 def cells() -> list[Cell]:
     """All cells, in the order in which they are made."""
-    found = _main(HARD) + _controls() + _kinds()
+    found = _main(HARD) + _controls() + _kinds() + _published()
     for setting in (HARD_WIDE, EASY):
         found += _elsewhere(setting)
     return found
