@@ -95,23 +95,21 @@ def _main(setting: Setting) -> list[Cell]:
 
 
 def _kinds() -> list[Cell]:
-    """What is injected, how its tokens count, and what its first attempt is credited with: around one cell."""
-    edge = _method("edge", "collapsed")
-    cells = [
-        Cell(f"{kind} alone", "kinds", HARD, (*edge, f"correction.mix={{{kind}: 1}}"))
-        for kind in ("reflect", "answer", "solution", "hint")
-    ]
-    cells += [Cell(f"injected: {way}", "injected", HARD, (*edge, f"loss.injected={way}")) for way in _TREATMENTS]
-    solutions = (*_method("edge", "one"), "correction.mix={solution: 1}")
-    cells.append(Cell("scope one, solution alone", "kinds", HARD, solutions))
+    """What is injected, how it counts, and what the first attempt is credited with: around one cell, at its rate."""
     masked = "correction.superseded=mask"
-    cells.append(Cell("superseded: mask", "injected", HARD, (*edge, masked)))
-    reflect = (*edge, "correction.mix={reflect: 1}", masked)
-    cells.append(Cell("reflect alone, superseded: mask", "injected", HARD, reflect))
-    return cells
-
-
-_TREATMENTS = ("mask", "sft", "shaped")
+    mixes = {f"{kind} alone": (f"correction.mix={{{kind}: 1}}",) for kind in ("reflect", "answer", "solution", "hint")}
+    mixes["solution alone, scope one"] = (_SOLUTION, "correction.scope=one")
+    treatments: dict[str, tuple[str, ...]] = {
+        f"injected: {treatment}": (f"loss.injected={treatment}",) for treatment in ("mask", "sft", "shaped")
+    }
+    treatments["superseded: mask"] = (masked,)
+    treatments["reflect alone, superseded: mask"] = (masked, "correction.mix={reflect: 1}")
+    edge = _method("edge", "collapsed")
+    return [
+        Cell(name, family, HARD, (*edge, *overrides), rate_of="EDGE, collapsed")
+        for family, ways in {"kinds": mixes, "injected": treatments}.items()
+        for name, overrides in ways.items()
+    ]
 
 
 def _controls() -> list[Cell]:
@@ -152,7 +150,6 @@ def _elsewhere(setting: Setting) -> list[Cell]:
     ways = {
         "GRPO": _method("grpo"),
         "EDA": _method("eda"),
-        "GEC, collapsed": _method("gec", "collapsed"),
         "EDGE, collapsed": _method("edge", "collapsed"),
     }
     return [Cell(name, "settings", setting, overrides) for name, overrides in ways.items()]
