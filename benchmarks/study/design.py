@@ -125,7 +125,9 @@ def _main(setting: Setting) -> list[Cell]:
 def _kinds() -> list[Cell]:
     """What is injected, how it counts, and what the first attempt is credited with: around one cell, at its rate."""
     masked = "correction.superseded=mask"
-    mixes = {f"{kind} alone": (f"correction.mix={{{kind}: 1}}",) for kind in ("reflect", "answer", "solution", "hint")}
+    mixes: dict[str, tuple[str, ...]] = {
+        f"{kind} alone": (f"correction.mix={{{kind}: 1}}",) for kind in ("reflect", "answer", "solution", "hint")
+    }
     mixes["solution alone, scope one"] = (_SOLUTION, "correction.scope=one")
     treatments: dict[str, tuple[str, ...]] = {
         f"injected: {treatment}": (f"loss.injected={treatment}",) for treatment in ("mask", "sft", "shaped")
@@ -133,10 +135,9 @@ def _kinds() -> list[Cell]:
     treatments["superseded: mask"] = (masked,)
     treatments["reflect alone, superseded: mask"] = (masked, "correction.mix={reflect: 1}")
     edge = _method("edge", "collapsed")
+    ways = [("kinds", *way) for way in mixes.items()] + [("injected", *way) for way in treatments.items()]
     return [
-        Cell(name, family, HARD, (*edge, *overrides), rate_of="EDGE, collapsed")
-        for family, ways in {"kinds": mixes, "injected": treatments}.items()
-        for name, overrides in ways.items()
+        Cell(name, family, HARD, (*edge, *overrides), rate_of="EDGE, collapsed") for family, name, overrides in ways
     ]
 
 
@@ -157,7 +158,7 @@ _SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
 
 def _published() -> list[Cell]:
     """The published code's deviations from the paper, each alone and all at once, at the rate of the paper's method."""
-    deviations = {
+    deviations: dict[str, tuple[str, ...]] = {
         "entropy not detached": ("published.entropy_gradient=true",),
         "entropy over padding": ("published.padding_entropy=true",),
         "mean over the batch": ("eda.mean_over=batch",),

@@ -93,12 +93,8 @@ class _Decoder:
         assert isinstance(model, LlamaForCausalLM)
         config = model.config
         assert config.num_key_value_heads == config.num_attention_heads
-        self.model, self.heads, self.size, self.eps = (
-            model,
-            config.num_attention_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-        )
+        self.model, self.heads, self.eps = model, config.num_attention_heads, config.rms_norm_eps
+        self.size = int(config.hidden_size) // self.heads
         self.padding, self.length = padding, 0
         self.layers = [
             (
