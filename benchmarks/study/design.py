@@ -147,11 +147,14 @@ def _controls() -> list[Cell]:
         Cell("supervised fine-tuning", "controls", HARD, (*_SUPERVISED,), supervised=True),
         Cell("EDA, preserve_scale", "controls", HARD, (*_method("eda"), "eda.preserve_scale=true")),
         Cell("GRPO, rate x mean weight", "controls", HARD, _method("grpo"), rate_of="GRPO", factor_of="EDA"),
-        Cell("GRPO, resample", "controls", HARD, (*_method("grpo"), "rollout.resample=4")),
+        Cell("GRPO, resample", "controls", HARD, (*_method("grpo"), _RESAMPLE)),
+        Cell("EDA, resample", "controls", HARD, (*_method("eda"), _RESAMPLE)),
+        Cell("EDGE, one, resample", "controls", HARD, (*_method("edge", "one"), _RESAMPLE)),
         Cell("GEC, solution alone, collapsed", "controls", HARD, (*_method("gec", "collapsed"), _SOLUTION)),
     ]
 
 
+_RESAMPLE = "rollout.resample=4"
 _SOLUTION = "correction.mix={solution: 1}"
 _SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
 
@@ -192,8 +195,7 @@ def _pre_trained() -> list[Cell]:
 
 def cells() -> list[Cell]:
     """All cells, in the order in which they are made."""
-    found = _main(HARD) + _controls() + _kinds() + _published()
-    found += _pre_trained()
+    found = _main(HARD) + _controls() + _published() + _pre_trained() + _kinds()
     for setting in (HARD_WIDE, EASY):
         found += _elsewhere(setting)
     return found
