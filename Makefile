@@ -137,9 +137,9 @@ test-verl: verl  ## the tests of EDGE-GRPO in verl
 	$(VERL)/bin/python -m pytest --durations 5 tests/grpo/integrations/test_verl_*.py $(PYTEST_ARGS)
 
 demo: build  ## GRPO and EDGE-GRPO, three seeds each, side by side in one report; shorter: DEMO_ARGS='steps=3'
-	set -e; for seed in $(DEMO_SEEDS); do for way in 'grpo --method grpo' 'edge --preset recommended'; do \
-	    set -- $$way; folder=$(DEMO_RUN)/$$1-$$seed; shift; \
-	    $(BIN)/edge-grpo train --recipe demo $$* --overwrite --output $$folder seed=$$seed $(DEMO_ARGS); \
+	set -e; for seed in $(DEMO_SEEDS); do for method in grpo edge; do \
+	    $(BIN)/edge-grpo train --recipe demo --method $$method --overwrite --output $(DEMO_RUN)/$$method-$$seed \
+	        seed=$$seed $(DEMO_ARGS); \
 	done; done
 	$(BIN)/edge-grpo report $(DEMO_RUN)/grpo-? $(DEMO_RUN)/edge-? --group method --output $(DEMO_RUN)/report.html
 
