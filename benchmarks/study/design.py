@@ -192,10 +192,9 @@ def _elsewhere(setting: Setting) -> list[Cell]:
 
 def _pre_trained() -> list[Cell]:
     """GRPO, the recommended preset, and the paper's method with SmolLM2-135M."""
-    one = TUNING_SEEDS[:1]
     return [
-        Cell("GRPO", "smollm2", SMOLLM2, _method("grpo"), one),
-        Cell("EDA, resample", "smollm2", SMOLLM2, (*_method("eda"), _RESAMPLE), one),
+        Cell("GRPO", "smollm2", SMOLLM2, _method("grpo")),
+        Cell("EDA, resample", "smollm2", SMOLLM2, (*_method("eda"), _RESAMPLE)),
         Cell("EDGE, one", "smollm2", SMOLLM2, _method("edge", "one"), rate_of="EDA, resample"),
     ]
 

@@ -14,7 +14,7 @@ from benchmarks.study.outcomes import area, at_tokens
 from benchmarks.study.results import Made
 from edge_grpo.report.groups import mean_interval
 
-_SHOWN = ("GRPO", "EDA", "GEC, collapsed", "EDGE, all", "EDGE, collapsed")
+_SHOWN = ("GRPO", "EDA", "EDA, resample", "EDGE, all", "EDGE, one")
 _COLORS = dict(zip(_SHOWN, ("#444444", "#d98c00", "#3b8bc2", "#b5485d", "#2a8f5c"), strict=True))
 _CURVES = {
     "entropy": "entropy (nats)",
@@ -46,14 +46,14 @@ def _accuracy(made: Made, shown: Sequence[str], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for name in shown:
         runs = made.of(name)
-        label = f"{name} (rate {made.rates[f'{HARD.name}: {name}']:g})".replace("e-0", "e-")
+        label = f"{name} (rate {1e4 * made.rates[f'{HARD.name}: {name}']:g}e-4)"
         steps = runs[0]["steps"]
         _band(axes[0], steps, [run["accuracy"] for run in runs], name, label)
         grid = np.linspace(0, min(run["tokens"][-1] for run in runs), 40).tolist()
         _band(axes[1], grid, [[at_tokens(run, tokens) for tokens in grid] for run in runs], name, label)
     axes[0].set(xlabel="steps of 2 prompts x 4 responses", ylabel="held-out avg@4, %")
     axes[1].set(xlabel="generated tokens, thousands")
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[1].legend(frameon=False, fontsize=9, loc="lower right")
     figure.suptitle("Four-number arithmetic, each method at its tuned learning rate; mean and 95 % over eight seeds")
     return _save(figure, path)
 
