@@ -14,6 +14,7 @@ from benchmarks.study.results import Results, Run
 from benchmarks.study.work import Record, make_run, silence
 
 WORK = Path("runs/study")
+_BREADTH = 4  # seeds of every cell that are made before the others
 
 
 def full_runs(results: Results) -> Iterator[list[Run]]:
@@ -33,6 +34,7 @@ def full_runs(results: Results) -> Iterator[list[Run]]:
                 found += [(cell, rate, seed) for seed in seeds if seed not in done]
         if not found and not waiting:
             return
+        found.sort(key=lambda run: run[2] in run[0].setting.seeds[_BREADTH:])  # a study cut short has some of each cell
         yield found
 
 
