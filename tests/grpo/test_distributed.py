@@ -131,10 +131,11 @@ def launched(kind: DistributedType, processes: int = 2) -> SimpleNamespace:
     return SimpleNamespace(distributed_type=kind, num_processes=processes, device=torch.device("cpu"))
 
 
-def test_what_accelerate_ignores_on_a_cpu_is_refused(monkeypatch):
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_what_accelerate_ignores_on_a_cpu_is_refused(monkeypatch, engine):
     check_distribution(TrainConfig(), launched(DistributedType.MULTI_CPU))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"FSDP, which it ignores on a cpu.*set model\.sharding=fsdp2"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(ValueError, match=rf"{engine}, which it ignores on a cpu.*set model\.sharding=fsdp2"):
         check_distribution(TrainConfig(), launched(DistributedType.MULTI_CPU))
 
 

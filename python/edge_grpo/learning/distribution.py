@@ -20,11 +20,17 @@ def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         raise ValueError(f"accelerate launched this run with its FSDP plugin; {_SHARD}model.sharding=fsdp2 instead")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+    if kind == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"accelerate launched this run with FSDP, which it ignores on a {accelerator.device.type}: every process "
-            f"would hold all parameters; {_SHARD}model.sharding=fsdp2, which shards on a CPU too"
+            f"accelerate launched this run with DeepSpeed, which edge_grpo's trainer does not support; {_SHARD}"
+            "model.sharding=fsdp2 to split what ZeRO-3 splits, or train with edge_grpo.integrations.trl"
         )
+    for engine in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate launched this run with {engine}, which it ignores on a {accelerator.device.type}: every "
+                f"process would hold all parameters; {_SHARD}model.sharding=fsdp2, which shards on a CPU too"
+            )
     if kind not in _PLAIN:
         raise ValueError(f"distributed type {kind.value} is not supported; {_SHARD}model.sharding=fsdp2 to split them")
     processes, prompts = accelerator.num_processes, config.rollout.num_prompts
