@@ -102,15 +102,15 @@ class EdgeGRPOTrainer(ConfiguredTrainer):
             return None
 
     def _readable_head(self, policy: PreTrainedModel) -> LMHead:
-        plugin = self.args.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise UnsupportedError("DeepSpeed ZeRO-3 empties it between forwards")
         if len(set(getattr(policy, "hf_device_map", {"": 0}).values())) > 1:
             raise UnsupportedError("device_map splits the model over devices")
         was_training = policy.training
         policy.eval()
         try:
-            if not self.is_fsdp_enabled:  # which may leave the weights of all processes but one unread until now
+            plugin = self.args.deepspeed_plugin
+            is_split = plugin is not None and plugin.zero_stage == 3
+            # FSDP may leave the weights of all processes but one unread until now, and ZeRO-3 has emptied them.
+            if not (self.is_fsdp_enabled or is_split):
                 check_head(policy)
             return LMHead.of(policy)
         except ValueError as error:
