@@ -195,7 +195,8 @@ def _pre_trained() -> list[Cell]:
     return [
         Cell("GRPO", "smollm2", SMOLLM2, _method("grpo")),
         Cell("EDA, resample", "smollm2", SMOLLM2, (*_method("eda"), _RESAMPLE)),
-        Cell("EDGE, one", "smollm2", SMOLLM2, _method("edge", "one"), rate_of="EDA, resample"),
+        Cell("GRPO at that rate", "smollm2", SMOLLM2, _method("grpo"), rate_of="EDA, resample"),
+        Cell("EDGE, one, at that rate", "smollm2", SMOLLM2, _method("edge", "one"), rate_of="EDA, resample"),
     ]
 
 

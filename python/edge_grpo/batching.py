@@ -79,10 +79,10 @@ class Batch:
 
 def pad(samples: Sequence[Sample], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
     """Return the samples as one right-padded batch on ``device``."""
-    longest = max(sample.length for sample in samples)
+    longest = max(sample.length + sample.padding for sample in samples)
     attention_mask = torch.zeros(len(samples), longest, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        attention_mask[row, : sample.length] = 1
+        attention_mask[row, : sample.length + sample.padding] = 1  # it is predicted after, so it is read
     places = [(row, 0) for row in range(len(samples))]
     fields = {"attention_mask": attention_mask.to(device), "position_ids": None, "cu_seqlens": None}
     return _filled(samples, torch.full_like(attention_mask, pad_token_id), places, fields, device)
