@@ -234,9 +234,15 @@ class TrainConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if self.rollout.engine == "vllm" and self.rollout.vllm.get(name, 1) != 1:
                 problems.append(
-                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} starts processes to which rollout.engine vllm "
-                    "does not send the weights; set rollout.engine to vllm-server, or leave it at 1"
+                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} needs an engine of several processes, and with "
+                    "rollout.engine vllm each trainer process has one of its own; set rollout.engine to vllm-server, "
+                    "or leave it at 1"
                 )
+        if self.rollout.engine == "vllm" and "distributed_executor_backend" in self.rollout.vllm:
+            problems.append(
+                "rollout.vllm.distributed_executor_backend must not be set with rollout.engine vllm, whose engines "
+                "run in the trainer processes; leave it out, or set rollout.engine to vllm-server"
+            )
         if self.model.load_in_4bit and self.rollout.engine != "transformers":
             problems.append(
                 f"model.load_in_4bit and rollout.engine = {self.rollout.engine} cannot be combined: vLLM gets merged "

@@ -34,10 +34,6 @@ def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
     if kind not in _PLAIN:
         raise ValueError(f"distributed type {kind.value} is not supported; {_SHARD}model.sharding=fsdp2 to split them")
     processes, prompts = accelerator.num_processes, config.rollout.num_prompts
-    if processes > 1 and config.rollout.engine == "vllm":
-        raise ValueError(
-            f"rollout.engine='vllm' runs in one process; got {processes}; use 'vllm-server', which they can share"
-        )
     if prompts % (processes * config.optim.minibatches):
         raise ValueError(
             f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "

@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 def together(work: Callable[[], Result]) -> Result:
     """Return what ``work`` returns here, once it has ended on every process. All processes call it.
 
-    ``work`` must not communicate with the other processes. What it raises is raised here; where it raises on another
-    process alone, RolloutError says on which one and what.
+    ``work`` must not communicate with the other processes, unless it does as much where it fails as where it does not.
+    What it raises is raised here; where it raises on another process alone, RolloutError says on which one and what.
     """
     failure: Exception | None = None
     try:

@@ -1,4 +1,4 @@
-"""Rollouts with vLLM in the trainer's process, and vLLM's NCCL transfer of weights: the only file that imports vLLM.
+"""Rollouts with vLLM in each trainer process, and vLLM's NCCL transfer of weights: the only file that imports vLLM.
 
 The engine samples continuously batched; it reports no entropy, so the trainer scores every response. Written for vLLM
 0.32. On a CPU everything here is tested but NCCL and sleeping, which need GPUs.
@@ -10,12 +10,14 @@ import contextlib
 import os
 import socket
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from edge_grpo.config import TrainConfig
 from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
+from edge_grpo.rollout.together import together
 from edge_grpo.rollout.wire import (
     INSTALL,
     engine_arguments,
@@ -46,6 +49,11 @@ class VLLMEngine:
 
     A response depends on the seed and the prompt's place, up to rounding, which in vLLM depends on what
     else is in a batch.
+
+    In a distributed run every process has an engine of its own, on its own device, and samples its own prompts. All
+    construct it and call ``update_weights``, ``sleep`` and ``close`` together, and where one of them fails on one
+    process, all raise. Split parameters are gathered one tensor at a time; every engine loads each of them.
+    ``generate`` communicates with no other process; it may fail on one alone, so call it within ``together``.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,22 +65,23 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's as well
-        try:
-            import vllm
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise ValueError(f"rollout.engine='vllm' could not import vLLM: {error}; {INSTALL}") from error
-        self._can_sleep = bool(current_platform.is_sleep_mode_available())
+        vllm = together(_import)
+        self._can_sleep = bool(vllm.platforms.current_platform.is_sleep_mode_available())
         arguments = engine_arguments(config, policy) | {"load_format": "dummy"}  # the weights are loaded below
         if self._can_sleep:
             arguments = {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True} | arguments
+        self._is_alone = PartialState().num_processes == 1
+        if not self._is_alone:
+            # Takes process group, rank and device from the launcher; an engine of one device is a group of one.
+            arguments["distributed_executor_backend"] = "external_launcher"
         self._sampling_params = vllm.SamplingParams
         with tempfile.TemporaryDirectory(prefix="edge-grpo-vllm-") as folder, _unchanged_process():
-            export(policy, tokenizer, Path(folder))
+            together(lambda: export(policy, tokenizer, Path(folder)))
+            # Not within ``together``: here vLLM's processes communicate. One that fails alone ends the run as it exits.
             self._llm: Any = vllm.LLM(folder, skip_tokenizer_init=True, disable_log_stats=True, **arguments)
         self._asleep = False
         self.update_weights(policy)
-        verify(self, policy, seed=config.seed)
+        verify(self, model, seed=config.seed)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None
@@ -113,10 +122,16 @@ class VLLMEngine:
 
     def update_weights(self, model: nn.Module) -> None:
         """Load ``model``'s parameters into the engine; wakes it."""
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
-        weights = merged_weights(unwrap(model))
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        together(lambda: self._load(unwrap(model)))
+
+    def _load(self, policy: PreTrainedModel) -> None:
+        weights = merged_weights(policy)
+        try:
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        finally:
+            deque(weights, maxlen=0)  # what it left: if they are split, the other processes gather them
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -125,18 +140,40 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Free the memory of weights and cache, where vLLM supports it."""
         if self._can_sleep and not self._asleep:
-            self._llm.sleep(level=2)  # the weights are not kept: newer ones come
+            together(lambda: self._llm.sleep(level=2))  # the weights are not kept: newer ones come
             self._asleep = True
 
     def close(self) -> None:
         """Stop the engine and clean up after it; a second call does nothing."""
         if self._llm is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        from vllm.distributed import parallel_state
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        cleanup_dist_env_and_memory()
+        engine, self._llm = self._llm.llm_engine, None
+        if self._is_alone:
+            engine.engine_core.shutdown()
+            parallel_state.cleanup_dist_env_and_memory()
+            return
+        from vllm.v1.engine import core
+
+        # Both would end the process group with the engine's own groups. It is the trainer's.
+        cleanup, core.cleanup_dist_env_and_memory = (
+            core.cleanup_dist_env_and_memory,
+            parallel_state.destroy_model_parallel,
+        )
+        try:
+            engine.engine_core.shutdown()
+        finally:
+            core.cleanup_dist_env_and_memory = cleanup
+
+
+def _import() -> Any:
+    try:
+        import vllm
+        import vllm.platforms
+    except ImportError as error:
+        raise ValueError(f"rollout.engine='vllm' could not import vLLM: {error}; {INSTALL}") from error
+    return vllm
 
 
 @contextlib.contextmanager

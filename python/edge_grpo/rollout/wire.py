@@ -24,6 +24,7 @@ from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, unwrap
 from edge_grpo.policy.sharding import is_sharded, release
+from edge_grpo.rollout.together import together
 from edge_grpo.rollout.transformers import check_request
 from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
@@ -218,13 +219,16 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     partial.replace(folder / "model.safetensors")
 
 
-def verify(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> None:
+def verify(engine: RolloutEngine, model: nn.Module, *, seed: int) -> None:
     """Raise RolloutError unless the engine's logprobs are those of ``model``: of its weights, at the temperature asked.
 
     An engine with half of the weights, or with other ones, still generates text. The logprobs of sixteen tokens after
     a prompt that no model is sure about show it; rounding to bfloat16 changes them by some hundredths of a nat.
+    All processes call it, each with its own engine.
     """
-    compare(probe(engine, model, seed=seed), model)
+    policy = unwrap(model)
+    response = together(lambda: probe(engine, policy, seed=seed))
+    together(lambda: compare(response, model))
 
 
 def probe(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> Response:
@@ -238,7 +242,7 @@ def probe(engine: RolloutEngine, model: PreTrainedModel, *, seed: int) -> Respon
 def compare(response: Response, model: nn.Module) -> None:
     """Raise RolloutError unless the logprobs of ``probe``'s response are those of ``model``, wrapped or not.
 
-    All processes call it with the same response if the parameters are split over them: each makes a forward pass.
+    All processes call it if the parameters are split over them, with any responses: each makes one forward pass.
     """
     policy = model if isinstance(model, PolicyModel) else PolicyModel(unwrap(model))
     prompt = _probe_prompt(policy.model)

@@ -217,7 +217,11 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.vllm.max-model-len=99"], "rollout.vllm takes its arguments with underscores"),
         (
             ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"],
-            "rollout.vllm.tensor_parallel_size = 2 starts processes to which rollout.engine vllm does not send the",
+            "rollout.vllm.tensor_parallel_size = 2 needs an engine of several processes, and with rollout.engine vllm",
+        ),
+        (
+            ["rollout.engine=vllm", "rollout.vllm.distributed_executor_backend=mp"],
+            "rollout.vllm.distributed_executor_backend must not be set with rollout.engine vllm",
         ),
         (["rollout.timeout=0"], "rollout.timeout must be a number in (0, 1e6]; got 0.0"),
     ],
