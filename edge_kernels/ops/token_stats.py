@@ -169,8 +169,8 @@ def token_stats(
     and targets (a target out of range gives NaN on a GPU, where checking it would wait for all queued work). Under
     autocast the logits are taken as they are: sums are float32 whatever their dtype.
     """
+    _check(logits, targets, temperature, softcap)
     transform = Transform(check_temperature(temperature, logits.shape[0]), softcap, logit_scale, ignore_index)
-    _check(logits, targets, transform)
     return TokenStats(*token_stats_op(logits, targets, transform.pack())[:3])
 
 
@@ -196,7 +196,7 @@ def inplace_token_stats(logits: Tensor, targets: Tensor, transform: Transform) -
     if torch.compiler.is_compiling():
         return token_stats(logits, targets, **transform._asdict())
     check_writable_rows(logits)
-    _check(logits, targets, transform)
+    _check(logits, targets, transform.temperature, transform.softcap)
     return TokenStats(*_InplaceTokenStats.apply(logits, targets, transform.pack())[:3])
 
 
@@ -214,8 +214,8 @@ def check_writable_rows(logits: Tensor) -> None:
         )
 
 
-def _check(logits: Tensor, targets: Tensor, transform: Transform) -> None:
+def _check(logits: Tensor, targets: Tensor, temperature: float | Tensor, softcap: float | None) -> None:
     check_float("logits", logits, least_dims=1)
     remedy = "pass one token id per row of logits"
     check_like("targets", targets, {"logits.shape[:-1]": tuple(logits.shape[:-1])}, "int64", logits, remedy=remedy)
-    check_transform(transform.temperature, transform.softcap)
+    check_transform(temperature, softcap)

@@ -301,6 +301,8 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
         port = listener.getsockname()[1]
 
     def run(rank: int) -> None:
+        # Loading a model takes threads, and those race for the thread pool that torch makes anew after a fork.
+        torch.set_num_threads(1)
         if processes > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
@@ -325,6 +327,8 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
                 return
             raise SystemExit(f"a process failed or hung; exit codes {[process.exitcode for process in started]}")
         time.sleep(0.02)
+    if failed := [process.exitcode for process in started if process.exitcode]:  # since it was last looked at
+        raise SystemExit(f"processes failed; exit codes {failed}")
     assert kill_when is None, "the run ended before it was to be killed"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -326,15 +327,15 @@ def test_the_learning_rate_rises_and_falls(schedule, expected):
 
 def test_autocasts_copies_of_weights_end_with_their_use(config):
     """With checkpointed activations a layer's are needed no longer; together they would be a second model."""
-    trainer = Trainer(replace(config, model=ModelConfig(precision="mixed", gradient_checkpointing=True)))
-    samples = rollout(trainer)
-    learner, copies = trainer.learner, Copies()
-    learner.model.train()
-    with copies:
-        learner._loss_of(learner._pad(samples[:2]), Normalizers(1, 1, None))
-    assert len(copies.made) > 20
-    assert copies.most < sum(nbytes for _, nbytes in copies.made) / 3
-    trainer.close()
+    mixed = replace(config, model=ModelConfig(precision="mixed", gradient_checkpointing=True))
+    with closing(Trainer(mixed)) as trainer:
+        samples = rollout(trainer)
+        learner, copies = trainer.learner, Copies()
+        learner.model.train()
+        with copies:
+            learner._loss_of(learner._batch(samples[:2]), Normalizers(1, 1, None))
+        assert len(copies.made) > 20
+        assert copies.most < sum(nbytes for _, nbytes in copies.made) / 3
 
 
 class Copies(TorchDispatchMode):
