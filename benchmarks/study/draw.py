@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from edge_grpo.report.groups import mean_interval
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "study.md"
 STEPS = (20, 40, 80)
-Baseline = Callable[[Cell], str]
 
 
 def draw(results: Results) -> list[Path]:
@@ -55,12 +54,12 @@ def filled(text: str, made: Made) -> str:
 def tables(made: Made) -> dict[str, list[str]]:
     """The lines of each table by the name of its markers."""
     return {
-        "methods": list(_outcomes(made, made.cells("methods"), lambda _: "GRPO")),
+        "methods": list(_outcomes(made, made.cells("methods"), "GRPO")),
         "parts": list(_parts(made)),
-        "controls": list(_outcomes(made, made.cells("controls"), lambda _: "GRPO")),
-        "kinds": list(_outcomes(made, made.cells("kinds"), lambda _: "EDGE, collapsed")),
-        "injected": list(_outcomes(made, made.cells("injected"), lambda _: "EDGE, collapsed")),
-        "published": list(_outcomes(made, made.cells("published"), lambda _: "EDGE, all")),
+        "controls": list(_outcomes(made, made.cells("controls"), "GRPO")),
+        "kinds": list(_outcomes(made, made.cells("kinds"), "EDGE, collapsed")),
+        "injected": list(_outcomes(made, made.cells("injected"), "EDGE, collapsed")),
+        "published": list(_outcomes(made, made.cells("published"), "EDGE, all")),
         "settings": list(_settings(made)),
         "curves": list(_curves(made)),
         "rates": list(_rates(made)),
@@ -82,21 +81,18 @@ _HEADER = (
 )
 
 
-def _outcomes(made: Made, chosen: Sequence[Cell], baseline: Baseline) -> Iterator[str]:
+def _outcomes(made: Made, chosen: Sequence[Cell], baseline: str) -> Iterator[str]:
     if not chosen:
         yield "(no results yet)"
         return
     tokens = chosen[0].setting.tokens
     yield _row("", (title.format(tokens=tokens) for title in _HEADER))
     yield _row("---", ("---" for _ in _HEADER))
-    base_name = baseline(chosen[0])
-    base_key = f"{chosen[0].setting.name}: {base_name}"
-    if base_key in made.runs and base_key not in {cell.key for cell in chosen}:
-        base = next(cell for cell in cells() if cell.key == base_key)
+    base = next(cell for cell in cells() if cell.key == f"{chosen[0].setting.name}: {baseline}")
+    if base.key in made.runs and base not in chosen:
         yield _outcome_row(made, base, [], tokens)
     for cell in chosen:
-        key = f"{cell.setting.name}: {baseline(cell)}"
-        yield _outcome_row(made, cell, [] if key == cell.key else made.runs.get(key, []), tokens)
+        yield _outcome_row(made, cell, [] if cell == base else made.runs.get(base.key, []), tokens)
 
 
 def _outcome_row(made: Made, cell: Cell, base: Sequence[Record], tokens: float) -> str:

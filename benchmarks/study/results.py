@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,8 +59,7 @@ class Results:
         """The rate with the largest mean area under the held-out curve, once no run that decides it is missing."""
         if self.missing_tuning(cell):
             return None
-        scores = {rate: fmean(area(record) for record in records) for rate, records in self.tuning(cell).items()}
-        return max(scores, key=lambda rate: (scores[rate], -rate))
+        return _best(self.tuning(cell))
 
     def missing_tuning(self, cell: Cell) -> list[Run]:
         """The runs that the choice of a rate still lacks: those of the grid, and then one rate beyond a best end."""
@@ -68,8 +67,7 @@ class Results:
         rates = cell.setting.rates
         if missing := [rate for rate in rates if rate not in tuned]:
             return self._lacking(cell, missing)
-        scores = {rate: fmean(area(record) for record in records) for rate, records in tuned.items()}
-        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        best = _best(tuned)
         beyond = best / 2 if best == min(tuned) else best * 2 if best == max(tuned) else None
         if beyond is None or not rates[0] / 2 <= beyond <= rates[-1] * 2:
             return []
@@ -91,6 +89,11 @@ class Results:
         if own is None or len(runs := self.of(weighted, own, seeds)) < len(seeds):
             return None
         return float(f"{rate * fmean(fmean(run['weight']) for run in runs):.3g}")
+
+
+def _best(tuned: Mapping[float, Sequence[Record]]) -> float:
+    """The rate whose runs have the largest mean area; of equal ones the smallest."""
+    return max(tuned, key=lambda rate: (fmean(map(area, tuned[rate])), -rate))
 
 
 class Made:
