@@ -169,13 +169,14 @@ def micro_batches(
     over the whole optimizer step, so the order and the cut do not change the gradient.
     """
     chunk: list[Sample] = []
+    tokens = 0
     for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
-        used = sum(each.length for each in chunk) if packed else len(chunk) * (chunk[0].length if chunk else 0)
         more = sample.length if packed or not chunk else chunk[0].length
-        if chunk and (len(chunk) == size or (max_tokens and used + more > max_tokens)):
+        if chunk and (len(chunk) == size or (max_tokens and tokens + more > max_tokens)):
             yield chunk
-            chunk = []
+            chunk, tokens, more = [], 0, sample.length
         chunk.append(sample)
+        tokens += more
     if chunk:
         yield chunk
 
