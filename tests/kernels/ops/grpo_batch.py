@@ -63,6 +63,21 @@ def config_of(loss_type: str = "dapo", **options: Any) -> GRPOLossConfig:
     return GRPOLossConfig(**{"loss_type": loss_type, "max_completion_length": 7, "epsilon_high": 0.28, **options})
 
 
+def variant_of(loss_type: str, variant: int, **options: Any) -> GRPOLossConfig:
+    """One of four (0 to 3) configurations that together take every option which sums over a response."""
+    defaults = {
+        "importance_sampling_level": ("token", "sequence")[variant % 2],
+        "injected": ("credit", "mask", "sft", "shaped")[variant],
+        "beta": 0.04 * (variant > 1),
+        "entropy_coef": 0.02 * (variant != 1),
+        "top_entropy_quantile": (1.0, 0.5)[variant % 2],
+        "sampler_ratio_cap": None if variant == 2 else 1.2,
+        "off_policy_mask_threshold": 0.1 if variant == 3 else None,
+        "mask_truncated_completions": variant == 1,
+    }
+    return config_of(loss_type, **defaults | options)
+
+
 def inputs_for(batch: SimpleNamespace, config: GRPOLossConfig, *, with_old: bool = True) -> dict[str, Any]:
     return {
         "advantages": batch.advantages,

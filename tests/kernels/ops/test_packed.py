@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import BACKENDS, INTERPRETING, WIDEST
-from grpo_batch import LOSS_TYPES, B, D, T, V, config_of, inputs_for, make_batch
+from grpo_batch import LOSS_TYPES, B, D, T, V, config_of, inputs_for, make_batch, variant_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -81,19 +81,12 @@ def test_every_loss(loss_type: str) -> None:
     """Four variants with every option that sums over a response; both shapes, with and without old logprobs."""
     batch = make_batch(dtype=WIDEST)
     for variant, with_old in itertools.product(range(4), (True, False)):
-        config = config_of(
+        config = variant_of(
             loss_type,
-            importance_sampling_level=("token", "sequence")[variant % 2],
-            injected=("credit", "mask", "sft", "shaped")[variant],
+            variant,
             sft_weight=0.7,
             delta=1.3,
-            beta=0.04 * (variant > 1),
-            entropy_coef=0.02 * (variant != 1),
-            top_entropy_quantile=(1.0, 0.5)[variant % 2],
-            sampler_ratio_cap=None if variant == 2 else 1.2,
             sampler_ratio_mode="token_mask" if loss_type == "vespo" or variant < 1 else "sequence_truncate",
-            off_policy_mask_threshold=0.1 if variant == 3 else None,
-            mask_truncated_completions=variant == 1,
         )
         inputs = inputs_for(batch, config, with_old=with_old)
         compare(batch, inputs, ("(N,)", "(1, N)")[with_old], f"{variant} {with_old}", inplace=variant == 0)

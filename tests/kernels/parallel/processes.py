@@ -24,7 +24,7 @@ from edge_kernels import parallel, use_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 import sequence_cases
-from grpo_batch import LOSS_TYPES, V, config_of, inputs_for, make_batch
+from grpo_batch import LOSS_TYPES, V, config_of, inputs_for, make_batch, variant_of
 from traffic import TOLERANCE, close, counted, refuses
 
 CASES: dict[str, Callable[[Any], None]] = {function.__name__: function for function in sequence_cases.CASES}
@@ -191,18 +191,11 @@ def every_loss(group: Any) -> None:
     sizes = {3: (2, 8, 3), 2: (0, 13)}[dist.get_world_size(group)]
     batch = make_batch()
     for loss_type, variant in itertools.product(LOSS_TYPES, range(4)):
-        config = config_of(
+        config = variant_of(
             loss_type,
-            importance_sampling_level=("token", "sequence")[variant % 2],
-            injected=("credit", "mask", "sft", "shaped")[variant],
+            variant,
             sft_weight=0.7,
             delta=1.3,
-            beta=0.04 * (variant > 1),
-            entropy_coef=0.02 * (variant != 1),
-            top_entropy_quantile=(1.0, 0.5)[variant % 2],
-            sampler_ratio_cap=None if variant == 2 else 1.2,
-            off_policy_mask_threshold=0.1 if variant == 3 else None,
-            mask_truncated_completions=variant == 1,
             temperature=(1.0, 0.8)[variant % 2],
             softcap=(None, 4.0)[variant == 1],
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from grpo_batch import LOSS_TYPES, B, T, config_of, inputs_for, make_batch
+from grpo_batch import LOSS_TYPES, B, T, config_of, inputs_for, make_batch, variant_of
 from torch import Tensor
 from traffic import close, counted, refuses
 
@@ -91,17 +91,10 @@ def compare(batch: SimpleNamespace, group: Any, shard: Shard, name: str, **input
 def every_loss_of_split_responses(group: Any) -> None:
     batch = make_batch()
     for loss_type, variant in itertools.product(LOSS_TYPES, range(4)):
-        config = config_of(
+        config = variant_of(
             loss_type,
-            importance_sampling_level=("token", "sequence")[variant % 2],
-            injected=("credit", "mask", "sft", "shaped")[variant],
-            beta=0.04 * (variant > 1),
-            entropy_coef=0.02 * (variant != 1),
-            top_entropy_quantile=(1.0, 0.5)[variant % 2],
-            sampler_ratio_cap=None if variant == 2 else 1.2,
+            variant,
             sampler_ratio_mode="token_mask" if loss_type == "vespo" or variant < 1 else "sequence_truncate",
-            off_policy_mask_threshold=0.1 if variant == 3 else None,
-            mask_truncated_completions=variant == 1,
         )
         kinds = shards(group)
         inputs = inputs_for(batch, config, with_old=variant != 3)
