@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from edge_grpo.rollout.transformers import TransformersEngine
+from edge_grpo.rollout.transformers import TransformersEngine, draw
 from edge_grpo.types import Provenance, Response, RolloutEngine, Sampling
 from edge_kernels import token_stats
 
@@ -46,7 +46,7 @@ class SmallLlamaEngine(TransformersEngine):
             steps, drawn, seen = min(_STAGE, limit - start), [], []
             for step in range(start, start + steps):
                 seen.append(logits)
-                drawn.append(_draw(logits, uniforms[going, step], sampling.temperature))
+                drawn.append(draw(logits, uniforms[going, step], sampling.temperature))
                 if step + 1 < limit:
                     logits = decoder(drawn[-1][:, None])
             new, span = torch.stack(drawn, 1), slice(start, start + steps)
@@ -75,15 +75,6 @@ class SmallLlamaEngine(TransformersEngine):
             )
             for row, length in enumerate(lengths.tolist())
         ]
-
-
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """The tokens (B,) that ``uniforms`` (B,) pick from ``logits`` (B, V) by the inverse distribution function."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulated = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True).squeeze(1)
-    return chosen.clamp(max=logits.shape[-1] - 1)
 
 
 class _Decoder:

@@ -239,7 +239,7 @@ class _Sampler(LogitsProcessor):
         self.entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = self._choose(scores)
+        chosen = draw(scores, self.uniforms[:, len(self.logprobs)], self.temperature)
         stats = token_stats(
             scores,
             chosen.masked_fill(self.ended, _IGNORED),
@@ -251,14 +251,18 @@ class _Sampler(LogitsProcessor):
         self.ended = self.ended | torch.isin(chosen, self.eos_token_ids)
         return scores.fill_(-math.inf).scatter_(1, chosen[:, None], 0.0)  # a copy that generate made for us
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return scores.argmax(-1)
-        cumulated = (scores / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-        # The first token beyond the drawn share of the whole: one of positive probability, since the draw is below 1.
-        drawn = self.uniforms[:, len(self.logprobs), None] * cumulated[:, -1:]
-        chosen = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
-        return chosen.clamp(max=scores.shape[-1] - 1)  # NaN logits point past the end; generate reports them
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Return the tokens (B,) that ``uniforms`` (B,) in [0, 1) pick from ``logits`` (B, V); temperature 0 is greedy.
+
+    By inverse distribution function: the first token beyond the drawn share of the whole.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    drawn = uniforms[:, None] * cumulated[:, -1:]  # below the whole, so that what is found has positive probability
+    chosen = torch.searchsorted(cumulated, drawn, right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)  # NaN logits point past the end; who samples reports them
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
