@@ -11,6 +11,7 @@ TORCH_INDEX ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 VERL ?= .venv-verl
+DEEPSPEED ?= .venv-deepspeed
 
 # A process of one thread for each core, since the tensors are small. A file's tests share a process: what they compile or
 # build is made once. (pytest-xdist's groups have no effect from pytest 9.2 on.) The order: tests/conftest.py.
@@ -33,12 +34,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
-demo study study-quick test test-fast test-vllm test-verl test-versions: export OMP_WAIT_POLICY ?= PASSIVE
-test test-fast test-vllm test-verl test-versions: export OMP_NUM_THREADS ?= 1
+demo study study-quick test test-fast test-vllm test-verl test-deepspeed test-versions: export OMP_WAIT_POLICY ?= PASSIVE
+test test-fast test-vllm test-verl test-deepspeed test-versions: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build vllm verl test test-fast test-vllm test-verl test-versions lint format bench bench-quick gpu-static \
-    gpu demo study study-quick smollm2 wheel sdist clean clean-venv
+.PHONY: help build vllm verl deepspeed test test-fast test-vllm test-verl test-deepspeed test-versions lint format bench \
+    bench-quick gpu-static gpu demo study study-quick smollm2 wheel sdist clean clean-venv
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -136,6 +137,20 @@ verl: build $(VERL)/.installed  ## verl 0.9 in an environment of its own, .venv-
 test-verl: verl  ## the tests of EDGE-GRPO in verl
 	$(VERL)/bin/python -m pytest --durations 5 tests/grpo/integrations/test_verl_*.py $(PYTEST_ARGS)
 
+# An environment that sees all of $(VENV): there accelerate and TRL would import DeepSpeed whatever they are used for.
+$(DEEPSPEED)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear --without-pip $(DEEPSPEED)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(DEEPSPEED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/all_of_venv.pth"
+	$(DEEPSPEED)/bin/python -m pip install -q deepspeed==0.19.8
+	touch $@
+
+deepspeed: build $(DEEPSPEED)/.installed  ## DeepSpeed 0.19 in an environment of its own, .venv-deepspeed
+
+test-deepspeed: deepspeed  ## the tests of the examples and the fused loss under ZeRO, on two processes
+	$(DEEPSPEED)/bin/python -m pytest --durations 5 -k 'deepspeed or zero' tests/grpo/policy/test_deepspeed.py \
+	    tests/grpo/integrations/test_trl_zero.py tests/project/test_examples.py $(PYTEST_ARGS)
+
 demo: build  ## GRPO and EDGE-GRPO, three seeds each, side by side in one report; shorter: DEMO_ARGS='steps=3'
 	set -e; for seed in $(DEMO_SEEDS); do for method in grpo edge; do \
 	    $(BIN)/edge-grpo train --recipe demo --method $$method --overwrite --output $(DEMO_RUN)/$$method-$$seed \
@@ -163,4 +178,4 @@ clean:  ## remove what was built, but not .venv
 	rm -rf build dist edge_kernels/_C.*.so *.egg-info $(VENV)/.built
 
 clean-venv: clean  ## remove .venv too
-	rm -rf $(VENV) $(VERL) .venv-oldest .venv-newest
+	rm -rf $(VENV) $(VERL) $(DEEPSPEED) .venv-oldest .venv-newest

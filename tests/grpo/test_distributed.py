@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from paths import ROOT
 from safetensors import safe_open
 from training import records, rollout
 from transformers import AutoModelForCausalLM
@@ -143,6 +144,12 @@ def test_what_accelerate_ignores_on_a_cpu_is_refused(monkeypatch, engine):
 def test_other_launches_are_refused_with_the_way_to_shard(kind):
     with pytest.raises(ValueError, match=r"model\.sharding=fsdp2"):
         check_distribution(TrainConfig(), launched(kind))
+
+
+def test_a_launch_with_deepspeed_is_shown_the_recipe():
+    with pytest.raises(ValueError, match=r"in TRL's trainer, as .*examples/trl_zero\.py"):
+        check_distribution(TrainConfig(), launched(DistributedType.DEEPSPEED))
+    assert (ROOT / "examples" / "trl_zero.py").is_file()
 
 
 def test_groups_stay_whole_on_their_process():

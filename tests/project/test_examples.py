@@ -13,11 +13,13 @@ import pytest
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
-LOOPS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "rollouts.py")
+OTHERS = ["rollouts.py", "trl_zero.py"]  # what all share, and TRL's trainer: test_trl_zero.py
+LOOPS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in OTHERS)
 STEP = re.compile(r"^step (\d+)  reward ([\d.]+)  loss ([+-][\d.]+)$", re.MULTILINE)
-NEEDS = {"lora_checkpointing.py": "peft", "fabric_loop.py": "lightning_fabric"}
-LAUNCH = {"fsdp2.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-ARGUMENTS = {"fabric_loop.py": ["--devices", "2"]}
+NEEDS = {"lora_checkpointing.py": "peft", "fabric_loop.py": "lightning_fabric", "zero.py": "deepspeed"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = {"fsdp2.py": TORCHRUN, "zero.py": TORCHRUN}
+ARGUMENTS = {"fabric_loop.py": ["--devices", "2"], "zero.py": ["--config", str(EXAMPLES / "zero3.json")]}
 
 
 @functools.cache
@@ -47,16 +49,21 @@ def test_an_example_runs(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("plain_loop.py", "compiled.py"), ("plain_loop.py", "packed.py"), ("fabric_loop.py", "fsdp2.py")],
+    [
+        ("plain_loop.py", "compiled.py"),
+        ("plain_loop.py", "packed.py"),
+        ("fabric_loop.py", "fsdp2.py"),
+        ("fsdp2.py", "zero.py"),
+    ],
 )
 def test_two_ways_to_the_same_first_loss(one, other):
     """Compiled or not; padded or packed; on two processes, with whole parameters or with shards."""
     assert run(one)[0] == pytest.approx(run(other)[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "rollouts.py"])
+@pytest.mark.parametrize("name", [*LOOPS, *OTHERS])
 def test_an_example_is_short_and_names_its_command(name):
     lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
     assert len(lines) < 60
-    if name in LOOPS:
+    if name != "rollouts.py":
         assert lines[2].strip().split()[:2] in (["python", f"examples/{name}"], ["torchrun", "--standalone"])

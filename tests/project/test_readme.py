@@ -77,7 +77,8 @@ def test_links(page):
 @pytest.mark.parametrize("page", TEXTS)
 def test_paths(page):
     """Files of the project that a page names exist."""
-    for name in re.findall(r"`((?:tests|benchmarks|recipes|scripts|csrc|edge_kernels|python)/[\w./-]+)`", TEXTS[page]):
+    folders = "tests|benchmarks|examples|recipes|scripts|csrc|edge_kernels|python"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", TEXTS[page]):
         assert (ROOT / name).exists(), f"{page} names {name}, which is not there"
 
 
@@ -101,7 +102,7 @@ def test_edge_grpo(tmp_path):
         if words[:1] == ["make"] or words[:3] == ["python", "-m", "verl.trainer.main_ppo"]:
             continue  # verl's: grpo/integrations/test_verl_config.py, in an environment that has it
         if words[0] in ("torchrun", "accelerate"):
-            continue  # several processes: grpo/test_distributed.py and grpo/test_gpu_recipes.py
+            continue  # several processes: grpo/test_distributed.py, test_gpu_recipes.py; integrations/test_trl_zero.py
         assert words[0] == "edge-grpo", f"no test runs {words[0]}"
         if any(word.startswith("smollm2-135m") for word in words):
             continue  # grpo/config/test_recipes.py and grpo/rollout: they need the fetched model, or a server

@@ -23,7 +23,8 @@ def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
     if kind == DistributedType.DEEPSPEED:
         raise ValueError(
             f"accelerate launched this run with DeepSpeed, which edge_grpo's trainer does not support; {_SHARD}"
-            "model.sharding=fsdp2 to split what ZeRO-3 splits, or train with edge_grpo.integrations.trl"
+            "model.sharding=fsdp2 to split what ZeRO-3 splits, or train with ZeRO in TRL's trainer, as "
+            "examples/trl_zero.py of the repository does"
         )
     for engine in ("FSDP", "DeepSpeed"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):

@@ -1,14 +1,17 @@
-"""The fused loss's gradient and AdamW step under DeepSpeed ZeRO-2 and ZeRO-3, against one process. Prints JSON.
+"""The fused loss's gradient and AdamW step under DeepSpeed's ZeRO, against one process. Prints JSON.
 
-    python -m torch.distributed.run --standalone --nproc_per_node=2 deepspeed_gradients.py
+    python -m torch.distributed.run --standalone --nproc_per_node=2 deepspeed_gradients.py EXAMPLES
 
-DeepSpeed's collectives go over gloo: its own for shared memory would be compiled first.
+EXAMPLES is the folder with zero2.json and zero3.json. DeepSpeed's collectives go over gloo: its own for shared memory
+would be compiled first.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -76,13 +79,10 @@ def errors(stage: int, *, is_tied: bool, checkpointing: bool) -> dict[str, float
     gradient, norm, weights = on_one_process(is_tied=is_tied)
     policy = policy_of(is_tied=is_tied, checkpointing=checkpointing)
     total = sum(value.numel() for value in policy.parameters())
-    options = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": MAX_NORM,
-        "zero_allow_untested_optimizer": True,  # torch's
-        # ZeRO-3 keeps small parameters whole unless told otherwise, and all of this model's are small.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
+    recipe = Path(sys.argv[1]) / f"zero{max(stage, 2)}.json"
+    options: dict[str, Any] = json.loads(recipe.read_text(encoding="utf-8"))
+    options |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "bf16": {}}  # instead of "auto"
+    options |= {"gradient_clipping": MAX_NORM, "zero_optimization": options["zero_optimization"] | {"stage": stage}}
     engine: Any = deepspeed.initialize(model=policy, optimizer=adamw(policy), config=options)[0]
     held = sum(getattr(value, "ds_tensor", value).numel() for value in policy.parameters())
     rank, processes = dist.get_rank(), dist.get_world_size()
@@ -106,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    cases = [(2, True, False), (2, False, True), (3, True, False), (3, False, False), (3, True, True)]
+    cases = [(1, True, False), (2, True, False), (2, False, True), (3, True, False), (3, False, False), (3, True, True)]
     found = {
         f"ZeRO-{stage}, {'tied' if is_tied else 'own'} head{', activation checkpointing' if checkpointing else ''}": (
             errors(stage, is_tied=is_tied, checkpointing=checkpointing)
