@@ -30,7 +30,6 @@ from edge_grpo.policy.sharding import is_sharded
 from edge_grpo.rollout.connection import Connection, reason_of
 from edge_grpo.rollout.serve import log_path
 from edge_grpo.rollout.spread import Spread, each
-from edge_grpo.rollout.together import together
 from edge_grpo.rollout.wire import (
     Request,
     compare,
@@ -41,6 +40,7 @@ from edge_grpo.rollout.wire import (
     response_of,
     save_weights,
 )
+from edge_grpo.together import together
 from edge_grpo.types import Response, RolloutError, Sampling
 
 
