@@ -96,10 +96,15 @@ class TestMachinery:
             torch.testing.assert_close(results, expected)
             torch.testing.assert_close(*(torch.autograd.grad(loss, batch.hidden) for loss, _ in (results, expected)))
 
-    def test_opcheck(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("is_packed", [False, True])
+    def test_opcheck(self, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """Checks the ops on the very arguments that the public functions give them."""
         batch = make_batch(dtype=torch.float32)
         batch.mask[:], batch.targets = True, batch.targets.clamp(0, V - 1)  # a tile's rows for the rest stay unwritten
+        if is_packed:
+            for name in ("hidden", "targets", "mask", "injected", "old", "ref"):
+                setattr(batch, name, getattr(batch, name).detach().flatten(0, 1))
+            batch.hidden.requires_grad_()
         for op, module, path, level in (
             (linear_grpo_loss_op, LINEAR, from_hidden, "token"),
             (grpo_loss_op, MODULE, from_logits, "token"),
@@ -109,7 +114,14 @@ class TestMachinery:
             calls: list[tuple] = []
             monkeypatch.setattr(module, name, lambda *args, op=op, calls=calls: (calls.append(args), op(*args))[1])
             config = config_of(beta=0.04, entropy_coef=0.1, importance_sampling_level=level)
-            path(batch, **inputs_for(batch, config))
+            inputs = inputs_for(batch, config)
+            if is_packed:
+                inputs["cu_seqlens"] = torch.tensor([0, 7, 7, 12, B * T])
+            if is_packed and level == "sequence":  # whose ratios PyTorch makes; two sweeps all the same
+                rewards = {"advantages": None, "rewards": batch.rewards, "group_ids": batch.groups}
+                config = config_of(beta=0.04, entropy_coef=0.1)
+                inputs |= {**rewards, "config": config}
+            path(batch, **inputs)
             arguments = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in calls[0]]
             torch.library.opcheck(op, tuple(arguments))
 
