@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from edge_kernels.ops.batch import Batch, Total, counted, scalar
 from edge_kernels.ops.head_checks import LowRank
 from edge_kernels.ops.linear_token_stats import at_temperatures
 from edge_kernels.sequences import Sequences, Tokens, tokens_of
+
+_LEAVE_OUT = "leave the response out of completion_mask"
 
 
 def _check_credit(advantages: Tensor | None, rewards: Tensor | None, group_ids: Tensor | None, tokens: Tokens) -> None:
@@ -78,34 +82,20 @@ def _masks(
     completion_mask: Tensor,
     injected_mask: Tensor | None,
     truncated_mask: Tensor | None,
-    dtype: torch.dtype,
     sequences: Sequences,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return where a loss is taken, (B, T), and the metrics of what is masked so far."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return where a loss is taken, (B, T), and the tokens of truncated responses that it leaves out."""
     if truncated_mask is not None:
         remedy = "pass which responses the length limit cut off"
         shapes = {"(B,)": (sequences.num_responses,)}
         check_like("truncated_mask", truncated_mask, shapes, "bool", completion_mask, remedy=remedy)
-    mask, masked = completion_mask, {}
+    mask, cut = completion_mask, None
     if config.injected == "mask" and injected_mask is not None:
         mask = mask & ~injected_mask
     if config.mask_truncated_completions and truncated_mask is not None:
         is_cut = sequences.spread(truncated_mask)
-        masked = counted("truncated", mask & is_cut, dtype, sequences)
-        mask = mask & ~is_cut
-    if config.off_policy_mask_threshold is not None:  # to be replaced where there is something to compare with
-        zero = torch.zeros((), dtype=dtype, device=mask.device)
-        masked |= {"off_policy_tokens": zero, "off_policy_sequences": zero}
-    return mask, masked
-
-
-def _check_values(advantages: Tensor | None, rewards: Tensor | None, mask: Tensor, lengths: Tensor) -> None:
-    """Require finite advantages where a loss is taken, or finite rewards, as far as ``check_finite`` looks."""
-    if advantages is not None:
-        counts = lengths > 0 if advantages.shape == lengths.shape else mask.view(advantages.shape)
-        check_finite("advantages", advantages, counts, remedy="leave the response out of completion_mask")
-    elif rewards is not None:
-        check_finite("rewards", rewards, remedy="leave the response out, or give it a number")
+        mask, cut = mask & ~is_cut, mask & is_cut
+    return mask, cut
 
 
 def temperature_of_rows(temperature: Tensor, sequences: Sequences) -> Tensor:
@@ -147,7 +137,16 @@ def _of_tokens(name: str, value: Tensor, dtype: str, tokens: Tokens, remedy: str
     return value if tokens.sequences.number is None else value.flatten()
 
 
-def check_batch(
+class Draft(NamedTuple):
+    """A batch whose sums over responses are not made yet, so that its processes can first agree that it is right."""
+
+    batch: Batch  # without ``lengths``, ``sampler_ratio`` and ``masked``
+    is_per_token: bool  # the advantages
+    cut: Tensor | None  # (B, T): what ``mask_truncated_completions`` leaves out
+    truncated: Tensor | None  # (B,)
+
+
+def check_arguments(
     tokens: Tokens,  # logits or hidden states
     dtype: torch.dtype,
     targets: Tensor,
@@ -166,7 +165,8 @@ def check_batch(
     num_items: Total,
     num_sequences: Total,
     entropy_threshold: Total,
-) -> Batch:
+) -> Draft:
+    """Return the checked arguments, without a word to other processes."""
     if config is not None and not isinstance(config, GRPOLossConfig):
         raise TypeError(f"config must be a GRPOLossConfig; got {type(config).__name__}")
     config, sequences = config or GRPOLossConfig(), tokens.sequences
@@ -189,41 +189,63 @@ def check_batch(
     if isinstance(entropy_threshold, Tensor) and entropy_threshold.dim():
         raise ValueError(f"entropy_threshold must be a number or a scalar tensor; got {describe(entropy_threshold)}")
 
-    mask, masked = _masks(config, completion_mask, injected_mask, truncated_mask, stats_dtype(dtype), sequences)
-    (lengths,) = sequences.sums(mask)
-    _check_values(advantages, rewards, mask, lengths)
-    old, sampling = per_token["old_logprobs"], per_token["sampling_logprobs"]
+    mask, cut = _masks(config, completion_mask, injected_mask, truncated_mask, sequences)
+    is_per_token = advantages is not None and advantages.shape != (sequences.num_responses,)
+    if advantages is not None and is_per_token:
+        check_finite("advantages", advantages, mask.view(advantages.shape), remedy=_LEAVE_OUT)
+    if rewards is not None:
+        check_finite("rewards", rewards, remedy="leave the response out, or give it a number")
     behavior = None
     if config.off_policy_mask_threshold is not None:
-        behavior = old if sampling is None else sampling
-    sampler_ratio = None
-    if config.sampler_ratio_cap is None:
-        sampling = None
-    elif old is not None and sampling is not None:
-        sampler_ratio = sampler_correction(old, sampling, mask, LossRule.of(config), sequences)
-        sampling = None
+        behavior = per_token["sampling_logprobs"]
+        behavior = per_token["old_logprobs"] if behavior is None else behavior
     if entropy_threshold is not None:
         entropy_threshold = scalar(entropy_threshold, stats_dtype(dtype), mask.device).detach()
-    return Batch(
+    batch = Batch(
         config=config,
         dtype=stats_dtype(dtype),
         sequences=sequences,
         shape=shape,
-        lengths=lengths,
+        lengths=mask.new_empty(0, dtype=torch.int64),
         targets=targets.masked_fill(~mask, IGNORE_INDEX),
         mask=mask,
         advantages=None if advantages is None else advantages.detach(),
         rewards=rewards,
         group_ids=group_ids,
-        old_logprobs=old,
+        old_logprobs=per_token["old_logprobs"],
         ref_logprobs=per_token["ref_logprobs"],
-        sampler_ratio=sampler_ratio,
-        sampling_logprobs=sampling,
+        sampler_ratio=None,
+        sampling_logprobs=None if config.sampler_ratio_cap is None else per_token["sampling_logprobs"],
         injected=injected_mask if config.injected in ("sft", "shaped") else None,
         temperature=float(config.temperature) if temperature is None else temperature,
         behavior_logprobs=behavior,
-        masked=masked,
+        masked={},
         num_items=num_items,
         num_sequences=num_sequences,
         entropy_threshold=entropy_threshold if config.top_entropy_quantile < 1 else None,
     )
+    return Draft(batch, is_per_token, cut, truncated_mask)
+
+
+def batch_of(draft: Draft) -> Batch:
+    """Return the batch with what is summed over whole responses: of all processes, where their tokens are split."""
+    batch, config = draft.batch, draft.batch.config
+    sequences, mask = batch.sequences, batch.mask
+    masked = {} if draft.cut is None else counted("truncated", draft.cut, batch.dtype, sequences)
+    if config.off_policy_mask_threshold is not None:  # to be replaced where there is something to compare with
+        zero = torch.zeros((), dtype=batch.dtype, device=mask.device)
+        masked |= {"off_policy_tokens": zero, "off_policy_sequences": zero}
+    (lengths,) = sequences.sums(mask)
+    if batch.advantages is not None and not draft.is_per_token:
+        check_finite("advantages", batch.advantages, lengths > 0, remedy=_LEAVE_OUT)
+    batch = batch._replace(lengths=lengths, masked=masked)
+    old, sampling = batch.old_logprobs, batch.sampling_logprobs
+    if old is None or sampling is None:
+        return batch
+    ratio = sampler_correction(old, sampling, mask, LossRule.of(config), sequences)
+    return batch._replace(sampler_ratio=ratio, sampling_logprobs=None)
+
+
+def check_batch(tokens: Tokens, dtype: torch.dtype, *arguments: Any, **options: Any) -> Batch:
+    """Return the batch of ``check_arguments``'s arguments."""
+    return batch_of(check_arguments(tokens, dtype, *arguments, **options))

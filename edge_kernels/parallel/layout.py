@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, check_targets_in_range
+from edge_kernels.parallel.agreement import digest, digest_of_sizes, reads, require_same, together
+
+T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -18,6 +21,7 @@ class Layout(NamedTuple):
     group: Any  # a ProcessGroup
     rank: int
     sizes: tuple[int, ...]
+    is_agreed: bool = True  # else ``merge`` compares sizes and targets where nothing needs to wait
 
     def start(self) -> int:
         return sum(self.sizes[: self.rank])
@@ -42,28 +46,48 @@ def member_of(group: Any) -> Any:
     return group
 
 
-def layout_of(size: int, like: Tensor, group: Any, vocab_sizes: Sequence[int] | None) -> Layout:
-    """Return the division of which this process has ``size`` columns, for the rows of ``like`` (..., D or V)."""
-    group = member_of(group)
+def agreed_layout(
+    check: Callable[[], tuple[Tensor, T]],
+    size: int,
+    device: torch.device,
+    ignore_index: int,
+    group: Any,
+    vocab_sizes: Sequence[int] | None,
+) -> tuple[T, Layout]:
+    """Return what ``check`` returns beside its targets, and the division of which this process has ``size`` columns.
+
+    Where values may be read, or sizes have to be asked for, the processes compare rows, targets and sizes first, and
+    an error is raised on all of them.
+    """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    if vocab_sizes is not None:
-        sizes = tuple(vocab_sizes)
-        if len(sizes) != world or sizes[rank] != size:
+
+    def checked() -> tuple[Tensor, T]:
+        if vocab_sizes is not None and (len(vocab_sizes) != world or vocab_sizes[rank] != size):
             raise ValueError(
                 f"vocab_sizes must have the shard's size of each of the {world} ranks, {size} at rank {rank}; "
-                f"got {list(sizes)}; or leave it out"
+                f"got {list(vocab_sizes)}; or leave it out"
             )
-        return Layout(group, rank, sizes)
-    own = torch.tensor([size, like.shape[:-1].numel()], dtype=torch.int64, device=like.device)
-    parts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(parts, own, group=group)
-    gathered = torch.stack(parts).tolist()
-    if len({rows for _, rows in gathered}) > 1:
-        raise ValueError(
-            f"all ranks must pass the same rows; got {[rows for _, rows in gathered]} of them; "
-            "the vocabulary is split, tokens are not"
-        )
-    return Layout(group, rank, tuple(columns for columns, _ in gathered))
+        return check()
+
+    if vocab_sizes is not None and not reads(device):
+        return checked()[1], Layout(group, rank, tuple(vocab_sizes), is_agreed=False)
+    claimed = 0 if vocab_sizes is None else digest_of_sizes(vocab_sizes)
+
+    def facts(result: tuple[Tensor, T]) -> list[float]:
+        targets = result[0]
+        return [targets.numel(), float(digest(targets.masked_fill(targets == ignore_index, -1))), claimed, size]
+
+    (targets, result), every = together(checked, facts, 4, device, group)
+    rows, targets_of_rank, claims, sizes = zip(*every, strict=True)
+    require_same("rows", rows, remedy="the vocabulary is split, tokens are not")
+    require_same(
+        "targets (by a checksum)", targets_of_rank, remedy="pass ids of the whole vocabulary, not of the shard"
+    )
+    require_same("vocab_sizes (by a checksum)", claims, remedy="or leave it out on all")
+    layout = Layout(group, rank, tuple(int(columns) for columns in sizes))
+    if reads(device):
+        check_targets_in_range(targets, layout.vocab(), ignore_index)
+    return result, layout
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -100,6 +124,7 @@ def local_part(
 class Targets(NamedTuple):
     """Targets of the whole vocabulary against one shard of it."""
 
+    whole: Tensor  # int64, (...): of the whole vocabulary; -1 where ignored
     ignored: Tensor  # bool
     is_own: Tensor  # bool: lies in this shard
     is_wrong: Tensor  # bool: lies in none
@@ -108,9 +133,8 @@ class Targets(NamedTuple):
 
 
 def targets_of(targets: Tensor, layout: Layout, ignore_index: int) -> Targets:
-    check_targets_in_range(targets, layout.vocab(), ignore_index)
     ignored, column = targets == ignore_index, targets - layout.start()
     is_own = (column >= 0) & (column < layout.size()) & ~ignored
     is_wrong = ((targets < 0) | (targets >= layout.vocab())) & ~ignored
     forward, backward = (column.masked_fill(~is_own, place).masked_fill(ignored, IGNORE_INDEX) for place in (0, -1))
-    return Targets(ignored, is_own, is_wrong, forward, backward)
+    return Targets(targets.masked_fill(ignored, -1), ignored, is_own, is_wrong, forward, backward)

@@ -23,11 +23,14 @@ import edge_kernels
 from edge_kernels import parallel, use_backend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+import agreement_cases
 import sequence_cases
 from grpo_batch import LOSS_TYPES, V, config_of, inputs_for, make_batch, variant_of
-from traffic import TOLERANCE, close, counted, refuses
+from traffic import TOLERANCE, close, counted, refuses, without_reading
 
-CASES: dict[str, Callable[[Any], None]] = {function.__name__: function for function in sequence_cases.CASES}
+CASES: dict[str, Callable[[Any], None]] = {
+    function.__name__: function for function in (*sequence_cases.CASES, *agreement_cases.CASES)
+}
 
 
 def case(function: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -153,7 +156,9 @@ def no_rows(group: Any) -> None:
 # --- with a head ------------------------------------------------------------------------------------------------------
 
 
-def compare_losses(batch: Any, sizes: Sequence[int], group: Any, name: str, **options: Any) -> None:
+def compare_losses(
+    batch: Any, sizes: Sequence[int], group: Any, name: str, *, inplace: bool = False, **options: Any
+) -> None:
     """Loss, results, metrics and every gradient, from logits and from hidden states."""
     columns = spans(sizes)[dist.get_rank(group)]
     expected = edge_kernels.linear_edge_grpo_loss(
@@ -171,13 +176,14 @@ def compare_losses(batch: Any, sizes: Sequence[int], group: Any, name: str, **op
     logits = F.linear(batch.hidden, batch.weight, batch.bias).detach()
     whole, shard = logits.clone().requires_grad_(), logits[..., columns].clone().requires_grad_()
     from_whole = edge_kernels.edge_grpo_loss(whole, batch.targets, batch.mask, **options)
-    from_shard = parallel.edge_grpo_loss(shard, batch.targets, batch.mask, group=group, **options)
+    places = {"group": group, "inplace": inplace}
+    from_shard = parallel.edge_grpo_loss(shard * 1, batch.targets, batch.mask, **places, **options)
     from_whole.loss.backward()
     from_shard.loss.backward()
     assert whole.grad is not None
     assert shard.grad is not None
     close(shard.grad, whole.grad[..., columns], f"{name}: gradient of logits")
-    dtype = batch.hidden.dtype if batch.hidden.dtype in (torch.float64, torch.bfloat16) else torch.float32
+    dtype = batch.hidden.dtype
     for out, wanted in ((actual, expected), (from_shard, from_whole)):
         for field in ("loss", "logprobs", "entropy", "advantages"):
             close(getattr(out, field), getattr(wanted, field), f"{name}: {field}", dtype)
@@ -210,6 +216,60 @@ def rewards_and_dtypes(group: Any) -> None:
         rewards = {"rewards": batch.rewards, "group_ids": batch.groups}
         compare_losses(batch, sizes, group, f"{dtype}", **rewards, config=config_of(entropy_coef=0.02))
         compare_losses(batch, sizes, group, f"{dtype} tiles", **inputs_for(batch, config_of("grpo")))
+
+
+@case
+def losses_of_every_kind(group: Any) -> None:
+    """16-bit inputs, gradients in place, packed responses, a batch in which nothing counts."""
+    sizes = {3: (5, 0, 8), 2: (9, 4)}[dist.get_world_size(group)]
+    for dtype, inplace in ((torch.float16, False), (torch.bfloat16, False), (torch.float64, True)):
+        for loss_type in ("grpo", "geo_mean"):
+            batch = make_batch(dtype=dtype)
+            inputs = inputs_for(batch, config_of(loss_type))
+            compare_losses(batch, sizes, group, f"{loss_type} {dtype} {inplace}", inplace=inplace, **inputs)
+    batch = make_batch()
+    batch.mask[:] = False
+    options = {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "importance_sampling_level": "sequence"}
+    compare_losses(batch, sizes, group, "masked", **inputs_for(batch, config_of("grpo", **options)))
+    for cu_seqlens, level in itertools.product(([0, 24], [0, 0, 5, 5, 24]), ("token", "sequence")):
+        batch = make_batch()
+        batch.hidden = batch.hidden.detach().flatten(0, 1).requires_grad_()
+        batch.targets, batch.mask = batch.targets.flatten(), batch.mask.flatten()
+        packed = {
+            "cu_seqlens": torch.tensor(cu_seqlens),
+            "advantages": batch.advantages[: len(cu_seqlens) - 1],
+            "old_logprobs": batch.old.flatten(),
+            "config": config_of("grpo", importance_sampling_level=level),
+        }
+        compare_losses(batch, sizes, group, f"packed {cu_seqlens} {level}", inplace=True, **packed)
+
+
+@case
+def what_requires_a_gradient(group: Any) -> None:
+    """Frozen inputs have none and change no other's; under autocast gradients have the dtypes of their inputs."""
+    sizes = {3: (5, 0, 8), 2: (9, 4)}[dist.get_world_size(group)]
+    columns, batch = spans(sizes)[dist.get_rank(group)], make_batch()
+    inputs = inputs_for(batch, config_of("grpo"))
+
+    def gradients(cut: Any, wanted: Any, dtypes: Any, function: Any, **places: Any) -> list[Tensor | None]:
+        made = zip((batch.hidden, batch.weight[cut], batch.bias[cut]), wanted, dtypes, strict=True)
+        hidden, weight, bias = (x.detach().to(dtype).requires_grad_(want) for x, want, dtype in made)
+        loss = function(hidden, weight, batch.targets, batch.mask, bias, **inputs, **places).loss
+        if any(wanted):
+            loss.backward()
+        return [loss.detach(), hidden.grad, weight.grad, bias.grad]
+
+    double, mixed = (torch.float64,) * 3, (torch.bfloat16, torch.float32, torch.float32)
+    kinds = [(wanted, double) for wanted in itertools.product((False, True), repeat=3)] + [((True,) * 3, mixed)]
+    for wanted, dtypes in kinds:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtypes is mixed):
+            whole = gradients(slice(None), wanted, dtypes, edge_kernels.linear_edge_grpo_loss)
+            own = gradients(columns, wanted, dtypes, parallel.linear_edge_grpo_loss, group=group)
+        for n, (a, e) in enumerate(zip(own, whole, strict=True)):
+            assert (a is None) == (e is None), (wanted, n)
+            if a is not None and e is not None:
+                precision = torch.bfloat16 if dtypes is mixed else None
+                close(a, e[columns] if n > 1 else e, f"{wanted} {dtypes} {n}", precision)
 
 
 @case
@@ -246,24 +306,30 @@ def heads(group: Any) -> None:
 
 @case
 def traffic(group: Any) -> None:
-    """Two all-reduces forward, none backward from logits and one from hidden states; asking for the sizes costs one."""
+    """Two all-reduces forward, none backward from logits and one from hidden states; agreeing on a CPU costs one more.
+
+    Where values are not read, sizes that are known spare that one: what must agree goes with the maxima.
+    """
     world, (N, D) = dist.get_world_size(group), (6, 5)
     sizes = {3: (4, 0, 2), 2: (1, 5)}[world]
     size = sizes[dist.get_rank(group)]
-    targets, known = torch.arange(N), {"group": group, "vocab_sizes": sizes}
+    targets, known, asked = torch.arange(N), {"group": group, "vocab_sizes": sizes}, ("allgather_", 40 * world)
     for dtype, itemsize in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)):
         forward = ("allreduce_", 8 * N), ("allreduce_", 3 * itemsize * N)
         logits = random(N, size, dtype=dtype).requires_grad_()
-        with counted(*forward):
+        with counted(asked, *forward):
             stats = parallel.token_stats(logits, targets, **known)
+        with counted(("allreduce_", 8 * N + 32), forward[1]), without_reading():
+            unread = parallel.token_stats(logits, targets, **known)
+        torch.testing.assert_close(unread, stats, rtol=0, atol=0)
         with counted():
             torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), logits)
         hidden, weight = random(N, D, dtype=dtype).requires_grad_(), random(size, D, dtype=dtype).requires_grad_()
-        with counted(("allgather_", 16 * world), *forward):
+        with counted(asked, *forward):
             stats = parallel.linear_token_stats(hidden, weight, targets, group=group)
-        with counted(("allreduce_", N * D * dtype.itemsize)):
+        with counted(("allreduce_", N * D * itemsize)):
             torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), (hidden, weight))
-        with counted(*forward):
+        with counted(("allreduce_", 8 * N + 32), forward[1]), without_reading():
             stats = parallel.linear_token_stats(hidden.detach(), weight, targets, **known)
         with counted():
             torch.autograd.grad(stats.logprobs.sum(), weight)
@@ -272,7 +338,7 @@ def traffic(group: Any) -> None:
     weight, bias = (value[spans(sizes)[dist.get_rank(group)]] for value in (batch.weight, batch.bias))
     N, D = batch.targets.numel(), batch.hidden.shape[-1]
     options = {"group": group, "vocab_sizes": sizes, "rewards": batch.rewards, "group_ids": batch.groups}
-    with counted(("allreduce_", 8 * N), ("allreduce_", 24 * N)):
+    with counted(asked, ("allreduce_", 8 * N), ("allreduce_", 24 * N)):
         out = parallel.linear_edge_grpo_loss(batch.hidden, weight, batch.targets, batch.mask, bias, **options)
     with counted(("allreduce_", 8 * N * D)):
         out.loss.backward()
@@ -289,7 +355,7 @@ def distributed_tensors(group: Any) -> None:
         hidden = whole[0].detach().clone().requires_grad_()
         weight, bias = (distribute_tensor(value.detach(), mesh, [Shard(0)]).requires_grad_() for value in whole[1:])
         expected = edge_kernels.linear_token_stats(whole[0], whole[1], targets, whole[2])
-        with counted(("allreduce_", 8 * 6), ("allreduce_", 24 * 6)):
+        with counted(("allreduce_", 8 * 6 + 32), ("allreduce_", 24 * 6)), without_reading():
             actual = parallel.linear_token_stats(hidden, weight, targets, bias)
         (expected.logprobs.sum() + 2 * expected.entropy.sum()).backward()
         (actual.logprobs.sum() + 2 * actual.entropy.sum()).backward()
@@ -298,6 +364,26 @@ def distributed_tensors(group: Any) -> None:
             close(a.grad.full_tensor() if isinstance(a.grad, DTensor) else a.grad, e.grad, f"{vocab} {name}")
         logits = distribute_tensor(F.linear(*(value.detach() for value in whole)), mesh, [Shard(1)])
         close(parallel.token_stats(logits, targets).entropy, expected.entropy, f"{vocab} logits")
+    batch = make_batch()
+    weight, bias = (
+        distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in (batch.weight, batch.bias)
+    )
+    logits = F.linear(batch.hidden, batch.weight, batch.bias).detach()
+    shard = distribute_tensor(logits, mesh, [Shard(2)]).requires_grad_()
+    for loss_type in ("grpo", "geo_mean"):
+        inputs = inputs_for(batch, config_of(loss_type))
+        tokens = (batch.targets, batch.mask)
+        expected = edge_kernels.linear_edge_grpo_loss(batch.hidden, batch.weight, *tokens, batch.bias, **inputs)
+        hidden = batch.hidden.detach().requires_grad_()
+        out = parallel.linear_edge_grpo_loss(hidden, weight, *tokens, bias, **inputs)
+        close(out.loss, expected.loss, f"{loss_type}: loss")
+        wanted = torch.autograd.grad(expected.loss, (batch.hidden, batch.weight, batch.bias))
+        for a, e in zip(torch.autograd.grad(out.loss, (hidden, weight, bias)), wanted, strict=True):
+            close(a.full_tensor() if isinstance(a, DTensor) else a, e, f"{loss_type}: gradient")
+        whole_logits = logits.clone().requires_grad_()
+        (e,) = torch.autograd.grad(edge_kernels.edge_grpo_loss(whole_logits, *tokens, **inputs).loss, whole_logits)
+        (a,) = torch.autograd.grad(parallel.edge_grpo_loss(shard, *tokens, **inputs).loss, shard)
+        close(a.full_tensor(), e, f"{loss_type}: gradient of logits")
     for wrong in ([Shard(1)], None):
         refused = distribute_tensor(random(6, 6), mesh, wrong)
         refuses("Shard", parallel.linear_token_stats, random(4, 6), refused, torch.zeros(4, dtype=torch.int64))
@@ -321,7 +407,8 @@ def errors(group: Any) -> None:
     refuses("temperature", parallel.token_stats, logits, targets, temperature=0.0, group=group)
     refuses("rewards", parallel.edge_grpo_loss, logits[None], targets[None], targets[None] == 0, group=group)
     refuses("(B, T, V)", parallel.edge_grpo_loss, logits[None, None], targets, targets == 0, group=group)
-    refuses("unexpected", parallel.edge_grpo_loss, logits[None], targets[None], targets[None] == 0, advantage=1)
+    arguments = (logits[None], targets[None], targets[None] == 0)
+    refuses("unexpected", parallel.edge_grpo_loss, *arguments, advantage=1, group=group)
     stats = parallel.token_stats(logits.requires_grad_(), targets, group=group)
     gradient = torch.autograd.grad(stats.logprobs.sum(), logits, create_graph=False, retain_graph=True)
     assert gradient[0].isfinite().all()

@@ -120,6 +120,8 @@ def temperatures_and_totals_of_split_responses(group: Any) -> None:
         config = config_of("luspo", importance_sampling_level="sequence", top_entropy_quantile=0.5)
         inputs = inputs_for(batch, config) | {"num_items": 40, "num_sequences": 9, "entropy_threshold": 1.5}
         compare(batch, group, shard, "totals", **inputs)
+        masked = SimpleNamespace(**vars(batch) | {"mask": torch.zeros_like(batch.mask)})
+        compare(masked, group, shard, "masked", **inputs_for(batch, config))
         whole = edge_kernels.edge_grpo_loss(
             F.linear(batch.hidden, batch.weight), batch.targets, batch.mask, **inputs, temperature=TEMPERATURES
         )
@@ -164,7 +166,7 @@ def traffic_of_split_responses(group: Any) -> None:
     """The lengths, then what the loss sums, then the loss itself with its metrics; nothing of size V or D."""
     batch, world = make_batch(), dist.get_world_size(group)
     shard = shards(group)[0]
-    lengths, whole = ("allreduce_", 8 * B), ("allgather_", 8 * 12 * world)
+    agreed, lengths, whole = ("allgather_", 8 * 6 * world), ("allreduce_", 8 * B), ("allgather_", 8 * 12 * world)
     entropy = ("allreduce_", 2 * 8 * B)
     ratio = [("allreduce_", 2 * 8 * B), ("allreduce_", 8 * B)]  # log ratios and lengths; the loss's slope by each ratio
     rewards = {"advantages": None, "rewards": batch.rewards, "group_ids": batch.groups}
@@ -176,11 +178,11 @@ def traffic_of_split_responses(group: Any) -> None:
     ):
         inputs = shard.inputs(inputs_for(batch, config_of(**options)) | more)
         tokens = (shard(batch.targets), shard(batch.mask), batch.bias)
-        with counted(*expected):
+        with counted(agreed, *expected):
             parallel.linear_edge_grpo_loss(
                 shard(batch.hidden), batch.weight, *tokens, **inputs, sequence_group=group
             ).loss.backward()
-    with counted(entropy):
+    with counted(("allgather_", 8 * 2 * world), entropy):
         parallel.response_entropy(shard(batch.ref), shard(batch.mask), sequence_group=group)
 
 

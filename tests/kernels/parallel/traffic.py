@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7}
+from edge_kernels import parallel
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def close(actual: Tensor, expected: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
@@ -45,6 +47,15 @@ def counted(*expected: tuple[str, int]) -> Iterator[None]:
     with Traffic() as traffic:
         yield
     assert traffic.seen == list(expected), traffic.seen
+
+
+@contextmanager
+def without_reading() -> Iterator[None]:
+    """As on a GPU, where no value is read if that can be helped."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (parallel, parallel.layout, parallel.agreement):
+            patch.setattr(module, "reads", lambda device: False)
+        yield
 
 
 def refuses(words: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
