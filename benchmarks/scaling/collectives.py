@@ -127,12 +127,13 @@ def _buckets(shapes: Shapes, itemsize: int, bucket_bytes: tuple[int, int]) -> It
 
 
 def vocabulary_forward(rows: int) -> list[Collective]:
-    """Of a head on ``rows`` tokens: their largest logits in float64, and three sums in float32."""
-    return [Collective(ALL_REDUCE, 8 * rows), Collective(ALL_REDUCE, 12 * rows)]
+    """Of a head on ``rows`` tokens: their largest logits in float64 with four checksums, and three sums in float32."""
+    return [Collective(ALL_REDUCE, 8 * rows + 32), Collective(ALL_REDUCE, 12 * rows)]
 
 
-def vocabulary_backward(rows: int, hidden: int, itemsize: int) -> list[Collective]:
-    return [Collective(ALL_REDUCE, itemsize * rows * hidden)]
+def vocabulary_backward(rows: int, hidden: int) -> list[Collective]:
+    """The gradient of the hidden states, in float32."""
+    return [Collective(ALL_REDUCE, 4 * rows * hidden)]
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def comparisons(found: dict[int, dict[str, Any]]) -> Iterator[Comparison]:
             yield _traffic("FSDP2 in nodes of two: a micro-batch", number, cases["fsdp_in_nodes"], whole)
         case = cases["vocabulary"]
         yield _traffic("vocabulary split: forward", number, case["forward"], collectives.vocabulary_forward(rows))
-        backward = collectives.vocabulary_backward(rows, model.hidden, 2)
+        backward = collectives.vocabulary_backward(rows, model.hidden)
         yield _traffic("vocabulary split: backward", number, case["backward"], backward)
         gathered = collectives.gathered_objects(len(pickle.dumps(["x" * shrunken.OBJECT_LENGTH])), number)
         yield _traffic("objects", number, cases["objects"], gathered)

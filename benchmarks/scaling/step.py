@@ -228,7 +228,7 @@ def _update_traffic(setup: Setup, rows: int, times: int) -> list[Sent]:
     if layout.splits_vocabulary:
         parts, whole = setup.vocabulary_shards, setup.vocabulary_shards * rows
         own = [Collective(ALL_GATHER, 2 * whole * model.hidden), *collectives.vocabulary_forward(whole)]
-        own += collectives.vocabulary_backward(whole, model.hidden, 2)
+        own += collectives.vocabulary_backward(whole, model.hidden)
         found.append(Sent.of(own, Links(parts, 1), times))
         if (groups := setup.trainers // parts) > 1:
             gradient = Collective(ALL_REDUCE, 4 * model.vocab * model.hidden // parts)
