@@ -1,4 +1,7 @@
-"""What a GPU holds, in bytes: while the policy trains, and while vLLM samples beside it or on a server of its own."""
+"""What a GPU holds, in bytes: while the policy trains, and while vLLM samples beside it or on a server of its own.
+
+Of a machine's own memory, what the start takes.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +107,14 @@ def _gathered(setup: Setup) -> float:
     passing = 2 * itemsize * root + max(4 * root, (3 * itemsize + 4) * layer)
     adds_up = setup.micro_batches > 1 and not setup.job.reduce_each_micro_batch
     return copies + passing + (4 * padded(model.shapes(), 1) if adds_up else 0)  # whole gradients, in float32
+
+
+def loading(setup: Setup) -> float:
+    """Return what the processes of a machine hold in its memory at the start: each loads all weights, then splits them.
+
+    With a reference model (``loss.beta``, ``reward.kl_coef``) twice as much.
+    """
+    return setup.trainers_of_node * setup.model.parameters * setup.layout.precision.weight
 
 
 def cache_room(setup: Setup) -> float:

@@ -148,11 +148,12 @@ def _sent_bytes(value: float) -> str:
 
 def memories() -> str:
     head = ["model", "GPUs", "parameters, gradients, moments", "gathered, copies", "activations", "head"]
-    head += ["reserved", "in training", "room for a cache"]
+    head += ["reserved", "in training", "room for a cache", "host memory of a machine, at the start"]
     rows = []
     for model, gpus, step in chosen():
         if step:
             parts = [*step.memory, ASSUMED.reserved_bytes, step.memory.total, memory.cache_room(step.setup)]
+            parts.append(memory.loading(step.setup))
             rows.append([model.name, str(gpus), *map(gigabytes, parts)])
     return markdown(head, rows)
 

@@ -44,7 +44,6 @@ from edge_grpo.policy.sharding import whole_parameters
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.ahead import Rollouts
 from edge_grpo.rollout.collected import Collected, to_plain
-from edge_grpo.rollout.together import together
 from edge_grpo.run import checkpoint, identity
 from edge_grpo.run.files import write_text
 from edge_grpo.run.folder import claim, discard
@@ -53,6 +52,7 @@ from edge_grpo.run.plan import KEPT_CHECKPOINTS, Plan
 from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.run.trackers import check_trackers, start_trackers
 from edge_grpo.run.watch import CorrectionWatch, RewardWatch
+from edge_grpo.together import together
 from edge_grpo.types import Prompt
 
 _QUICK = 30.0  # seconds of a step

@@ -28,8 +28,8 @@ from edge_grpo.policy.loading import load_model
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import shard
 from edge_grpo.rollout import build_engine
-from edge_grpo.rollout.together import together
 from edge_grpo.rollout.wire import verify
+from edge_grpo.together import together
 from edge_grpo.trainer import train
 from edge_grpo.types import Sampling
 from edge_kernels import GRPOLossConfig

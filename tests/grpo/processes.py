@@ -1,8 +1,9 @@
 """What test_distributed.py runs in several processes at once, forked from one that has imported everything.
 
-``processes.py gradients SAMPLES OUT`` checks what vLLM gets and computes the gradient of every layout, ``processes.py
-resume FOLDER`` kills a run on four processes and resumes it on two. Both are processes of their own, because what
-pytest's has done before (threads, accelerate's state) is not to be inherited.
+``processes.py gradients SAMPLES UNTIED OUT`` checks what vLLM gets, updates and checkpoints, and computes the gradient
+of every layout; UNTIED is the folder of a model. ``processes.py resume FOLDER SERVER`` kills a run on four processes
+and resumes it on two, and resumes on four a run that sampled ahead on two. Both are processes of their own, because
+what pytest's has done before (threads, accelerate's state) is not to be inherited.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -38,17 +40,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from training import LOSSES
 
 from edge_grpo.batching import Sample
-from edge_grpo.config import DataConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from edge_grpo.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from edge_grpo.learning.learner import Learner
 from edge_grpo.learning.totals import LossTotals
-from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import layers_of, shard, whole
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.rollout.wire import compare, host_weights, probe
-from edge_grpo.trainer import train
+from edge_grpo.run import checkpoint
+from edge_grpo.run.stop import Stopped
+from edge_grpo.trainer import Trainer, train
 from edge_grpo.types import Response, RolloutError
+from edge_kernels import GRPOLossConfig
 
 PAD = 0
 LORA: dict[str, Any] = {"rank": 4, "targets": "q_proj,v_proj"}
@@ -69,13 +73,15 @@ class Layout:
     precision: str = "float32"
     lora: bool = False
     packing: bool = False  # the reference never packs
+    path: str = ModelConfig().path  # the shipped model's head is tied
 
     @property
     def reference(self) -> str:
-        return "/".join([self.case, self.loss, self.precision, str(self.lora)])
+        return "/".join([self.case, self.loss, self.precision, str(self.lora), self.path])
 
     def config(self) -> TrainConfig:
         model = ModelConfig(
+            path=self.path,
             sharding=self.sharding,  # type: ignore[arg-type]
             precision=self.precision,  # type: ignore[arg-type]
             gradient_checkpointing=self.checkpointing,
@@ -90,7 +96,7 @@ class Layout:
 CASES = ("all learn", "one is skipped", "one has collapsed", "one has none")
 
 
-def layouts() -> list[Layout]:
+def layouts(untied: str) -> list[Layout]:
     """Sizes: two processes have four responses each and four have two, so that micro-batches of 3 and 1 are uneven."""
     found = []
     for processes in (2, 4):
@@ -114,6 +120,7 @@ def layouts() -> list[Layout]:
                     replace(own, name=f"{name}, packed, LoRA", packing=True, lora=True, checkpointing=True),
                     replace(own, name=f"{name}, mixed precision", precision="mixed"),
                     replace(own, name=f"{name}, LoRA on bfloat16", precision="bfloat16", lora=True),
+                    replace(own, name=f"{name}, untied head", path=untied),
                 ]
         found.append(replace(own, name=f"{name}, each micro-batch of 1 reduced", micro_batch_size=1, reduce_each=True))
     return found
@@ -134,23 +141,24 @@ def share_of(samples: list[Sample], case: str, rank: int, processes: int) -> lis
     return [samples[place] for place in own if case != "one has none" or place not in starved]
 
 
+def own_samples(samples: list[Sample], case: str, starved_of: int) -> list[Sample]:
+    """This process's samples. A single process has those of ``starved_of`` processes."""
+    rank, processes = PartialState().process_index, PartialState().num_processes
+    if processes > 1:
+        return share_of(samples, case, rank, processes)
+    return [sample for rank in range(starved_of) for sample in share_of(samples, case, rank, starved_of)]
+
+
+def learner_of(config: TrainConfig) -> Learner:
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(mixed_precision="bf16" if config.model.precision == "mixed" else "no")
+    return Learner(config, adapted(config.model)[0], accelerator, pad_token_id=PAD)
+
+
 def gradient_of(layout: Layout, samples: list[Sample], *, starved_of: int = 0) -> torch.Tensor:
     """The gradient of one optimizer step's loss. A single process has the samples of ``starved_of`` processes."""
-    rank, processes = PartialState().process_index, PartialState().num_processes
-    if processes == 1:
-        shares = [share_of(samples, layout.case, rank, starved_of) for rank in range(starved_of)]
-        own = [sample for share in shares for sample in share]
-    else:
-        own = share_of(samples, layout.case, rank, processes)
-    AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(mixed_precision="bf16" if layout.precision == "mixed" else "no")
-    torch.manual_seed(0)  # LoRA's factors
-    model, _ = load_model(layout.config().model)
-    if layout.lora:
-        for name, value in model.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(value, std=0.02)
-    learner = Learner(layout.config(), model, accelerator, pad_token_id=PAD)
+    own = own_samples(samples, layout.case, starved_of)
+    learner = learner_of(layout.config())
     learner.score(own)
     for sample in own:
         if sample.ref_logprobs is not None:
@@ -160,15 +168,16 @@ def gradient_of(layout: Layout, samples: list[Sample], *, starved_of: int = 0) -
     return torch.cat([whole(p.grad).flatten() for p in learner.policy.parameters() if p.grad is not None])
 
 
-def gradients(samples: list[Sample], out: Path) -> None:
+def gradients(samples: list[Sample], untied: str, out: Path) -> None:
     """Write, for every layout, the largest error of the gradient relative to its largest entry on one process."""
     references: dict[tuple[str, int], torch.Tensor] = {}
     errors: dict[str, float] = {}
     for processes in (2, 4):
-        own = [layout for layout in layouts() if layout.processes == processes]
+        own = [layout for layout in layouts(untied) if layout.processes == processes]
         for layout in own:
             if (key := (layout.reference, processes)) not in references:
                 plain = Layout("", 1, case=layout.case, loss=layout.loss, precision=layout.precision, lora=layout.lora)
+                plain = replace(plain, path=layout.path)
                 references[key] = alone(
                     partial(gradient_of, plain, samples, starved_of=processes), out.with_suffix(".pt")
                 )
@@ -186,10 +195,10 @@ def gradients(samples: list[Sample], out: Path) -> None:
     out.write_text(json.dumps(parts[0] | parts[1]))
 
 
-def adapted(lora: dict[str, Any]) -> tuple[Any, Any]:
-    """The shipped model and its tokenizer; adapters add something, the same in every process."""
+def adapted(config: ModelConfig) -> tuple[Any, Any]:
+    """A model and its tokenizer; adapters add something, the same in every process."""
     torch.manual_seed(0)
-    model, tokenizer = load_model(ModelConfig(lora=lora))
+    model, tokenizer = load_model(config)
     for name, value in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(value, std=0.02)
@@ -200,7 +209,7 @@ def check_weights(folder: Path) -> None:
     """What goes to vLLM from split parameters, adapters merged, is what went from whole ones; so are the logprobs."""
 
     def whole_weights_and_words(lora: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Response]:
-        model, tokenizer = adapted(lora)
+        model, tokenizer = adapted(ModelConfig(lora=lora))
         eos = eos_token_ids(model, tokenizer)
         engine = TransformersEngine(model, eos_token_ids=eos, pad_token_id=PAD, batch_size=1)
         return host_weights(model, keep=True), probe(engine, model, seed=0)
@@ -209,7 +218,7 @@ def check_weights(folder: Path) -> None:
         expected, said = alone(partial(whole_weights_and_words, lora), folder / "weights.pt")
 
         def check(lora: Any = lora, expected: Any = expected, said: Any = said) -> None:
-            model, _ = adapted(lora)
+            model, _ = adapted(ModelConfig(lora=lora))
             policy = PolicyModel(model)
             shard(policy, processes=2, device=torch.device("cpu"))
             compare(said, policy)
@@ -221,14 +230,95 @@ def check_weights(folder: Path) -> None:
             assert got.keys() == (expected.keys() if is_main else set())
             for name, value in got.items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
-            shapes = {name: value.shape for name, value in merged_weights(model, gather=False)}
-            assert shapes == {name: value.shape for name, value in expected.items()}
 
         together(2, check)
 
 
-def check_units_of_accelerate() -> None:
-    """accelerate's own FSDP2 preparation, which it keeps from a CPU: PolicyModel says what its layers and ends are."""
+def state_of(learner: Learner) -> dict[str, torch.Tensor]:
+    """The trained weights and what the optimizer has accumulated of them, whole."""
+    found = {}
+    for name, value in learner.model.named_parameters():
+        if value.requires_grad:
+            found[name] = whole(value).clone()
+            found |= {f"{part} of {name}": whole(own) for part, own in learner.optimizer.state.get(value, {}).items()}
+    return found
+
+
+def updated(config: TrainConfig, samples: list[Sample]) -> tuple[Learner, list[dict[str, float]]]:
+    """Two whole updates of two processes, of which the second has no sample; their metrics."""
+    own = own_samples(samples, "one has none", 2)
+    learner = learner_of(config)
+    learner.score(own)
+    metrics = [learner.update(own, step) for step in (1, 2)]
+    learner.check_finite(own)
+    return learner, metrics
+
+
+def check_updates_and_checkpoints(samples: list[Sample], untied: str, folder: Path) -> None:
+    """With a process that has no sample, updates are one process's; four processes read what two have written."""
+    split = ModelConfig(sharding="fsdp2")
+    models = {
+        "DDP": ModelConfig(),
+        "FSDP2": split,
+        # Of a matrix with one row, or of one for each of two processes, others hold nothing.
+        "LoRA of rank 1": replace(split, path=untied, lora={"rank": 1, "targets": "q_proj,lm_head"}),
+        "LoRA of rank 2": replace(split, lora={"rank": 2, "targets": "q_proj"}),
+        "untied, bfloat16": replace(split, path=untied, precision="bfloat16"),
+    }
+    # Adam hides the gradient's scale, but its moments show it. Clipped to this norm, no gradient is as it was.
+    optim = OptimConfig(learning_rate=1e-3, micro_batch_size=1, max_grad_norm=0.01)
+    configs = {name: TrainConfig(model=model, optim=optim, loss=GRPOLossConfig()) for name, model in models.items()}
+
+    def alone_updated(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        learner, metrics = updated(replace(config, model=replace(config.model, sharding="none")), samples)
+        return state_of(learner), metrics
+
+    expected = alone(lambda: {name: alone_updated(config) for name, config in configs.items()}, folder / "updates.pt")
+
+    def update_and_save() -> None:
+        for name, config in configs.items():
+            learner, metrics = updated(config, samples)
+            state, tolerance = state_of(learner), 0.02 if "bfloat16" in name else 1e-5
+            one_process, its_metrics = expected[name]
+            for own, other in zip(metrics, its_metrics, strict=True):
+                assert other["grad/norm"] > 10 * optim.max_grad_norm
+                assert own == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True), name
+            assert state.keys() == one_process.keys()
+            for key, value in state.items():
+                if key.startswith("exp_avg of"):
+                    scale = float(one_process[key].abs().max())
+                    torch.testing.assert_close(
+                        value, one_process[key], rtol=0, atol=tolerance * scale, msg=f"{name}: {key}"
+                    )
+            is_split = config.model.sharding != "none"
+            checkpoint.save(
+                learner.accelerator, folder / name, 2, learner.model, learner.optimizer, keep=1, split=is_split
+            )
+            if PartialState().is_main_process:
+                torch.save(state, folder / name / "state.pt")
+
+    def load() -> None:
+        for name, config in configs.items():
+            learner = learner_of(config)
+            checkpoint.load_latest(learner.accelerator, folder / name, learner.model, learner.optimizer)
+            saved, state = torch.load(folder / name / "state.pt"), state_of(learner)
+            assert state.keys() == saved.keys()
+            if "rank 1" in name:
+                sizes = {value.to_local().numel() for value in learner.policy.parameters() if value.requires_grad}
+                assert (0 in sizes) == (PartialState().process_index > 0)
+            for key, value in state.items():
+                assert value.dtype == saved[key].dtype
+                assert torch.equal(value, saved[key]), (name, key)
+
+    together(2, update_and_save)
+    together(4, load)
+
+
+def check_units_of_accelerate(untied: str) -> None:
+    """accelerate's own FSDP2 preparation, which it keeps from a CPU: PolicyModel says what its layers and ends are.
+
+    An untied head is in the final norm's unit, a tied one in the embedding's too.
+    """
     ids = torch.arange(5, 25)[None]
 
     def gradient_by_name(policy: PolicyModel) -> dict[str, torch.Tensor]:
@@ -236,8 +326,8 @@ def check_units_of_accelerate() -> None:
         logits.logsumexp(-1).sum().backward()
         return {name: whole(value.grad) for name, value in policy.named_parameters() if value.grad is not None}
 
-    def check() -> None:
-        model, _ = load_model(ModelConfig())
+    def check(path: str) -> None:
+        model, _ = load_model(ModelConfig(path=path))
         expected = gradient_by_name(PolicyModel(model))
         model.zero_grad()
         plugin = FullyShardedDataParallelPlugin(
@@ -254,17 +344,25 @@ def check_units_of_accelerate() -> None:
         policy = fsdp2_prepare_model(launched, PolicyModel(model))
         units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
         assert {id(layer) for layer in layers} < {id(unit) for unit in units}
+        assert model.get_output_embeddings() in units
         got = gradient_by_name(policy)
         assert got.keys() == expected.keys()
         for name, value in got.items():
             scale = float(expected[name].abs().max())
             torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6 * scale)
 
-    together(2, check)
+    def check_both() -> None:
+        for path in (ModelConfig().path, untied):
+            check(path)
+
+    together(2, check_both)
 
 
 def run_of(output: Path, sharding: str) -> TrainConfig:
-    """Three steps of plain GRPO, whose groups differ; a rate at which rounding does not change what is sampled."""
+    """Three steps of plain GRPO, whose groups differ; a rate at which rounding does not change what is sampled.
+
+    There are fewer prompts to evaluate than four processes.
+    """
     return TrainConfig(
         method="grpo",
         output=str(output),
@@ -272,20 +370,54 @@ def run_of(output: Path, sharding: str) -> TrainConfig:
         seed=5,
         save_every=1,
         data=DataConfig(train="arithmetic:1,2"),
+        eval=EvalConfig(data="arithmetic:2@test", size=3, every=1, generations=4),
         rollout=RolloutConfig(num_prompts=4, num_generations=4, max_completion_length=16),
         optim=OptimConfig(learning_rate=1e-5, micro_batch_size=3, minibatches=1),
         model=ModelConfig(sharding=sharding),  # type: ignore[arg-type]
     )
 
 
-def resume(folder: Path) -> None:
-    """Train on one process; then on four until these are killed, and on two from the checkpoint that they left."""
+def ahead_of(output: Path, sharding: str, server: str) -> TrainConfig:
+    """A run that samples ahead, and other prompts for groups whose rewards are equal."""
+    config = run_of(output, sharding)
+    rollout = replace(config.rollout, engine="vllm-server", server=server, server_folder=str(output / "weights"))
+    rollout = replace(rollout, ahead=1, resample=1, timeout=120.0)
+    optim = replace(config.optim, learning_rate=1e-3)  # the weights that have sampled are not those that learn
+    # With a loss of all tokens the drift is of all responses: else each process leaves out what has no gradient.
+    loss = GRPOLossConfig(entropy_coef=0.1)
+    return replace(config, rollout=rollout, optim=optim, loss=loss, eval=EvalConfig(), save_every=10)
+
+
+def until_stopped(config: TrainConfig) -> None:
+    """Train until SIGTERM, which a process gets while step 2 learns and step 3 is sampled."""
+    assign_advantages, made = Trainer._assign_advantages, []
+
+    def stop(self: Trainer, samples: Any) -> None:
+        made.append(samples)
+        if len(made) == 2 and PartialState().is_main_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assign_advantages(self, samples)
+
+    Trainer._assign_advantages = stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        train(config)
+
+
+def resume(folder: Path, server: str) -> None:
+    """Train on one process; then on four until these are killed, and on two from the checkpoint that they left.
+
+    The same with samples for the next step: two processes stop, four go on.
+    """
     together(1, lambda: train(run_of(folder / "whole", "none")))
     parts = folder / "parts"
     record = parts / "checkpoints" / "step-000001" / "trainer_state.json"
     together(4, lambda: train(run_of(parts, "fsdp2")), kill_when=record.is_file)
     (folder / "at_kill.json").write_text(json.dumps(sorted(path.name for path in record.parent.iterdir())))
     together(2, lambda: train(run_of(parts, "fsdp2"), resume=True))
+    together(1, lambda: train(ahead_of(folder / "ahead_whole", "none", server)))
+    ahead = ahead_of(folder / "ahead_parts", "fsdp2", server)
+    together(2, lambda: until_stopped(ahead))
+    together(4, lambda: train(ahead, resume=True))
 
 
 def alone(work: Callable[[], Any], path: Path) -> Any:
@@ -335,8 +467,10 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "gradients":
-        check_weights(Path(sys.argv[3]).parent)
-        check_units_of_accelerate()
-        gradients(torch.load(sys.argv[2], weights_only=False), Path(sys.argv[3]))
+        samples, untied, out = torch.load(sys.argv[2], weights_only=False), sys.argv[3], Path(sys.argv[4])
+        check_weights(out.parent)
+        check_units_of_accelerate(untied)
+        check_updates_and_checkpoints(samples, untied, out.parent)
+        gradients(samples, untied, out)
     else:
-        resume(Path(sys.argv[2]))
+        resume(Path(sys.argv[2]), sys.argv[3])

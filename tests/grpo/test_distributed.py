@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,13 +18,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from fake_servers import ModelServer, running
 from paths import ROOT
 from safetensors import safe_open
-from training import records, rollout
+from training import records, rollout, untied_model
 from transformers import AutoModelForCausalLM
 
 from edge_grpo.config import ModelConfig, RolloutConfig, TrainConfig
 from edge_grpo.learning.distribution import check_distribution
+from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.policy.sharding import is_sharded, layers_of, whole_parameters, whole_weights
 from edge_grpo.run import checkpoint
 from edge_grpo.trainer import Trainer, train
@@ -47,7 +50,8 @@ def processes(*arguments: str | Path) -> None:
 
 @pytest.mark.slow
 def test_every_layout_gives_one_process_gradient(config, tmp_path):
-    """Real DDP and FSDP2 on 2 and 4 processes; what vLLM gets and the units of accelerate are checked first.
+    """Real DDP and FSDP2 on 2 and 4 processes. Checked first: what vLLM gets, accelerate's units, whole updates with a
+    process that has no sample, and their checkpoints.
 
     Where one of them is starved, a collective that it left out would hang.
     Four groups of two, so that four processes have one group each; lengths are uneven as they are sampled.
@@ -59,7 +63,7 @@ def test_every_layout_gives_one_process_gradient(config, tmp_path):
         sample.advantage = float(number) - 3.5
     assert len({len(sample.response.token_ids) for sample in samples}) > 1
     torch.save(samples, tmp_path / "samples.pt")
-    processes("gradients", tmp_path / "samples.pt", tmp_path / "errors.json")
+    processes("gradients", tmp_path / "samples.pt", untied_model(tmp_path / "untied"), tmp_path / "errors.json")
     errors = json.loads((tmp_path / "errors.json").read_text())
     print("\n| layout | largest error / largest entry |\n| --- | --- |")  # shown by pytest -s
     for name, error in errors.items():
@@ -72,10 +76,20 @@ def test_every_layout_gives_one_process_gradient(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_on_four_processes_resumes_on_two(tmp_path):
-    """SIGKILL after the first checkpoint, parameters split by FSDP2; every loss is that of a run on one process."""
-    processes("resume", tmp_path)
+    """SIGKILL after the first checkpoint, parameters split by FSDP2; every loss is that of a run on one process.
+
+    So it is where two processes have sampled ahead, with other prompts for groups of equal rewards, and four go on.
+    """
+    model, tokenizer = load_model(ModelConfig())
+    with running(ModelServer(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)) as server:
+        processes("resume", tmp_path, server.address)
+    check_ahead(*(records(tmp_path / name) for name in ("ahead_whole", "ahead_parts")))
+    assert len(list((tmp_path / "ahead_parts" / "checkpoints" / "step-000002").glob("rollout_*.json"))) == 2
     whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
-    assert [line["step"] for line in parts] == [1, 2, 3]
+    assert [line["step"] for line in parts] == [0, 1, 2, 3]
+    assert [line["eval/accuracy"] for line in parts] == [line["eval/accuracy"] for line in whole]
+    assert any(0 < line["eval/accuracy"] < 1 for line in whole)
+    whole, parts = whole[1:], parts[1:]
     assert any(abs(line["loss"]) > 1e-3 for line in whole[1:])  # of the steps after the checkpoint
     for expected, got in zip(whole, parts, strict=True):
         for name in ("loss", "grad/norm", "reward/mean", "entropy/token_mean", "tokens/generated"):
@@ -89,6 +103,17 @@ def test_a_run_killed_on_four_processes_resumes_on_two(tmp_path):
     differences = torch.cat([(ends[0][name] - ends[1][name]).abs().flatten() for name in ends[0]])
     # Adam moves an entry by about 1e-5 a step; without what the optimizer has accumulated all would differ.
     assert float(differences.max()) < 1e-6
+
+
+def check_ahead(whole: list[dict], parts: list[dict]) -> None:
+    assert [line["step"] for line in parts] == [1, 2, 3]
+    assert [line["rollout/staleness"] for line in parts] == [0, 1, 1]
+    assert whole[2]["ratio/sampler_max"] > 1.01  # the weights after step 1 sampled what those after step 2 learn from
+    assert any(line["resample/dropped"] for line in whole)
+    for expected, got in zip(whole, parts, strict=True):
+        for name, value in expected.items():
+            if not name.startswith(("time/", "throughput/", "memory/")):
+                assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), (expected["step"], name)
 
 
 def test_a_split_checkpoint_is_read_by_one_process(config):
@@ -138,6 +163,18 @@ def test_what_accelerate_ignores_on_a_cpu_is_refused(monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
     with pytest.raises(ValueError, match=rf"{engine}, which it ignores on a cpu.*set model\.sharding=fsdp2"):
         check_distribution(TrainConfig(), launched(DistributedType.MULTI_CPU))
+
+
+@pytest.mark.slow
+def test_accelerates_own_launcher_is_refused(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "1"]
+    # By its default accelerate itself ends on a machine without an accelerator.
+    launch += ["--fsdp_sync_module_states", "false", "--fsdp_cpu_ram_efficient_loading", "false"]
+    train = ["-m", "edge_grpo", "train", "--recipe", "tiny", "--output", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *train], env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert re.search(r"accelerate launched this run with (its )?FSDP.*set model\.sharding=fsdp2", result.stderr)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])

@@ -1,8 +1,9 @@
 """The recipes for 1, 8 and 64 GPUs: what the cost model chooses, and each run on CPU processes with a small model.
 
 Of a recipe stay the method, the kind of model, precision, sharding, checkpointing, engine and every way of the step.
-Fewer are processes, servers, prompts and tokens; the weights go to the servers through a folder, since NCCL needs GPUs,
-and where vLLM is not installed the engine in process is that of transformers, scored in full as vLLM's responses are.
+Fewer are processes, servers, prompts and tokens; the weights go to the servers through a folder, since NCCL needs GPUs.
+The engine in process is that of transformers, scored in full as vLLM's responses are; vLLM's has a test of its own. The
+learning rate is high, so that weights of a step before are told apart from the step's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +22,14 @@ import pytest
 import torch
 import yaml
 from fake_servers import ModelServer, running
-from training import records
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from training import records, untied_model
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.scaling import tables
 from benchmarks.scaling.layouts import FSDP, Setup
 from benchmarks.scaling.step import step_of
 from benchmarks.scaling.transformer import MODELS
-from edge_grpo.config import ModelConfig, TrainConfig, load_config, recipe_path, to_dict
+from edge_grpo.config import TrainConfig, load_config, recipe_path, to_dict
 from edge_grpo.policy.loading import eos_token_ids, load_tokenizer
 
 # By recipe: GPUs, of these the trainer's, and the CPU processes that stand for them.
@@ -37,6 +38,7 @@ RECIPES = {
     "qwen2.5-math-7b-8gpus": (8, 4, 2),
     "qwen2.5-32b-64gpus": (64, 48, 4),
 }
+LEARNING_RATE = 1e-2
 PROBLEMS = [
     {"problem": f"{n} + {n} = ?", "answer": str(2 * n), "solution": f"\\boxed{{{2 * n}}}"} for n in range(2, 10)
 ]
@@ -98,27 +100,14 @@ def test_a_recipe_says_how_many_processes_it_needs(name):
 # --- on CPU processes -------------------------------------------------------------------------------------------------
 
 
-def small_model(folder: Path) -> Path:
-    """A random Qwen2 of two layers with the shipped tokenizer, written as a model to load."""
-    tokenizer = load_tokenizer(ModelConfig())
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    vocab = len(tokenizer) + 16  # loaded for a Qwen2 it gets a token more
-    config = Qwen2Config(vocab_size=vocab, tie_word_embeddings=False, **sizes, **heads)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def shrunk(config: TrainConfig, processes: int, model: Path, folder: Path) -> TrainConfig:
-    """Two steps of short responses, two prompts for each process."""
+def shrunk(config: TrainConfig, processes: int, model: Path, folder: Path, *, vllm: bool) -> TrainConfig:
+    """Two steps of short responses, two prompts for each process; in process vLLM samples, or transformers."""
     folder.mkdir()
     (folder / "data.json").write_text(json.dumps(PROBLEMS))
     rollout = replace(config.rollout, num_prompts=2 * processes, num_generations=4, max_completion_length=8)
     rollout = replace(rollout, vllm={}, temperature=1.0, timeout=60.0)
     loss = config.loss
-    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if config.rollout.engine == "vllm" and not vllm:
         rollout = replace(rollout, engine="transformers")
         loss = replace(loss, sampler_ratio_cap=config.sampler_ratio_cap)
     return replace(
@@ -130,6 +119,7 @@ def shrunk(config: TrainConfig, processes: int, model: Path, folder: Path) -> Tr
         data=replace(config.data, train=str(folder / "data.json")),
         rollout=rollout,
         correction=replace(config.correction, max_length=48),
+        optim=replace(config.optim, learning_rate=LEARNING_RATE),
         loss=loss,
     )
 
@@ -157,12 +147,16 @@ Run = tuple[TrainConfig, list[ModelServer]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """All recipes, one after the other, by one program: importing takes longer than a run."""
-    folder = tmp_path_factory.mktemp("recipes")
-    model, found, arguments = small_model(folder / "model"), {}, []
+    return run_all(RECIPES, tmp_path_factory.mktemp("recipes"))
+
+
+def run_all(names: Iterable[str], folder: Path, *, vllm: bool = False) -> dict[str, Run]:
+    """Run recipes, one after the other, by one program: importing takes longer than a run."""
+    model, found, arguments = untied_model(folder / "model"), {}, []
     with contextlib.ExitStack() as stack:
-        for name, (_, _, processes) in RECIPES.items():
-            config = shrunk(config_of(name), processes, model, folder / name)
+        for name in names:
+            processes = RECIPES[name][2]
+            config = shrunk(config_of(name), processes, model, folder / name, vllm=vllm)
             found[name] = config, _ = stack.enter_context(served(config, folder / name))
             file = folder / f"{name}.yaml"
             file.write_text(yaml.safe_dump(to_dict(config)))
@@ -180,18 +174,39 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_with_a_small_model_on_cpu_processes(name: str, runs: dict[str, Run]) -> None:
-    (config, servers), (_, _, processes) = runs[name], RECIPES[name]
+    check_run(*runs[name], processes=RECIPES[name][2])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
+)
+def test_the_recipe_for_one_gpu_runs_with_vllm(tmp_path: Path) -> None:
+    name = next(iter(RECIPES))
+    config, _ = run_all([name], tmp_path, vllm=True)[name]
+    assert config.rollout.engine == "vllm"
+    check_run(config, [], processes=1)
+
+
+def check_run(config: TrainConfig, servers: list[ModelServer], *, processes: int) -> None:
     output = Path(config.output)
     steps = records(output)
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert step["correction/reflect"] + step["correction/answer"] + step["correction/solution"] > 0
-        assert step["ratio/sampler_mean"] == pytest.approx(1, abs=0.05)  # bfloat16 against float32
+        if not config.rollout.ahead or step["step"] == 1:
+            assert step["ratio/sampler_max"] == pytest.approx(1, abs=0.05)  # bfloat16 against float32
+        else:
+            assert step["ratio/sampler_max"] > 1.1  # the weights of the step before have sampled
         assert step["optim/skipped"] == 0
     assert any(step["grad/norm"] > 0 for step in steps)
     for server in servers:
         assert sum(event[0] == "version" for event in server.events) == 1 + config.steps  # at first, after each step
         assert any(event[0] == "begin" for event in server.events)
+        trained = Qwen2ForCausalLM.from_pretrained(output / "final").state_dict()
+        for key, value in server.model.state_dict().items():  # which were sent as bfloat16
+            torch.testing.assert_close(value.float(), trained[key].float(), rtol=0.01, atol=LEARNING_RATE / 100)
     if config.rollout.ahead:
         assert [step["rollout/staleness"] for step in steps] == [0, 1]
     shards = sorted(path.name for path in (output / "checkpoints" / "step-000002").glob("shard-*"))

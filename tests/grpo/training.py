@@ -1,4 +1,4 @@
-"""A very small run taken apart: one rollout, its gradient, and what a run has recorded."""
+"""A very small run taken apart: a model, one rollout, its gradient, and what a run has recorded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from edge_grpo.batching import Sample
+from edge_grpo.config import ModelConfig
 from edge_grpo.credit import assign_advantages
 from edge_grpo.learning.learner import Learner
 from edge_grpo.learning.totals import LossTotals
 from edge_grpo.metrics import PhaseTimes
+from edge_grpo.policy.loading import load_tokenizer
 from edge_grpo.trainer import Trainer
 from edge_kernels import GRPOLossConfig
 
@@ -31,6 +34,19 @@ LOSSES = {
     "entropy quantile": GRPOLossConfig(top_entropy_quantile=0.5),
     "kl": GRPOLossConfig(beta=0.1),
 }
+
+
+def untied_model(folder: Path) -> Path:
+    """A random Qwen2 of two layers, its head apart from its embedding, with the shipped tokenizer; written to load."""
+    tokenizer = load_tokenizer(ModelConfig())
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vocab = len(tokenizer) + 16  # loaded for a Qwen2 it gets a token more
+    config = Qwen2Config(vocab_size=vocab, tie_word_embeddings=False, **sizes, **heads)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def collect(trainer: Trainer, step: int = 1) -> list[Sample]:

@@ -28,7 +28,7 @@ ROOMS = {
     "edge_grpo": (
         ("text", "types"),
         ("config",),
-        ("batching",),
+        ("batching", "together"),
         ("correction", "credit", "grading", "policy", "published"),
         ("data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learning"),

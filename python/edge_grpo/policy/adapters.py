@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,24 +137,38 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: PreTrainedModel, *, gather: bool = True) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the base model's weights by their names in its checkpoint, each adapter merged into its layer's weight.
 
     One layer is merged at a time, in a copy, so that what is trained keeps every bit. Without adapters it yields the
     state dict. Of weights that are split over processes one tensor is whole at a time, for which all processes must
-    iterate to the end; without ``gather`` they stay split, for their shapes and dtypes.
+    iterate to the end.
     """
-    seen = whole if gather else Tensor.detach
+    for name, value in _base_weights(model, _merged):
+        yield name, whole(value)
+
+
+def merged_shapes(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names of ``merged_weights`` in their order, each with a tensor on the meta device for shape and dtype.
+
+    It merges and gathers nothing, so a process may call it alone.
+    """
+    for name, value in _base_weights(model, _unmerged):
+        yield name, torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def _base_weights(model: PreTrainedModel, layer_of: Callable[[Any], nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base model's weights as they lie; in the place of an adapted layer those of ``layer_of`` it."""
     wrappers = _wrappers(model)
     done: set[str] = set()
     for name, value in model.state_dict().items():
         wrapper = next((prefix for prefix in wrappers if name.startswith(f"{prefix}.")), None)
         if wrapper is None:
-            yield name, seen(value)
+            yield name, value
         elif wrapper not in done:
             done.add(wrapper)
-            layer = _merged(wrappers[wrapper])
-            yield from ((f"{wrapper}.{part}", seen(tensor)) for part, tensor in layer.state_dict().items())
+            layer = layer_of(wrappers[wrapper])
+            yield from ((f"{wrapper}.{part}", tensor) for part, tensor in layer.state_dict().items())
 
 
 def _is_trained(name: str) -> bool:
@@ -174,12 +188,15 @@ def _has_copies(module: nn.Module) -> bool:
 
 def _merged(wrapper: Any) -> nn.Module:
     """Return the layer that computes what an adapted one does."""
-    if _has_copies(wrapper):
-        trained: nn.Module = wrapper.modules_to_save[_NAME]
-        return trained
-    merged = copy.deepcopy(wrapper)
-    merged.merge()
-    layer: nn.Module = merged.get_base_layer()
+    if not _has_copies(wrapper):
+        wrapper = copy.deepcopy(wrapper)
+        wrapper.merge()
+    return _unmerged(wrapper)
+
+
+def _unmerged(wrapper: Any) -> nn.Module:
+    """Return a layer with the shapes and dtypes of ``_merged``."""
+    layer: nn.Module = wrapper.modules_to_save[_NAME] if _has_copies(wrapper) else wrapper.get_base_layer()
     return layer
 
 

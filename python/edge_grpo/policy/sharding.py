@@ -6,8 +6,10 @@ whose forward is ``PolicyModel``'s: there the head's weight is whole and takes t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from edge_grpo.policy.model import PolicyModel
+
+Item = TypeVar("Item")
 
 
 def shard(policy: PolicyModel, *, processes: int, device: torch.device) -> None:
@@ -110,6 +114,18 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if id(value) not in seen:
             seen.add(id(value))
             yield name, whole(value)
+
+
+@contextmanager
+def read_to_the_end(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
+    """Yield ``items``; what the block leaves of them, as it does where it fails, is read after it.
+
+    For tensors that are gathered as they are read: the other processes gather all of them.
+    """
+    try:
+        yield items
+    finally:
+        deque(items, maxlen=0)
 
 
 def own_part(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edge_grpo.rollout.collected import Collected
-from edge_grpo.rollout.together import together
+from edge_grpo.together import together
 
 
 class Rollouts:

@@ -30,7 +30,6 @@ from edge_grpo.policy.sharding import is_sharded
 from edge_grpo.rollout.connection import Connection, reason_of
 from edge_grpo.rollout.serve import log_path
 from edge_grpo.rollout.spread import Spread, each
-from edge_grpo.rollout.together import together
 from edge_grpo.rollout.wire import (
     Request,
     compare,
@@ -41,6 +40,7 @@ from edge_grpo.rollout.wire import (
     response_of,
     save_weights,
 )
+from edge_grpo.together import together
 from edge_grpo.types import Response, RolloutError, Sampling
 
 
@@ -104,9 +104,7 @@ class ServerEngine:
         """Make the servers sample with ``model``'s parameters. All processes call it, and none may be generating."""
         [version] = broadcast_object_list([f"edge-grpo-{uuid.uuid4().hex}"])
         policy = unwrap(model)
-        is_kept = self._process.is_main_process and self._rollout.server_folder is not None
-        weights = host_weights(policy, keep=is_kept) if self._rollout.server_folder is not None else {}
-        together(lambda: self._send(policy, weights, version))
+        together(lambda: self._send(policy, version))
         self._version = version
 
     def sleep(self) -> None:
@@ -179,38 +177,47 @@ class ServerEngine:
 
     # ------------------------------------------------------------------ weights
 
-    def _send(self, policy: PreTrainedModel, weights: Mapping[str, Tensor], version: str) -> None:
+    def _send(self, policy: PreTrainedModel, version: str) -> None:
         """Send the weights to all servers and name them ``version`` there, on process 0.
 
-        ``weights`` are those that go by a folder. By NCCL process 0 reads ``policy``'s as it sends them; if they are
-        split, the other processes read along, one tensor after the other.
+        It reads them once for a folder, and by NCCL once for each server. If they are split, the other processes read
+        along, one tensor after the other, also where it fails.
         """
-        if not self._process.is_main_process:
-            for _ in self.servers if self._rollout.server_folder is None and is_sharded(policy) else ():
-                deque(merged_weights(policy), maxlen=0)
-            return
+        is_main = self._process.is_main_process
         if self._rollout.server_folder is None:
-            # One after the other: it is this process's GPU that sends.
-            for server, channel in zip(self.servers, self._channels, strict=True):
-                try:
-                    channel.send()
-                except Exception as error:
-                    raise server.failure(f"did not take the new weights by NCCL ({reason_of(error)})") from error
+            self._send_by_nccl(policy)
         else:
-            # A new name each time, which no cache of a network file system holds.
-            folder = Path(self._rollout.server_folder).resolve() / f"weights-{version}"
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            try:
-                save_weights(weights, folder)
-                each(lambda server: server.ask("/collective_rpc", reload), self.servers)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            tensors = host_weights(policy, keep=is_main)
+            if is_main:
+                self._send_by_folder(tensors, Path(self._rollout.server_folder).resolve() / f"weights-{version}")
 
         def use(server: Connection) -> None:
             server.ask("/reset_prefix_cache", {})
             server.ask("/update_weight_version", {"new_version": version})
 
-        each(use, self.servers)
+        each(use, self.servers if is_main else ())
+
+    def _send_by_nccl(self, policy: PreTrainedModel) -> None:
+        readings = [merged_weights(policy) for _ in self.servers]
+        try:
+            # One after the other: it is this process's GPU that sends. Only process 0 has channels.
+            for server, channel, weights in zip(self.servers, self._channels, readings, strict=False):
+                try:
+                    channel.send(weights)
+                except Exception as error:
+                    raise server.failure(f"did not take the new weights by NCCL ({reason_of(error)})") from error
+        finally:
+            for weights in readings if is_sharded(policy) else ():
+                deque(weights, maxlen=0)
+
+    def _send_by_folder(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """``folder`` has a new name each time, which no cache of a network file system holds."""
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            save_weights(tensors, folder)
+            each(lambda server: server.ask("/collective_rpc", reload), self.servers)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # ------------------------------------------------------------------ responses
 

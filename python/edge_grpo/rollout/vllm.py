@@ -10,7 +10,6 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
-from edge_grpo.policy.adapters import merged_weights
+from edge_grpo.policy.adapters import merged_shapes, merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
-from edge_grpo.rollout.together import together
+from edge_grpo.policy.sharding import read_to_the_end
 from edge_grpo.rollout.wire import (
     INSTALL,
     engine_arguments,
@@ -35,6 +34,7 @@ from edge_grpo.rollout.wire import (
     response_of,
     verify,
 )
+from edge_grpo.together import together
 from edge_grpo.types import Response, RolloutError, Sampling
 
 _GPU_SHARE = 0.4  # of the device's memory, vLLM's weights and cache; the trainer needs the rest
@@ -125,13 +125,10 @@ class VLLMEngine:
         together(lambda: self._load(unwrap(model)))
 
     def _load(self, policy: PreTrainedModel) -> None:
-        weights = merged_weights(policy)
-        try:
+        with read_to_the_end(merged_weights(policy)) as weights:
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        finally:
-            deque(weights, maxlen=0)  # what it left: if they are split, the other processes gather them
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -192,7 +189,7 @@ class NCCLChannel:
     """Sends weights from this process's GPU to a server's through vLLM's NCCL weight-transfer engine.
 
     The server must have been started with ``--weight-transfer-config '{"backend": "nccl"}'`` and in development mode.
-    Written against vLLM 0.32 and never run: it needs two GPUs.
+    Written against vLLM 0.32. Tests run it with a stand-in of vLLM's part; NCCL itself needs two GPUs.
     """
 
     def __init__(self, url: str, model: PreTrainedModel, *, world_size: int, timeout: float) -> None:
@@ -209,26 +206,30 @@ class NCCLChannel:
             raise ValueError(f"sending weights by NCCL could not import vLLM: {error}; {INSTALL}") from error
 
         class Source(ModuleSource):
-            """The parameters under their checkpoint names, read again for each transfer."""
+            """The weights of one transfer, under their checkpoint names."""
 
-            def metadata(self) -> list[Any]:
-                return [
-                    ParamMeta(name, value.dtype, tuple(value.shape))
-                    for name, value in merged_weights(model, gather=False)
-                ]
+            weights: Iterator[tuple[str, torch.Tensor]]
+
+            def metadata(self) -> list[Any]:  # asked of this process alone
+                return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in merged_shapes(model)]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                return merged_weights(model)
+                return self.weights
 
+        self._source = Source(model)
         address, port = _own_address(url)
         self._transfer = WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size + 1, rank=0),
             client=HTTPVLLMWeightSyncClient(url, timeout=timeout),
-            source=Source(model),
+            source=self._source,
         )
 
-    def send(self) -> None:
-        """Replace the server's weights; returns when they are all in use."""
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replace the server's weights by the model's ``merged_weights``; returns when they are all in use.
+
+        Where it fails it may leave some of them unread.
+        """
+        self._source.weights = weights
         self._transfer.send_weights()
 
     def close(self) -> None:

@@ -23,9 +23,9 @@ from edge_grpo.config.seeds import derive_seed
 from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, unwrap
-from edge_grpo.policy.sharding import is_sharded, release
-from edge_grpo.rollout.together import together
+from edge_grpo.policy.sharding import is_sharded, read_to_the_end, release
 from edge_grpo.rollout.transformers import check_request
+from edge_grpo.together import together
 from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
 
@@ -203,8 +203,8 @@ def host_weights(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
         return {}
     seen: set[int] = set()
     tensors = {}
-    for name, value in merged_weights(model):
-        if keep:
+    with read_to_the_end(merged_weights(model)) as weights:
+        for name, value in weights if keep else ():
             is_shared = value.data_ptr() in seen  # a file cannot hold one twice
             seen.add(value.data_ptr())
             tensors[name] = value.cpu().clone() if is_shared else value.cpu().contiguous()

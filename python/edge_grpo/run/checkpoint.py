@@ -12,22 +12,25 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.policy.adapters import is_adapted, lora_weights, save_lora
-from edge_grpo.policy.sharding import is_sharded, whole_weights
+from edge_grpo.policy.sharding import is_sharded, read_to_the_end, whole_weights
 from edge_grpo.run import shards, state
 from edge_grpo.run.files import partial_of, write_json
+from edge_grpo.together import together
+
+Result = TypeVar("Result")
 
 _NAME = re.compile(r"step-(\d{6,})")
 _RECORD = "trainer_state.json"
@@ -92,44 +95,55 @@ def save(
 ) -> Path:
     """Write the state after ``step`` steps and delete all but the newest ``keep``. All processes call it.
 
+    Where one of them cannot write, all raise, and nothing is left of what was written.
+
     ``rollout`` is what this process has collected for the next step; all processes have one, or none has.
     With ``split`` each process writes what it holds of the parameters, for any number of processes to read.
     """
     target = path_of(folder, step)
     partial = partial_of(target)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    with state.writing(partial):
+    is_main = accelerator.is_main_process
+
+    def write_own() -> None:
         state.write_random_state(partial / _random_state(accelerator.process_index), accelerator.device)
         if rollout is not None:
             (partial / _rollout(accelerator.process_index)).write_text(json.dumps(rollout), encoding="utf-8")
-        if split:
-            shards.write(model, optimizer, partial)
-        elif accelerator.is_main_process:
+        if is_main and not split:
             state.write_weights(model, partial / _WEIGHTS)
             state.write_optimizer(optimizer, partial / _OPTIMIZER)
-        accelerator.wait_for_everyone()
-        hashes = _hashes(accelerator, partial, sorted(path.name for path in partial.iterdir()))
-        if accelerator.is_main_process:
-            write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
-            _replace(partial, target)
-    if accelerator.is_main_process:
+
+    def finish(hashes: dict[str, str]) -> None:
+        write_json(partial / _RECORD, asdict(Record(step, evaluated, accelerator.num_processes, hashes)))
+        _replace(partial, target)
+
+    def delete_older() -> None:
         for old in steps(folder)[:-keep] if keep else []:
             shutil.rmtree(path_of(folder, old))
-    accelerator.wait_for_everyone()
+
+    _on_main(accelerator, lambda: _make_empty(partial))
+    with state.writing(partial):
+        together(write_own)
+        if split:
+            together(lambda: shards.write(model, optimizer, partial))
+        hashes = _hashes(accelerator, partial)
+        _on_main(accelerator, lambda: finish(hashes))
+    _on_main(accelerator, delete_older)
     return target
 
 
 def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: Any) -> None:
     """Write model, or its adapter as peft does, and tokenizer as a folder to load, in place of an older one.
 
-    All processes call it. Of parameters that are split over them the main process collects all in host memory.
+    All processes call it, and all raise where the main process cannot write. Of parameters that are split over them it
+    collects all in host memory.
     """
-    weights = lora_weights(model) if is_adapted(model) else whole_weights(model) if is_sharded(model) else ()
-    kept = {name: value.cpu() for name, value in weights if accelerator.is_main_process}
-    if accelerator.is_main_process:
+    weights = lora_weights(model) if is_adapted(model) else whole_weights(model) if is_sharded(model) else iter(())
+
+    def write() -> None:
+        with read_to_the_end(weights) as read:
+            kept = {name: value.cpu() for name, value in read} if accelerator.is_main_process else {}
+        if not accelerator.is_main_process:
+            return
         partial = partial_of(target)
         shutil.rmtree(partial, ignore_errors=True)
         with state.writing(partial):
@@ -141,7 +155,8 @@ def save_model(accelerator: Accelerator, target: Path, model: Any, tokenizer: An
                 model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             _replace(partial, target)
-    accelerator.wait_for_everyone()
+
+    together(write)
 
 
 def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Record:
@@ -150,7 +165,7 @@ def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimi
     Raises FileNotFoundError when there is none, and ``UnreadableError``, naming the file and the checkpoint before it,
     for one that does not hold what was written. Nothing that it reads can run code.
     """
-    found = steps(folder)
+    found = _on_main(accelerator, lambda: steps(folder))  # a network file system may show others an older state
     if not found:
         raise FileNotFoundError(
             f"nothing to resume: {folder} holds no whole checkpoint; start the run without --resume, "
@@ -161,12 +176,8 @@ def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimi
         record = _verified(accelerator, newest)
         if record.is_sharded:
             shards.read(model, optimizer, newest)
-        else:
-            state.read_weights(model, newest / _WEIGHTS)
-            state.read_optimizer(optimizer, newest / _OPTIMIZER)
-        if record.processes == accelerator.num_processes:
-            state.read_random_state(newest / _random_state(accelerator.process_index), accelerator.device)
-        elif accelerator.is_main_process:
+        together(lambda: _read_own(accelerator, newest, record, model, optimizer))
+        if record.processes != accelerator.num_processes and accelerator.is_main_process:
             print(
                 f"{newest} was saved by {record.processes} processes and is resumed by {accelerator.num_processes}: "
                 "the next steps have the same batches, and the same losses to rounding, unless the model has dropout "
@@ -177,6 +188,17 @@ def load_latest(accelerator: Accelerator, folder: Path, model: nn.Module, optimi
         older = f"to resume from step {found[-2]}" if found[1:] else "and start again: there is no older checkpoint"
         raise state.UnreadableError(f"{error}; delete {newest} {older}") from error
     return record
+
+
+def _read_own(
+    accelerator: Accelerator, path: Path, record: Record, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Restore what this process reads without the others."""
+    if not record.is_sharded:
+        state.read_weights(model, path / _WEIGHTS)
+        state.read_optimizer(optimizer, path / _OPTIMIZER)
+    if record.processes == accelerator.num_processes:
+        state.read_random_state(path / _random_state(accelerator.process_index), accelerator.device)
 
 
 def load_rollouts(folder: Path, record: Record) -> list[dict[str, Any]]:
@@ -228,10 +250,21 @@ def _read_record(path: Path) -> Record:
     return record
 
 
-def _hashes(accelerator: Accelerator, folder: Path, names: list[str]) -> dict[str, str]:
-    """The hash of each file; every process computes some of them."""
-    own = {name: _sha256(folder / name) for name in _share(accelerator, names)}
+def _hashes(accelerator: Accelerator, folder: Path) -> dict[str, str]:
+    """The hash of each file in a folder; every process computes some of them.
+
+    The main process says which there are: on a network file system the others may see only their own for a while.
+    """
+    names = _on_main(accelerator, lambda: sorted(path.name for path in folder.iterdir()))
+    own = together(lambda: {name: _sha256(folder / name) for name in _share(accelerator, names)})
     return {name: value for share in gather_object([own]) for name, value in share.items()}
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Return, on all processes, what ``work`` returns on the main one; where it fails, all raise."""
+    own = together(lambda: work() if accelerator.is_main_process else None)
+    (result,) = broadcast_object_list([own])
+    return cast("Result", result)
 
 
 def _share(accelerator: Accelerator, names: list[str]) -> list[str]:
@@ -285,6 +318,11 @@ def check_same_run(output: Path, config: TrainConfig) -> None:
                 f"cannot resume {output}: {changes}; "
                 "resume with the run's own config.yaml, or start a new run with another output"
             )
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from edge_grpo.run.state import OF_ADAMW, reading
+from edge_grpo.together import together
 
 _FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -29,13 +30,16 @@ def is_shard(name: str) -> bool:
 
 
 def write(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write the trained parameters, the buffers and AdamW's state into ``folder``. All processes call it."""
+    """Write the trained parameters, the buffers and AdamW's state into ``folder``. All processes call it.
+
+    Where one of them fails, all raise what it did.
+    """
     tensors = _of_model(model)
     for name, parameter in _trained(model).items():
         for part, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{part}:{name}"] = value
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone_or_together() as no_dist:
+    with _on_all() as no_dist:
         dcp.save(tensors, storage_writer=writer, no_dist=no_dist)
 
 
@@ -43,33 +47,47 @@ def read(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> No
     """Restore what ``write`` has written into ``folder``, whole or for any number of processes. All call it."""
     with reading(folder):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved = reader.read_metadata().state_dict_metadata
-        tensors = _of_model(model)
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(_trained(model).items()):
-            found = [part for part in OF_ADAMW if f"{part}:{name}" in saved]
-            if found:
-                state[index] = {
-                    part: torch.zeros(()) if part == "step" else torch.zeros_like(parameter) for part in found
-                }
-                tensors |= {f"{part}:{name}": value for part, value in state[index].items()}
-        if saved.keys() != tensors.keys():
-            raise ValueError(f"{min(saved.keys() ^ tensors.keys())} is not in both files and model: another model")
-        for name, value in tensors.items():
-            if (size := tuple(saved[name].size)) != tuple(value.shape):  # type: ignore[union-attr]
-                raise ValueError(f"{name} has shape {size}, not {tuple(value.shape)}: another model")
-        with _alone_or_together() as no_dist:
+        # Each process lists the folder, and may fail alone.
+        tensors, state = together(lambda: _to_be_read(model, reader.read_metadata().state_dict_metadata))
+        with _on_all() as no_dist:
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def _to_be_read(model: nn.Module, saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """What files with the tensors ``saved`` are read into, by their names, and the optimizer's state among it.
+
+    Raises ValueError where the files are another model's.
+    """
+    tensors = _of_model(model)
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (name, parameter) in enumerate(_trained(model).items()):
+        found = [part for part in OF_ADAMW if f"{part}:{name}" in saved]
+        if found:
+            state[index] = {part: torch.zeros(()) if part == "step" else torch.zeros_like(parameter) for part in found}
+            tensors |= {f"{part}:{name}": value for part, value in state[index].items()}
+    if saved.keys() != tensors.keys():
+        raise ValueError(f"{min(saved.keys() ^ tensors.keys())} is not in both files and model: another model")
+    for name, value in tensors.items():
+        if (size := tuple(saved[name].size)) != tuple(value.shape):
+            raise ValueError(f"{name} has shape {size}, not {tuple(value.shape)}: another model")
+    return tensors, state
+
+
 @contextmanager
-def _alone_or_together() -> Iterator[bool]:
-    """Yield whether this process is alone, which torch warns of."""
+def _on_all() -> Iterator[bool]:
+    """Yield whether this process is alone, which torch warns of.
+
+    Where a process fails, torch raises on all of them what is no Exception; here it is what the first of them raised.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield not dist.is_initialized()
+        try:
+            yield not dist.is_initialized()
+        except dcp.api.CheckpointException as error:
+            _, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+            raise cause from None
 
 
 def _of_model(model: nn.Module) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def test_merged_weights_make_the_same_model_under_its_own_names(saved, tmp_path,
     plain = load(saved)
     weights = dict(adapters.merged_weights(model))
     assert weights.keys() == plain.state_dict().keys()
+    shapes = [(name, value.dtype, value.shape) for name, value in adapters.merged_shapes(model)]
+    assert shapes == [(name, value.dtype, value.shape) for name, value in weights.items()]
     plain.load_state_dict(weights)
     mask = torch.ones_like(IDS)
     expected = hidden_states(model, IDS, mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edge_grpo.config import ModelConfig
 from edge_grpo.policy.loading import load_model
@@ -65,6 +68,43 @@ def test_packed_sequences_do_not_see_each_other(model):
         changed = policy(others, None, None, positions)[0]
     assert torch.equal(changed[9:], hidden[9:])  # to the bit: nothing of the first sequence is in the others
     assert not torch.equal(changed[:9], hidden[:9])
+
+
+def test_flash_attention_is_told_where_packed_sequences_end(make_model, monkeypatch):
+    """It sees lengths only, no mask: of these a stand-in of its name makes what the padded rows give."""
+    model, rows, calls = make_model("Qwen2"), sequences(9, 4, 1, 6), []
+
+    def attend(module, query, key, value, attention_mask, *, scaling, is_causal=None, **told):
+        calls.append((attention_mask, is_causal, told))
+        parts = []
+        for start, end in itertools.pairwise(told["cu_seq_lens_q"].tolist()):
+            own = (states[:, :, start:end] for states in (query, key, value))
+            parts.append(
+                nn.functional.scaled_dot_product_attention(*own, is_causal=True, scale=scaling, enable_gqa=True)
+            )
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_stand_in", attend)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_stand_in", flash_attention_mask)
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.stack([torch.arange(9) < len(row) for row in rows])
+    expected = hidden_states(model, padded, mask)[mask]
+    assert not calls
+    model.config._attn_implementation = "flash_stand_in"
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    hidden = PolicyModel(model)(torch.cat(rows)[None], None, None, positions)[0]
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
+    assert len(calls) == 2  # one for each layer
+    for attention_mask, is_causal, told in calls:
+        assert attention_mask is None
+        assert is_causal in (None, True)
+        for side in "qk":
+            ends = told[f"cu_seq_lens_{side}"]
+            assert ends.dtype == torch.int32  # its kernels take no other
+            assert ends.tolist() == [0, 9, 13, 14, 20]
+            assert told[f"max_length_{side}"] == 9
+            assert isinstance(told[f"max_length_{side}"], int)
+        assert torch.equal(told["position_ids"], positions)
 
 
 @pytest.mark.parametrize(
