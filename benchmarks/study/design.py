@@ -148,6 +148,8 @@ def _controls() -> list[Cell]:
         Cell("EDA, preserve_scale", "controls", HARD, (*_method("eda"), "eda.preserve_scale=true")),
         Cell("GRPO, rate x mean weight", "controls", HARD, _method("grpo"), rate_of="GRPO", factor_of="EDA"),
         Cell("GRPO, resample", "controls", HARD, (*_method("grpo"), _RESAMPLE)),
+        Cell("GRPO, resample, at GRPO's rate", "controls", HARD, (*_method("grpo"), _RESAMPLE), rate_of="GRPO"),
+        Cell("EDGE, collapsed, at GRPO's rate", "controls", HARD, _method("edge", "collapsed"), rate_of="GRPO"),
         Cell("EDA, resample", "controls", HARD, (*_method("eda"), _RESAMPLE)),
         Cell("EDGE, one, resample", "controls", HARD, (*_method("edge", "one"), _RESAMPLE)),
         Cell("GEC, solution alone, collapsed", "controls", HARD, (*_method("gec", "collapsed"), _SOLUTION)),
@@ -187,7 +189,9 @@ def _elsewhere(setting: Setting) -> list[Cell]:
         "EDA": _method("eda"),
         "EDGE, one": _method("edge", "one"),
     }
-    return [Cell(name, "settings", setting, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
+    tuned = [Cell(name, "settings", setting, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
+    recommended = (*_method("eda"), _RESAMPLE)
+    return [*tuned, Cell("EDA, resample, at EDA's rate", "settings", setting, recommended, rate_of="EDA")]
 
 
 def _pre_trained() -> list[Cell]:

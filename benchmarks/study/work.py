@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import nn
 
+from benchmarks.harness import machine
 from benchmarks.study.design import Cell
 from benchmarks.study.sampler import SmallLlamaEngine
 from edge_grpo.config import TrainConfig, load_config, recipe_path
@@ -58,6 +61,7 @@ def make_run(cell: Cell, rate: float, seed: int, folder: Path, extra: tuple[str,
         diverged = str(error).partition(";")[0]
     run = read_run(output)
     record: Record = {"cell": cell.key, "rate": rate, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+    record |= made_by()
     if diverged:
         record |= {"diverged": diverged, "of_steps": config.steps}
     record["steps"] = [point.step for point in run.evals]
@@ -70,6 +74,19 @@ def make_run(cell: Cell, rate: float, seed: int, folder: Path, extra: tuple[str,
             record[name] = [_mean(values, start, end) for start, end in zip(record["steps"], ends, strict=False)]
     shutil.rmtree(output)
     return record
+
+
+@cache
+def made_by() -> Record:
+    """The revision of the code, with a "+" where sources differ from it, and the instructions that it computes with."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+    revision = git("rev-parse", "--short=10", "HEAD").stdout.strip() or "unknown"
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py", "*.yaml", "*.cpp", "*.h").returncode == 1
+    return {"revision": revision + "+" * changed, "instructions": machine()["instruction_set"]}
 
 
 def _mean(values: dict[int, float | None], after: int, last: int) -> float | None:
