@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95  # of every interval
 RESAMPLES = 10_000
+_FEW = (12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)  # Student's t at 97.5 %, for 1 to 6 degrees of freedom
 _ROWS_AT_ONCE = 500  # resamples whose counts are in memory together
 
 Array = NDArray[np.float64]
@@ -94,10 +96,37 @@ def bootstrap_means(values: Array, seed: int) -> Array:
     return np.concatenate(means)
 
 
-def interval(resampled: Array) -> tuple[float, float]:
-    """The percentile interval at ``LEVEL`` of resampled means (R,)."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def interval(resampled: Array, count: int) -> tuple[float, float]:
+    """The expanded percentile interval at ``LEVEL`` of resampled means (R,) of ``count`` values.
+
+    Resampling sees a spread that is too small by sqrt((count - 1) / count), and percentiles are those of a normal
+    distribution where Student's t is due: of eight normal values the plain percentiles hold the mean in 89 % of cases.
+    Taking percentiles further out by both factors holds it in 95 % (Hesterberg, The American Statistician 69, 2015).
+    """
+    outside = expanded(count)
+    low, high = np.quantile(resampled, [outside, 1 - outside])
     return float(low), float(high)
+
+
+@lru_cache
+def expanded(count: int) -> float:
+    """The share below and above an expanded percentile interval: Phi(-sqrt(n / (n - 1)) t), with n - 1 of freedom."""
+    if count < 2:
+        return 0.0
+    return NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_t(count - 1))
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: exact to four digits."""
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)  # from here on Cornish and Fisher's expansion is exact enough
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
 
 
 def mean_interval(values: Array, resampled: Array, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -109,7 +138,7 @@ def mean_interval(values: Array, resampled: Array, bounds: tuple[float, float]) 
     """
     first = float(values[0])
     if not np.all(values == first):
-        return interval(resampled)
+        return interval(resampled, len(values))
     unseen = 1 - ((1 - LEVEL) / 2) ** (1 / len(values))
     return first + unseen * (bounds[0] - first), first + unseen * (bounds[1] - first)
 
@@ -157,9 +186,10 @@ def averages(
         mean = np.tensordot(weights, np.stack(means), 1)
         draws = np.tensordot(weights, np.stack(resampled), 1)
         extra = np.tensordot(weights**2, np.stack(unseen) ** 2, 1)  # (quantities, 2)
+        spread = weights[:, None] ** 2 * np.stack([one.var(axis=0) for one in resampled])  # (sets, quantities)
         estimates = {}
         for i, quantity in enumerate(names):
-            low, high = interval(draws[:, i])
+            low, high = interval(draws[:, i], _effective_count(spread[:, i], sizes))
             if extra[i].any():
                 low = max(bounds[0], mean[i] - math.hypot(mean[i] - low, math.sqrt(extra[i, 0])))
                 high = min(bounds[1], mean[i] + math.hypot(high - mean[i], math.sqrt(extra[i, 1])))
@@ -168,6 +198,14 @@ def averages(
 
     share = np.array(sizes, dtype=np.float64)
     return per_set, combined(share / share.sum()), combined(np.full(len(means), 1 / len(means)))
+
+
+def _effective_count(variances: Array, sizes: Sequence[int]) -> int:
+    """How many values a sum of means is worth: Welch and Satterthwaite's degrees of freedom, and one."""
+    parts = [(float(variance), size - 1) for variance, size in zip(variances, sizes, strict=True) if variance > 0]
+    if not parts:
+        return 1
+    return 1 + int(sum(v for v, _ in parts) ** 2 / sum(v * v / freedom for v, freedom in parts))
 
 
 # ---- The paired test -----------------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from edge_grpo.config import TrainConfig, flatten, to_dict
-from edge_grpo.evaluation.estimators import Estimate, bootstrap_means, interval
+from edge_grpo.evaluation.estimators import Estimate, bootstrap_means, interval, student_t
 from edge_grpo.run.history import Run
 
-BOOTSTRAPPED = 8  # runs or pairs; a bootstrap over fewer is too narrow, and Student's t takes its place
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447)  # its 97.5 % quantiles, for 1 to 6 degrees of freedom
+BOOTSTRAPPED = 8  # runs or pairs; a bootstrap over fewer sees too little, and Student's t takes its place
 _NORMAL = 1.96
 _NO_DIFFERENCE = ("seed", "output", "trackers", "save_every")  # keys that do not make runs different experiments
 
@@ -267,23 +266,25 @@ def difference_of(own: Valued, base: Valued) -> Difference:
     count = min(len(a), len(b))
     if count >= BOOTSTRAPPED:
         draws = bootstrap_means(_column(a), 0) - bootstrap_means(_column(b), 1)
-        return Difference(Estimate(gap, *interval(draws)), "runs", count)
+        return Difference(Estimate(gap, *interval(draws, count)), "runs", count)
     error = math.hypot(stdev(a) / math.sqrt(len(a)), stdev(b) / math.sqrt(len(b)))
-    return Difference(_around(gap, _T[count - 2] * error), "runs", count)  # the fewer degrees of freedom: conservative
+    return Difference(
+        _around(gap, student_t(count - 1) * error), "runs", count
+    )  # the fewer degrees of freedom: conservative
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
     """Return the mean of one value a seed with its 95 % interval, NaN for one value or values that are all the same.
 
-    The percentile bootstrap over ``BOOTSTRAPPED`` or more values; over fewer it is too narrow (of two it would leave 0
-    out whenever they share a sign), and the interval is Student's t.
+    The expanded percentile bootstrap over ``BOOTSTRAPPED`` or more values; of fewer resampling sees too little (of two
+    it would leave 0 out whenever they share a sign), and the interval is Student's t.
     """
     mean = fmean(values)
     if min(values) == max(values):
         return _around(mean, math.nan)
     if len(values) >= BOOTSTRAPPED:
-        return Estimate(mean, *interval(bootstrap_means(_column(values), 0)))
-    return _around(mean, _T[len(values) - 2] * stdev(values) / math.sqrt(len(values)))
+        return Estimate(mean, *interval(bootstrap_means(_column(values), 0), len(values)))
+    return _around(mean, student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
 
 
 def _column(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:

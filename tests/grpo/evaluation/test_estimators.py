@@ -15,12 +15,14 @@ from edge_grpo.evaluation.estimators import (
     RESAMPLES,
     averages,
     bootstrap_means,
+    expanded,
     interval,
     majority_at_k,
     mean_interval,
     pass_at_k,
     powers_of_two,
     sign_flip_p_value,
+    student_t,
 )
 
 
@@ -129,7 +131,36 @@ def test_the_bootstrap_has_the_spread_of_a_binomial():
     assert means.mean() == pytest.approx(0.3, abs=0.002)
     assert means.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 100), rel=0.03)
     # The 2.5 % and 97.5 % points of Binomial(100, 0.3) are 21 and 39.
-    assert interval(means[:, 0]) == pytest.approx((0.21, 0.39), abs=0.011)
+    assert interval(means[:, 0], 100) == pytest.approx((0.21, 0.39), abs=0.011)
+
+
+def test_students_t_and_the_expanded_percentiles_by_a_table():
+    for freedom, expected in ((1, 12.706), (6, 2.4469), (7, 2.3646), (10, 2.2281), (29, 2.0452), (1000, 1.9623)):
+        assert student_t(freedom) == pytest.approx(expected, abs=1e-3)
+    # For 8 values: sqrt(8 / 7) x 2.3646 = 2.5279, which is the 0.57 % point of a normal distribution.
+    assert expanded(8) == pytest.approx(0.00574, abs=3e-5)
+    assert expanded(10**6) == pytest.approx(0.025, abs=1e-5)
+    assert expanded(1) == 0.0
+
+
+@pytest.mark.parametrize("count", [8, 12, 30])
+def test_an_interval_holds_the_truth_as_often_as_it_says(count):
+    """Of 1,500 samples of normal values: three standard errors around 95 % are 1.7 points."""
+    rng = np.random.default_rng(count)
+    samples = rng.normal(size=(count, 1500))
+    draws = bootstrap_means(samples, 0)  # one resampling serves all columns
+    held = [low <= 0 <= high for low, high in (interval(draws[:, i], count) for i in range(samples.shape[1]))]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.017)
+
+
+def test_an_average_over_sets_is_as_wide_as_its_smallest_set_requires():
+    """Two sets of which one decides: its 8 problems' degrees of freedom, not the other's 400, widen the interval."""
+    rng = np.random.default_rng(0)
+    sets = {"few": {"accuracy": rng.random(8)}, "many": {"accuracy": 0.5 + 1e-3 * rng.random(400)}}
+    _, _, macro = averages(sets, len, (0, 1))
+    few = bootstrap_means(sets["few"]["accuracy"][:, None], 3)[:, 0]
+    low, high = interval(few, 8)
+    assert macro["accuracy"].high - macro["accuracy"].low == pytest.approx((high - low) / 2, rel=0.05)
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_one_another():
