@@ -158,7 +158,7 @@ demo: build  ## GRPO and EDGE-GRPO, three seeds each, side by side in one report
 	done; done
 	$(BIN)/edge-grpo report $(DEMO_RUN)/grpo-? $(DEMO_RUN)/edge-? --group method --output $(DEMO_RUN)/report.html
 
-study: build $(VENV)/.bench  ## every run of docs/study.md that is missing, one process a core; hours, continues at will
+study: build $(VENV)/.bench smollm2  ## every run of docs/study.md that is missing, one process a core; hours, continues at will
 	$(BIN)/python -m benchmarks.study
 
 study-quick: build  ## five methods of it at their tuned learning rates, six seeds; under 15 minutes

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.harness import machine
 from benchmarks.study.results import FILE, Results
 from benchmarks.study.schedule import WORK, full_runs, make_all, quick_runs
+from edge_grpo.run.folder import claim
 
 
 def main() -> int:
@@ -26,15 +27,18 @@ def main() -> int:
     options = parser.parse_args()
     from benchmarks.study import draw
 
+    if options.draw:
+        results = Results(options.results or FILE)
+    else:
+        with claim(WORK, overwrite=True):  # two at once would lose each other's records
+            results = Results(options.results or (WORK / "quick.json" if options.quick else FILE))
+            results.machine = machine()
+            make_all(
+                quick_runs(results, Results()) if options.quick else full_runs(results), results, options.processes
+            )
     if options.quick:
-        results = Results(options.results or WORK / "quick.json")
-        make_all(quick_runs(results, Results()), results, options.processes)
         print("\n".join(draw.quick_table(results, Results())))
         return 0
-    results = Results(options.results or FILE)
-    if not options.draw:
-        results.machine = machine()
-        make_all(full_runs(results), results, options.processes)
     for path in draw.draw(results):
         print(path)
     return 0

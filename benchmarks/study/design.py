@@ -212,4 +212,4 @@ def cells() -> list[Cell]:
     return found
 
 
-QUICK = ("GRPO", "EDA", "GEC, collapsed", "EDGE, all", "EDGE, collapsed")  # in the setting HARD, at the tuned rates
+QUICK = ("GRPO", "EDA", "EDA, resample", "EDGE, all", "EDGE, one")  # in the setting HARD, at the tuned rates

@@ -71,6 +71,7 @@ _HEADER = (
     "rate",
     *(f"avg@4 at step {step}" for step in STEPS),
     "at {tokens:g} k tokens",
+    "difference there",
     "mean of the run",
     "difference of the mean",
     "difference at the end",
@@ -97,16 +98,16 @@ def _outcomes(made: Made, chosen: Sequence[Cell], baseline: str) -> Iterator[str
 
 def _outcome_row(made: Made, cell: Cell, base: Sequence[Record], tokens: float) -> str:
     runs = made.runs[cell.key]
-    last = runs[0]["steps"][-1]
     return _row(
         cell.name if len(runs) == len(cell.setting.seeds) else f"{cell.name} ({len(runs)} seeds)",
         (
             _rate(made.rates[cell.key]),
             *(_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS),
             "-" if cell.supervised else _share(mean_of(runs, partial(at_tokens, tokens=tokens)).value),
+            "-" if cell.supervised else _gap(paired(runs, base, partial(at_tokens, tokens=tokens))),
             _share(mean_of(runs, area).value),
             _gap(paired(runs, base, area)),
-            _gap(paired(runs, base, partial(at_step, step=last))),
+            _gap(paired(runs, base, partial(at_step, step=cell.setting.steps))),
             _number(median_reach(runs, "steps")),
             "-" if cell.supervised else _number(median_reach(runs, "tokens")),
             f"{sum(reaches(run, 'steps') is None for run in runs)} of {len(runs)}",
@@ -184,7 +185,7 @@ def _smollm2(made: Made) -> Iterator[str]:
     if not chosen:
         yield "(no results yet)"
         return
-    steps = made.runs[chosen[0].key][0]["steps"]
+    steps = max((run["steps"] for cell in chosen for run in made.runs[cell.key]), key=len)  # one may have diverged
     yield _row("", ("rate", *(f"at step {step}" for step in steps), "each seed", "difference at the end"))
     yield _row("---", ("---",) * (3 + len(steps)))
     for cell in chosen:

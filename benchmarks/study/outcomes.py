@@ -34,8 +34,13 @@ def at_step(record: Record, step: int) -> float:
 
 
 def at_tokens(record: Record, tokens: float) -> float:
-    """Held-out accuracy at a number of generated tokens (thousands), linear between evaluations; beyond, the last."""
+    """Held-out accuracy at a number of generated tokens (thousands), linear between evaluations.
+
+    Beyond its last evaluation a run keeps the accuracy of that, unless it diverged, which counts 0.
+    """
     points = list(zip(record["tokens"], record["accuracy"], strict=True))
+    if "diverged" in record and tokens > points[-1][0]:
+        return 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= tokens < x1:
             return float(y0 + (y1 - y0) * (tokens - x0) / (x1 - x0))
@@ -45,6 +50,8 @@ def at_tokens(record: Record, tokens: float) -> float:
 def reaches(record: Record, axis: str, threshold: float = THRESHOLD) -> float | None:
     """Where a run first reaches the threshold, linear between evaluations, in ``axis`` (steps or tokens); or None."""
     points = list(zip(record[axis], record["accuracy"], strict=True))
+    if points[0][1] >= threshold:
+        return float(points[0][0])
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 < threshold <= y1:
             return float(x0 + (x1 - x0) * (threshold - y0) / (y1 - y0))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study.design import HARD, cells
-from benchmarks.study.outcomes import area, at_tokens
+from benchmarks.study.outcomes import area, at_step, at_tokens
 from benchmarks.study.results import Made
 from edge_grpo.report.groups import mean_interval
 
@@ -26,7 +26,7 @@ _CURVES = {
 
 def draw(made: Made, folder: Path) -> list[Path]:
     """Write the plots that there are runs for, and return their files."""
-    shown = [name for name in _SHOWN if made.of(name)]
+    shown = [name for name in _SHOWN if not all("diverged" in run for run in made.of(name))]
     if not shown:
         return []
     import matplotlib
@@ -44,12 +44,12 @@ def _accuracy(made: Made, shown: Sequence[str], path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    steps = max((run["steps"] for name in shown for run in made.of(name)), key=len)  # one may have diverged
     for name in shown:
         runs = made.of(name)
         label = f"{name} (rate {1e4 * made.rates[f'{HARD.name}: {name}']:g}e-4)"
-        steps = runs[0]["steps"]
-        _band(axes[0], steps, [run["accuracy"] for run in runs], name, label)
-        grid = np.linspace(0, min(run["tokens"][-1] for run in runs), 40).tolist()
+        _band(axes[0], steps, [[at_step(run, step) for step in steps] for run in runs], name, label)
+        grid = np.linspace(0, min(run["tokens"][-1] for run in runs if "diverged" not in run), 40).tolist()
         _band(axes[1], grid, [[at_tokens(run, tokens) for tokens in grid] for run in runs], name, label)
     axes[0].set(xlabel="steps of 2 prompts x 4 responses", ylabel="held-out avg@4, %")
     axes[1].set(xlabel="generated tokens, thousands")

@@ -64,7 +64,6 @@ def _known_rate(tuned: Results, cell: Cell) -> float:
 def make_all(batches: Iterator[list[Run]], results: Results, processes: int) -> None:
     """Make the runs, each in one of ``processes`` that stay; what is finished is kept at once."""
     os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: a run a core is faster than cores a run
-    WORK.mkdir(parents=True, exist_ok=True)
     started, running = time.monotonic(), dict[Future[Record], tuple[str, float, int]]()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=silence, initargs=(WORK,)) as pool:
         for wanted in batches:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from benchmarks.study import draw, outcomes, schedule
-from benchmarks.study.design import HARD, SEEDS, Cell, cells
+from benchmarks.study import draw, outcomes, plots, schedule
+from benchmarks.study.design import HARD, QUICK, SEEDS, Cell, cells
 from benchmarks.study.results import FILE, Made, Results
 from benchmarks.study.sampler import SmallLlamaEngine
-from benchmarks.study.work import make_run
+from benchmarks.study.work import CURVES, make_run
 from edge_grpo.config import ModelConfig, load_config, recipe_path
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.rollout.transformers import TransformersEngine
@@ -38,10 +38,77 @@ def test_outcomes_by_hand():
     assert outcomes.collapses(FALL)
 
 
+DIVERGED = {"diverged": "the loss was not finite", "of_steps": 80}
+
+
 def test_a_run_that_diverged_counts_nothing_afterwards():
-    run = {"steps": [0, 10], "accuracy": [0.2, 0.2], "diverged": "the loss was not finite", "of_steps": 40}
-    assert outcomes.area(run) == pytest.approx(0.2 * 10 / 40)
+    run = {"steps": [0, 10], "tokens": [0.0, 2.0], "accuracy": [0.2, 0.2]} | DIVERGED
+    assert outcomes.area(run) == pytest.approx(0.2 * 10 / 80)
     assert outcomes.collapses(run)
+    assert outcomes.at_tokens(run, 1.0) == pytest.approx(0.2)
+    assert outcomes.at_tokens(run, 3.0) == 0.0
+
+
+def test_a_run_that_starts_above_the_threshold_has_reached_it_there():
+    assert outcomes.reaches(RISE | {"accuracy": [0.5, 0.2, 0.9]}, "steps", 0.4) == 0.0
+
+
+def full(cell: Cell, seed: int, end: float) -> dict[str, object]:
+    """A record of all of the cell's steps at 2e-4, with every curve."""
+    steps = list(range(0, cell.setting.steps + 1, 10))
+    found = record(cell, 2e-4, seed, 0.0) | {
+        "steps": steps,
+        "tokens": [float(step) for step in steps],
+        "accuracy": [end * step / steps[-1] for step in steps],
+    }
+    return found | {name: [0.5] * (len(steps) - 1) for name in CURVES}
+
+
+def tuned(path, names) -> Results:
+    """Results that choose 2e-4 for the cells of these names, and hold no others."""
+    results = Results(path)
+    for cell in (cell for cell in cells() if cell.setting == HARD and cell.name in names):
+        for rate in cell.setting.rates:
+            for seed in cell.tuning_seeds:
+                results.add(full(cell, seed, 0.9 if rate == 2e-4 else 0.1) | {"rate": rate})
+    return results
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_tables_and_plots_count_a_run_that_diverged(tmp_path, which):
+    """Whichever run of a row it is: at the end it counts 0."""
+    results = tuned(tmp_path / "results.json", ("GRPO", "EDA"))
+    base, own = (next(cell for cell in cells() if cell.key == f"{HARD.name}: {name}") for name in ("GRPO", "EDA"))
+    for seed in (0, 1):
+        results.add(full(base, seed, 0.4))
+        results.add(full(own, seed, 0.5))
+    short = {name: values[:2] for name, values in full(own, which, 0.5).items() if isinstance(values, list)}
+    results.add(full(own, which, 0.5) | short | DIVERGED)
+    made = Made(results)
+    row = next(line for line in draw.tables(made)["methods"] if line.startswith("| EDA"))
+    assert "-15.0 (" in row  # the mean of +10 and of -40 points
+    assert all(path.stat().st_size for path in plots.draw(made, tmp_path))
+
+
+def test_the_quick_study_takes_the_rates_of_the_whole_one(tmp_path):
+    whole, quick = tuned(tmp_path / "whole.json", QUICK), Results(tmp_path / "quick.json")
+    wanted = next(schedule.quick_runs(quick, whole))
+    assert {cell.name for cell, _, _ in wanted} == set(QUICK)
+    assert [(rate, seed) for cell, rate, seed in wanted if cell.name == "EDA"] == [(2e-4, s) for s in SEEDS[:6]]
+    for cell, _, seed in wanted:
+        quick.add(full(cell, seed, 0.6 if cell.name == "EDA" else 0.4 + 0.01 * seed))
+        whole.add(full(cell, seed, 0.2))
+    assert list(schedule.quick_runs(quick, whole)) == []
+    table = draw.quick_table(quick, whole)
+    assert len(table) == 1 + len(QUICK)
+    row = next(line for line in table if line.startswith("| EDA |"))
+    assert row.startswith("| EDA | 6 | 30 | **+8.7 (")  # areas of 30 % here against 10 % in the whole study
+    assert row.endswith("| 10 |")
+
+
+def test_the_quick_study_without_rates_says_what_makes_them(tmp_path):
+    with pytest.raises(SystemExit, match=r"lacks runs that decide the learning rate of .*: make study"):
+        next(schedule.quick_runs(Results(tmp_path / "quick.json"), Results(tmp_path / "none.json")))
 
 
 def test_the_median_counts_runs_that_never_reach_the_threshold():
@@ -118,6 +185,8 @@ def test_a_run_leaves_its_record_and_no_folder(tmp_path):
     cell = next(cell for cell in cells() if cell.name == "EDGE, collapsed")
     made = make_run(cell, 1e-4, 0, tmp_path, SHORT)
     assert made["steps"] == [0, 1, 2]
+    assert made["revision"]
+    assert made["instructions"]
     assert made["tokens"][2] > made["tokens"][1] > 0
     assert all(len(made[name]) == 2 for name in ("entropy", "advantage_var", "collapsed_before", "weight"))
     assert not list(tmp_path.iterdir())
