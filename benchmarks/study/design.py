@@ -128,7 +128,6 @@ def _kinds() -> list[Cell]:
     mixes: dict[str, tuple[str, ...]] = {
         f"{kind} alone": (f"correction.mix={{{kind}: 1}}",) for kind in ("reflect", "answer", "solution", "hint")
     }
-    mixes["solution alone, scope one"] = (_SOLUTION, "correction.scope=one")
     treatments: dict[str, tuple[str, ...]] = {
         f"injected: {treatment}": (f"loss.injected={treatment}",) for treatment in ("mask", "sft", "shaped")
     }
@@ -145,6 +144,8 @@ def _controls() -> list[Cell]:
     """What could explain an effect in place of the method, and what users try first."""
     return [
         Cell("supervised fine-tuning", "controls", HARD, (*_SUPERVISED,), supervised=True),
+        Cell("EDGE, one, solution alone", "controls", HARD, (*_method("edge", "one"), _SOLUTION)),
+        Cell("GEC, one, solution alone", "controls", HARD, (*_method("gec", "one"), _SOLUTION)),
         Cell("EDA, preserve_scale", "controls", HARD, (*_method("eda"), "eda.preserve_scale=true")),
         Cell("GRPO, rate x mean weight", "controls", HARD, _method("grpo"), rate_of="GRPO", factor_of="EDA"),
         Cell("GRPO, resample", "controls", HARD, (*_method("grpo"), _RESAMPLE)),
