@@ -157,6 +157,7 @@ def _controls() -> list[Cell]:
     ]
 
 
+_IN_FLOAT32 = "at that rate, float32"
 _RESAMPLE = "rollout.resample=4"
 _SOLUTION = "correction.mix={solution: 1}"
 _SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
@@ -196,12 +197,16 @@ def _elsewhere(setting: Setting) -> list[Cell]:
 
 
 def _pre_trained() -> list[Cell]:
-    """GRPO, the recommended preset, and the paper's method with SmolLM2-135M."""
+    """GRPO, dynamic sampling, and corrections with SmolLM2-135M; in float32 where a CPU multiplies no bfloat16."""
+    float32 = "model.precision=float32"
+    recommended = (*_method("edge", "one"), _SOLUTION, float32)
     return [
         Cell("GRPO", "smollm2", SMOLLM2, _method("grpo")),
         Cell("EDA, resample", "smollm2", SMOLLM2, (*_method("eda"), _RESAMPLE)),
         Cell("GRPO at that rate", "smollm2", SMOLLM2, _method("grpo"), rate_of="EDA, resample"),
         Cell("EDGE, one, at that rate", "smollm2", SMOLLM2, _method("edge", "one"), rate_of="EDA, resample"),
+        Cell(f"GRPO, {_IN_FLOAT32}", "smollm2", SMOLLM2, (*_method("grpo"), float32), rate_of="EDA, resample"),
+        Cell(f"EDGE, one, solution alone, {_IN_FLOAT32}", "smollm2", SMOLLM2, recommended, rate_of="EDA, resample"),
     ]
 
 
