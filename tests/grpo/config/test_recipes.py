@@ -70,11 +70,11 @@ def test_the_published_preset_sets_these_keys_of_any_recipe():
     }
 
 
-def test_the_recommended_preset_is_eda_with_resampling():
-    plain, preset = (flatten(to_dict(load_config(recipe_path("demo"), preset=name))) for name in (None, "recommended"))
+def test_the_recommended_preset_injects_one_solution_in_a_group():
+    plain, preset = (flatten(to_dict(load_config(recipe_path("tiny"), preset=name))) for name in (None, "recommended"))
     changed = {key: value for key, value in preset.items() if value != plain[key]}
-    assert changed == {"method": "eda", "rollout.resample": 4}
-    assert load_config(preset="recommended", overrides=["method=edge"]).method == "edge"
+    assert changed == {"correction.mix": {"solution": 1.0}, "correction.scope": "one"}
+    assert load_config(preset="recommended", overrides=["method=gec"]).method == "gec"
 
 
 @pytest.mark.parametrize("name", [None, *recipe_names()])
