@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.study import plots
-from benchmarks.study.design import HARD, QUICK, SEEDS, Cell, cells
+from benchmarks.study.design import HARD, SEEDS, SHOWN, Cell, cells
 from benchmarks.study.outcomes import (
     THRESHOLD,
     Record,
@@ -199,7 +199,7 @@ def _smollm2(made: Made) -> Iterator[str]:
 def quick_table(results: Results, tuned: Results) -> list[str]:
     """The lines of a table of the quick study: its own results beside those that are kept."""
     lines = [_row("mean held-out accuracy of the run", ("seeds", "here", "difference from GRPO", "in the study"))]
-    chosen = [cell for cell in cells() if cell.setting == HARD and cell.name in QUICK]
+    chosen = [cell for cell in cells() if cell.setting == HARD and cell.name in SHOWN]
     runs = {cell.name: results.of(cell, tuned.best_rate(cell) or 0.0, SEEDS) for cell in chosen}
     for cell in chosen:
         known = tuned.of(cell, tuned.best_rate(cell) or 0.0, SEEDS)

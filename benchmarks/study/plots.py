@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.design import HARD, cells
+from benchmarks.study.design import HARD, SHOWN, cells
 from benchmarks.study.outcomes import area, at_step, at_tokens
 from benchmarks.study.results import Made
 from edge_grpo.report.groups import mean_interval
 
-_SHOWN = ("GRPO", "EDA", "EDA, resample", "EDGE, all", "EDGE, one")
-_COLORS = dict(zip(_SHOWN, ("#444444", "#d98c00", "#3b8bc2", "#b5485d", "#2a8f5c"), strict=True))
+_COLORS = dict(zip(SHOWN, ("#444444", "#d98c00", "#3b8bc2", "#b5485d", "#2a8f5c"), strict=True))
 _CURVES = {
     "entropy": "entropy (nats)",
     "advantage_var": "variance of the advantages",
@@ -26,7 +25,7 @@ _CURVES = {
 
 def draw(made: Made, folder: Path) -> list[Path]:
     """Write the plots that there are runs for, and return their files."""
-    shown = [name for name in _SHOWN if not all("diverged" in run for run in made.of(name))]
+    shown = [name for name in SHOWN if not all("diverged" in run for run in made.of(name))]
     if not shown:
         return []
     import matplotlib
@@ -76,7 +75,7 @@ def _rates(made: Made, path: Path) -> Path:
 
     figure, axis = pyplot.subplots(figsize=(6.5, 3.8))
     for cell in cells():
-        if cell.setting == HARD and cell.name in _SHOWN:
+        if cell.setting == HARD and cell.name in SHOWN:
             tuned = sorted(made.results.tuning(cell).items())
             if tuned:
                 means = [100 * fmean(area(run) for run in runs) for _, runs in tuned]

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.study.design import HARD, QUICK, SEEDS, Cell, cells
+from benchmarks.study.design import HARD, SEEDS, SHOWN, Cell, cells
 from benchmarks.study.results import Results, Run
 from benchmarks.study.work import Record, make_run, silence
 
@@ -40,7 +40,7 @@ def full_runs(results: Results) -> Iterator[list[Run]]:
 
 def quick_runs(results: Results, tuned: Results) -> Iterator[list[Run]]:
     """As ``full_runs``, for a few cells at the rates that the full study found, on its first seeds."""
-    chosen = [cell for cell in cells() if cell.setting == HARD and cell.name in QUICK]
+    chosen = [cell for cell in cells() if cell.setting == HARD and cell.name in SHOWN]
     rates = {cell.key: _known_rate(tuned, cell) for cell in chosen}
     while True:
         found = [

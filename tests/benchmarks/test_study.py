@@ -8,7 +8,7 @@ import math
 import pytest
 
 from benchmarks.study import draw, outcomes, plots, schedule
-from benchmarks.study.design import HARD, QUICK, SEEDS, Cell, cells
+from benchmarks.study.design import HARD, SEEDS, SHOWN, Cell, cells
 from benchmarks.study.results import FILE, Made, Results
 from benchmarks.study.sampler import SmallLlamaEngine
 from benchmarks.study.work import CURVES, make_run
@@ -91,16 +91,16 @@ def test_tables_and_plots_count_a_run_that_diverged(tmp_path, which):
 
 
 def test_the_quick_study_takes_the_rates_of_the_whole_one(tmp_path):
-    whole, quick = tuned(tmp_path / "whole.json", QUICK), Results(tmp_path / "quick.json")
+    whole, quick = tuned(tmp_path / "whole.json", SHOWN), Results(tmp_path / "quick.json")
     wanted = next(schedule.quick_runs(quick, whole))
-    assert {cell.name for cell, _, _ in wanted} == set(QUICK)
+    assert {cell.name for cell, _, _ in wanted} == set(SHOWN)
     assert [(rate, seed) for cell, rate, seed in wanted if cell.name == "EDA"] == [(2e-4, s) for s in SEEDS[:6]]
     for cell, _, seed in wanted:
         quick.add(full(cell, seed, 0.6 if cell.name == "EDA" else 0.4 + 0.01 * seed))
         whole.add(full(cell, seed, 0.2))
     assert list(schedule.quick_runs(quick, whole)) == []
     table = draw.quick_table(quick, whole)
-    assert len(table) == 1 + len(QUICK)
+    assert len(table) == 1 + len(SHOWN)
     row = next(line for line in table if line.startswith("| EDA |"))
     assert row.startswith("| EDA | 6 | 30 | **+8.7 (")  # areas of 30 % here against 10 % in the whole study
     assert row.endswith("| 10 |")
