@@ -157,7 +157,7 @@ def _controls() -> list[Cell]:
     ]
 
 
-_IN_FLOAT32 = "at that rate, float32"
+IN_FLOAT32 = "at that rate, float32"
 _RESAMPLE = "rollout.resample=4"
 _SOLUTION = "correction.mix={solution: 1}"
 _SUPERVISED = (*_method("gec", "all"), _SOLUTION, "loss.injected=sft")
@@ -205,8 +205,8 @@ def _pre_trained() -> list[Cell]:
         Cell("EDA, resample", "smollm2", SMOLLM2, (*_method("eda"), _RESAMPLE)),
         Cell("GRPO at that rate", "smollm2", SMOLLM2, _method("grpo"), rate_of="EDA, resample"),
         Cell("EDGE, one, at that rate", "smollm2", SMOLLM2, _method("edge", "one"), rate_of="EDA, resample"),
-        Cell(f"GRPO, {_IN_FLOAT32}", "smollm2", SMOLLM2, (*_method("grpo"), float32), rate_of="EDA, resample"),
-        Cell(f"EDGE, one, solution alone, {_IN_FLOAT32}", "smollm2", SMOLLM2, recommended, rate_of="EDA, resample"),
+        Cell(f"GRPO, {IN_FLOAT32}", "smollm2", SMOLLM2, (*_method("grpo"), float32), rate_of="EDA, resample"),
+        Cell(f"EDGE, one, solution alone, {IN_FLOAT32}", "smollm2", SMOLLM2, recommended, rate_of="EDA, resample"),
     ]
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.study import plots
-from benchmarks.study.design import HARD, SEEDS, SHOWN, Cell, cells
+from benchmarks.study.design import HARD, IN_FLOAT32, SEEDS, SHOWN, Cell, cells
 from benchmarks.study.outcomes import (
     THRESHOLD,
     Record,
@@ -99,7 +99,7 @@ def _outcomes(made: Made, chosen: Sequence[Cell], baseline: str) -> Iterator[str
 def _outcome_row(made: Made, cell: Cell, base: Sequence[Record], tokens: float) -> str:
     runs = made.runs[cell.key]
     return _row(
-        cell.name if len(runs) == len(cell.setting.seeds) else f"{cell.name} ({len(runs)} seeds)",
+        _name(cell, runs),
         (
             _rate(made.rates[cell.key]),
             *(_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS),
@@ -114,6 +114,10 @@ def _outcome_row(made: Made, cell: Cell, base: Sequence[Record], tokens: float) 
             f"{sum(map(collapses, runs))} of {len(runs)}",
         ),
     )
+
+
+def _name(cell: Cell, runs: Sequence[Record]) -> str:
+    return cell.name if len(runs) == len(cell.setting.seeds) else f"{cell.name} ({len(runs)} seeds)"
 
 
 def _parts(made: Made) -> Iterator[str]:
@@ -143,7 +147,7 @@ def _settings(made: Made) -> Iterator[str]:
         shares = (_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS)
         gap = "" if cell.name == "GRPO" else _gap(paired(runs, base, area))
         rate = _rate(made.rates[cell.key])
-        yield _row(cell.setting.name, (cell.name, rate, *shares, _share(mean_of(runs, area).value), gap))
+        yield _row(cell.setting.name, (_name(cell, runs), rate, *shares, _share(mean_of(runs, area).value), gap))
 
 
 _CURVES = {
@@ -186,14 +190,16 @@ def _smollm2(made: Made) -> Iterator[str]:
         yield "(no results yet)"
         return
     steps = max((run["steps"] for cell in chosen for run in made.runs[cell.key]), key=len)  # one may have diverged
-    yield _row("", ("rate", *(f"at step {step}" for step in steps), "each seed", "difference at the end"))
-    yield _row("---", ("---",) * (3 + len(steps)))
+    yield _row("", ("rate", *(f"at step {step}" for step in steps), "each seed", "difference at the end", "k tokens"))
+    yield _row("---", ("---",) * (4 + len(steps)))
     for cell in chosen:
-        runs, base = made.runs[cell.key], made.runs.get(f"{cell.setting.name}: GRPO", [])
+        baseline = f"GRPO, {IN_FLOAT32}" if cell.name.endswith(IN_FLOAT32) else "GRPO at that rate"
+        runs, base = made.runs[cell.key], made.runs.get(f"{cell.setting.name}: {baseline}", [])
         shares = [_share(mean_of(runs, partial(at_step, step=step)).value) for step in steps]
         ends = ", ".join(_share(run["accuracy"][-1]) for run in runs)
-        gap = "" if cell.name == "GRPO" else _gap(paired(runs, base, partial(at_step, step=steps[-1])))
-        yield _row(cell.name, (_rate(made.rates[cell.key]), *shares, ends, gap))
+        gap = "" if cell.name == baseline else _gap(paired(runs, base, partial(at_step, step=steps[-1])))
+        tokens = f"{mean_of(runs, lambda run: run['tokens'][-1]).value:.1f}"
+        yield _row(_name(cell, runs), (_rate(made.rates[cell.key]), *shares, ends, gap, tokens))
 
 
 def quick_table(results: Results, tuned: Results) -> list[str]:
