@@ -40,8 +40,8 @@ def untied_model(folder: Path) -> Path:
     """A random Qwen2 of two layers, its head apart from its embedding, with the shipped tokenizer; written to load."""
     tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32, the smallest that vLLM has on a CPU
     vocab = len(tokenizer) + 16  # loaded for a Qwen2 it gets a token more
     config = Qwen2Config(vocab_size=vocab, tie_word_embeddings=False, **sizes, **heads)
     Qwen2ForCausalLM(config).save_pretrained(folder)
