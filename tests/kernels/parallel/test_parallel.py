@@ -1,7 +1,7 @@
 """The ops on a vocabulary, or on responses, split over processes: three, and two of them as a group of their own.
 
-What the processes do, case by case: processes.py, sequence_cases.py and agreement_cases.py. One start serves all,
-since importing torch takes longer than a case.
+What the processes do, case by case: processes.py and the files of cases that it imports. One start serves all, since
+importing torch takes longer than a case.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CASES = [
     and any(isinstance(d, ast.Name) and d.id == "case" for d in node.decorator_list)
 ] + [
     name.id
-    for module in ("sequence_cases.py", "agreement_cases.py")
+    for module in ("sequence_cases.py", "agreement_cases.py", "dtensor_cases.py")
     for node in ast.parse(SCRIPT.with_name(module).read_text()).body
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "CASES"
     for name in node.value.elts  # type: ignore[attr-defined]

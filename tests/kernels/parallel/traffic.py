@@ -1,4 +1,4 @@
-"""What the cases of several processes share: comparisons to rounding, counted collectives, expected errors."""
+"""What the cases share: random tensors, comparisons to rounding, counted collectives, expected errors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 from edge_kernels import parallel
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
 def close(actual: Tensor, expected: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
