@@ -46,7 +46,7 @@ def _least(steps: Iterable[Step], seconds: Callable[[Step], float]) -> list[Step
 
 def best_of(model: Transformer, gpus: int, layout: Layout, job: Job) -> Step | None:
     """Return the step with the sampling, the micro-batches and the checkpointing that suit a layout best."""
-    every = samplings(gpus)
+    every = list(samplings(model, gpus))
     return best(step for sampling in every for step in every_step(model, gpus, layout, sampling, job))
 
 

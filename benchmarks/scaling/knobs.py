@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from benchmarks.scaling import choice, tables
 from benchmarks.scaling.choice import MICRO_BATCH_SIZES
-from benchmarks.scaling.layouts import ROUNDED, VOCABULARY, Sampling, Setup
+from benchmarks.scaling.layouts import ROUNDED, VOCABULARY, Setup, samplings
 from benchmarks.scaling.step import Step, step_of
 from benchmarks.scaling.transformer import QWEN_7B
 
@@ -42,13 +42,12 @@ def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield key(f"`memory_budget` of the head {gibibytes} GiB", memory_budget=gibibytes * 2**30)
     yield key("no correction (`method` eda)", corrected=0.0)
     yield key("a quarter of the wrong responses corrected (`correction.scope`)", corrected=0.25)
-    yield f"`rollout.ahead` {1 - sampling.ahead}", replace(setup, sampling=replace(sampling, ahead=1 - sampling.ahead))
-    for share, size in ((0.25, 1), (0.25, 2), (0.5, 1), (0.5, 2), (0.5, 4), (0.5, 8)):
-        is_other = (share, size) != (sampling.server_share, sampling.tensor_parallel)
-        if is_other and size <= share * setup.gpus:
-            other = Sampling(share, size, sampling.ahead)
+    if sampling.server_share:
+        other = replace(sampling, ahead=1 - sampling.ahead)
+        yield f"`rollout.ahead` {other.ahead}", replace(setup, sampling=other)
+    for other in samplings(setup.model, setup.gpus):
+        if other != sampling and other.ahead == bool(other.server_share):
             yield other.name, replace(setup, sampling=other)
-    yield f"{Sampling().name} *", replace(setup, sampling=Sampling())
     for layout in (ROUNDED, VOCABULARY):
         yield f"{layout.name} *", replace(setup, layout=layout)
 

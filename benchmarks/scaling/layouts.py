@@ -58,15 +58,11 @@ VOCABULARY = Layout("FSDP2, vocabulary split", MIXED, offered=False, is_sharded=
 
 @dataclass(frozen=True)
 class Sampling:
-    """Where vLLM runs: beside every trainer process in turns with it, or on GPUs of its own."""
+    """Where vLLM runs: in the trainer's processes in turns with training, or on GPUs of its own."""
 
     server_share: float = 0.0  # of the GPUs
     tensor_parallel: int = 1  # GPUs of one engine
     ahead: int = 0  # 1: the next step is sampled while this one is trained
-
-    def is_offered(self, gpus: int) -> bool:
-        """Whether the trainer runs it: an engine in its own process has one GPU, and is alone."""
-        return gpus == 1 or self.server_share > 0
 
     @property
     def name(self) -> str:
@@ -93,6 +89,11 @@ class Setup:
     @property
     def trainers(self) -> int:
         return self.gpus - self.servers
+
+    @property
+    def cache_parts(self) -> int:
+        """GPUs over which an engine's keys and values are split."""
+        return min(self.sampling.tensor_parallel, self.model.kv_heads)
 
     @property
     def shards(self) -> int:
@@ -155,12 +156,11 @@ def layouts(model: Transformer, gpus: int) -> Iterator[Layout]:
         yield VOCABULARY
 
 
-def samplings(gpus: int) -> Iterator[Sampling]:
-    """Yield all that the trainer runs."""
-    if gpus == 1:
-        yield Sampling()
-        return
+def samplings(model: Transformer, gpus: int) -> Iterator[Sampling]:
+    """Yield all that the trainer runs, colocated ones first."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= min(gpus, SHEET.gpus_per_node) and model.splits_over(size)]
+    yield from (Sampling(tensor_parallel=size) for size in sizes)
     for share in (0.25, 0.5):
-        for size in (1, 2, 4, 8):
-            if size <= min(share * gpus, SHEET.gpus_per_node):
+        for size in sizes:
+            if size <= share * gpus:
                 yield from (Sampling(share, size, ahead) for ahead in (0, 1))

@@ -86,7 +86,7 @@ class Step(NamedTuple):
 def step_of(setup: Setup) -> Step | None:
     """Return what the step takes, or None where something does not fit."""
     job, room = setup.job, memory.cache_room(setup)
-    if room < setup.model.cache_bytes() / setup.sampling.tensor_parallel * job.longest:
+    if room < setup.model.cache_bytes() / setup.cache_parts * job.longest:
         return None
     try:
         held = memory.training(setup)
@@ -125,12 +125,12 @@ def _generate(
     model, size = setup.model, setup.sampling.tensor_parallel
     engines = (setup.servers or setup.gpus) / size
     responses, prompts = responses / engines, max(1.0, prompts / engines)
-    at_once = min(responses, size * room / (model.cache_bytes() * (read + most)))
+    at_once = min(responses, setup.cache_parts * room / (model.cache_bytes() * (read + most)))
     steps = max(float(most), responses * mean / at_once)
     reading = model.forward_flops([read]) * prompts / size
     flops = 2.0 * model.parameters * responses * mean / size
     cached = responses * mean * (read + mean / 2) * model.cache_bytes()
-    moved = (steps * 2 * model.parameters + cached) / size
+    moved = steps * 2 * model.parameters / size + cached / setup.cache_parts
     sums = Collective(ALL_REDUCE, round(2 * model.hidden * at_once), round(2 * model.layers * steps))
     seconds, is_bound_by_products = max((moved / DECODING_MEMORY, False), (flops / LAYER_PRODUCTS, True))
     return Phase(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -130,6 +131,9 @@ class _NoAttempt:
     ) -> list[Response]:
         empty = Response((self._eos,), (0.0,), (0.0,), (Provenance.SAMPLED,), "stop")
         return [empty] * len(prompts)
+
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def update_weights(self, model: nn.Module) -> None:
         pass

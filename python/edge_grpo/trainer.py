@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from edge_grpo.run.plan import KEPT_CHECKPOINTS, Plan
 from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.run.trackers import check_trackers, start_trackers
 from edge_grpo.run.watch import CorrectionWatch, RewardWatch
-from edge_grpo.together import together
+from edge_grpo.together import patience, together
 from edge_grpo.types import Prompt
 
 _QUICK = 30.0  # seconds of a step
@@ -114,8 +113,7 @@ class Trainer:
             log_with=list(config.trackers) or None,
             project_dir=config.output,
             kwargs_handlers=[
-                # Processes wait for the slowest to sample, and for the first to send the weights, in up to 3 attempts.
-                InitProcessGroupKwargs(timeout=timedelta(seconds=1800 + 4 * config.rollout.timeout)),
+                InitProcessGroupKwargs(timeout=patience(config.rollout)),
                 # A pass uses each weight once. A cache would hold the 16-bit copies of all of them to its end.
                 AutocastKwargs(cache_enabled=False),
             ],
@@ -263,7 +261,9 @@ class Trainer:
     def _collect(self, step: int) -> Collected:
         """Return this process's samples of a step, timed: ahead, without waiting for what the learner has queued."""
         timed = PhaseTimes(torch.device("cpu") if self.config.rollout.ahead else self.accelerator.device)
-        return replace(self.collector.collect(step, timed), seconds=timed.seconds)
+        with self.engine.phase():
+            collected = self.collector.collect(step, timed)
+        return replace(collected, seconds=timed.seconds)
 
     def _assign_advantages(self, samples: Sequence[Sample]) -> None:
         loss, kl_coef = self.learner.loss, self.config.reward.kl_coef
@@ -317,7 +317,7 @@ class Trainer:
             reasoning=config.reward.reasoning,
         )
         with self._sampling():
-            share = together(share_of)
+            share = together(share_of, within=self.engine.phase())
         return Evaluation.merge(gather_object([share]))
 
     def _sampling(self) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal, Protocol
@@ -132,9 +133,18 @@ class RolloutError(RuntimeError):
 class RolloutEngine(Protocol):
     """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``.
 
-    ``build_engine`` returns one that has the weights of the model it was given. Call ``generate`` any number of
-    times, ``sleep`` if you like, ``update_weights`` after each change of the weights, and ``close`` at the end.
+    ``build_engine`` returns one that has the weights of the model it was given. Within ``phase`` call ``generate`` any
+    number of times; then ``sleep`` if you like, ``update_weights`` after each change of the weights, and ``close`` at
+    the end.
     """
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Return a context within which this process may call ``generate``.
+
+        All processes of a run enter and leave it equally often. Where they share an engine, one that leaves it, or
+        fails in it, helps the others until all have left; so what is within must wait for no process by other means.
+        """
+        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, places: Sequence[int] | None = None

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_grpo.rollout.transformers import TransformersEngine
@@ -17,10 +18,14 @@ events: list[str] = []  # what engines of this process were told, in order
 
 
 class LLM:
-    """Has random weights until it is given others, and none while it sleeps."""
+    """Has random weights until it is given others, and none while it sleeps.
 
-    def __init__(self, folder: str, **arguments: Any) -> None:
+    Processes that share it hold all of it. They must ask for the same, as if each computed a part.
+    """
+
+    def __init__(self, folder: str, *, tensor_parallel_size: int = 1, **arguments: Any) -> None:
         events.append(f"start {arguments.get('distributed_executor_backend', 'alone')}")
+        self.group = dist.new_subgroups(tensor_parallel_size)[0] if tensor_parallel_size > 1 else None
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
         self.llm_engine = SimpleNamespace(engine_core=self)
 
@@ -37,6 +42,10 @@ class LLM:
         self, prompts: Sequence[dict[str, list[int]]], sampling_params: Sequence[SimpleNamespace], *, use_tqdm: bool
     ) -> list[SimpleNamespace]:
         events.append("generate")
+        if self.group is not None:
+            asked: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(asked, (prompts, sampling_params), group=self.group)
+            assert all(one == asked[0] for one in asked)
         return [
             SimpleNamespace(outputs=self._completions(prompt["prompt_token_ids"], params))
             for prompt, params in zip(prompts, sampling_params, strict=True)
@@ -89,7 +98,7 @@ def install() -> None:
         destroy_model_parallel=lambda: events.append("end engine's groups"),
     )
     vars(vllm).update(LLM=LLM, SamplingParams=SimpleNamespace, platforms=platforms, distributed=distributed)
-    vars(platforms).update(current_platform=SimpleNamespace(is_sleep_mode_available=lambda: True))
+    vars(platforms).update(current_platform=SimpleNamespace(is_sleep_mode_available=lambda: True, is_cpu=lambda: False))
     vars(distributed).update(parallel_state=state)
     v1, engine = ModuleType("vllm.v1"), ModuleType("vllm.v1.engine")
     vars(engine).update(core=core)

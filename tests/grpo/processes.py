@@ -426,8 +426,13 @@ def alone(work: Callable[[], Any], path: Path) -> Any:
     return torch.load(path, weights_only=False)
 
 
-def together(processes: int, work: Callable[[], object], *, kill_when: Callable[[], bool] | None = None) -> None:
-    """Run ``work`` in forked processes of one group. With ``kill_when`` they get SIGKILL as soon as it holds."""
+def together(
+    processes: int, work: Callable[[], object], *, kill_when: Callable[[], bool] | None = None, seconds: float = 240
+) -> None:
+    """Run ``work`` in forked processes of one group. With ``kill_when`` they get SIGKILL as soon as it holds.
+
+    One that fails, or takes more than ``seconds``, ends all.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -447,7 +452,7 @@ def together(processes: int, work: Callable[[], object], *, kill_when: Callable[
     started = [mp.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
     for process in started:
         process.start()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + seconds
     while any(process.is_alive() for process in started):
         failed = [process.exitcode for process in started if process.exitcode]
         killed = kill_when is not None and kill_when()

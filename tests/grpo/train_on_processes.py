@@ -17,4 +17,4 @@ from edge_grpo.trainer import train
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for number, file in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        together(int(number), partial(train, load_config(file)))
+        together(int(number), partial(train, load_config(file)), seconds=1800)

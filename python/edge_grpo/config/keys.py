@@ -231,12 +231,12 @@ class TrainConfig:
                 "rollout.num_prompts must be a multiple of optim.minibatches, because whole groups stay together; "
                 f"got {self.rollout.num_prompts} prompts in {self.optim.minibatches} minibatches"
             )
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
             if self.rollout.engine == "vllm" and self.rollout.vllm.get(name, 1) != 1:
                 problems.append(
-                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} needs an engine of several processes, and with "
-                    "rollout.engine vllm each trainer process has one of its own; set rollout.engine to vllm-server, "
-                    "or leave it at 1"
+                    f"rollout.vllm.{name} = {self.rollout.vllm[name]} and rollout.engine vllm cannot be combined: the "
+                    "trainer's processes share engines by tensor_parallel_size alone; set rollout.engine to "
+                    "vllm-server, or leave it at 1"
                 )
         if self.rollout.engine == "vllm" and "distributed_executor_backend" in self.rollout.vllm:
             problems.append(

@@ -35,7 +35,9 @@ class RolloutConfig:
     # dynamic sampling: rounds a step in which groups whose rewards, after correction, are all equal are dropped and
     # other prompts sampled in their place
     resample: int = 0
-    vllm: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own arguments: dtype: bfloat16
+    # vLLM's own arguments: dtype: bfloat16; with tensor_parallel_size k, k devices hold an engine together: with engine
+    # vllm those of k processes, of which there must be a multiple
+    vllm: dict[str, bool | int | float | str] = field(default_factory=dict)
     # address of vllm-server, on which edge-grpo serve listens; a list, or several with commas, shares the work
     server: str | tuple[str, ...] = "127.0.0.1:8000"
     server_folder: str | None = None  # a folder shared with vllm-server, for the weights; null sends them by NCCL
@@ -62,6 +64,8 @@ class RolloutConfig:
             problems.append(f"vllm takes its arguments with underscores; got {name!r}")
         for name in sorted(_FIXED_IN_VLLM.keys() & self.vllm.keys()):
             problems.append(f"vllm must not set {name}, which {_FIXED_IN_VLLM[name]}")
+        if problem := whole(1, tensor_parallel_size=self.vllm.get("tensor_parallel_size", 1)):
+            problems.append(f"vllm is wrong: {problem[0]}")
         if problem := real("> 0", temperature=self.temperature):
             problems.append(f"{problem[0]}; greedy responses of a group would all be equal and teach nothing")
         if problem := whole(2, num_generations=self.num_generations):
@@ -73,6 +77,11 @@ class RolloutConfig:
         """The addresses in ``server``."""
         given = self.server.split(",") if isinstance(self.server, str) else self.server
         return tuple(address.strip() for address in given)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Devices that hold an engine of vLLM together."""
+        return int(self.vllm.get("tensor_parallel_size", 1))
 
     def _server_problems(self) -> list[str]:
         if not self.servers:

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from edge_grpo.config import ModelConfig, TrainConfig
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import shard
+from edge_grpo.rollout.group import check_processes
 
 _SHARD = "launch with torchrun, or with accelerate's plain data parallelism (--multi_gpu or --cpu), and set "
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -40,6 +41,7 @@ def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
             f"rollout.num_prompts = {prompts} must be divisible by processes x optim.minibatches = "
             f"{processes} x {config.optim.minibatches}, since groups stay whole"
         )
+    check_processes(config.rollout, processes)
 
 
 def place(policy: PolicyModel, config: ModelConfig, accelerator: Accelerator) -> None:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,10 @@ class ServerEngine:
             for request, (server, answer) in zip(requests, answers, strict=True)
             for response in self._responses(server, request, answer, sampling)
         ]
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: a server answers whoever asks."""
+        return nullcontext()
 
     def update_weights(self, model: nn.Module) -> None:
         """Make the servers sample with ``model``'s parameters. All processes call it, and none may be generating."""

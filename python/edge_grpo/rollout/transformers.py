@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 
 import torch
@@ -89,6 +89,9 @@ class TransformersEngine:
                 sampled = self._sample([prompts[index] for index in batch], uniforms[batch], sampling)
                 responses.update(zip(batch, sampled, strict=True))
         return [responses[index] for index in range(len(prompts))]
+
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def update_weights(self, model: nn.Module) -> None:
         """Generate with ``model`` from now on; the policy's own weights are always current."""

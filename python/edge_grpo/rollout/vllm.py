@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,15 +19,18 @@ from urllib.parse import urlsplit
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
 from edge_grpo.policy.adapters import merged_shapes, merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
 from edge_grpo.policy.sharding import read_to_the_end
+from edge_grpo.rollout.group import EngineGroup, check_processes
 from edge_grpo.rollout.wire import (
     INSTALL,
+    Completion,
+    Request,
     engine_arguments,
     export,
     max_length_of,
@@ -50,14 +54,21 @@ class VLLMEngine:
     A response depends on the seed and the prompt's place, up to rounding, which in vLLM depends on what
     else is in a batch.
 
-    In a distributed run every process has an engine of its own, on its own device, and samples its own prompts. All
-    construct it and call ``update_weights``, ``sleep`` and ``close`` together, and where one of them fails on one
-    process, all raise. Split parameters are gathered one tensor at a time; every engine loads each of them.
-    ``generate`` communicates with no other process; it may fail on one alone, so call it within ``together``.
+    In a distributed run every process has an engine of its own, on its own device, and samples its own prompts. With
+    ``rollout.vllm.tensor_parallel_size`` k, each k processes that follow each other share an engine, of which each
+    holds a part; a prompt is sampled by all of them (``group``). All processes construct the engine and call
+    ``update_weights``, ``sleep`` and ``close`` together, and where one of these fails on one process, all raise. Split
+    parameters are gathered one tensor at a time; every process loads of each what its engine holds.
+
+    ``generate`` may fail on one process alone, so call it within ``phase``, and that within ``together``. Processes
+    that do not share an engine do not wait for each other before ``together`` ends.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         policy = unwrap(model)
+        processes = PartialState().num_processes
+        check_processes(config.rollout, processes)
+        check_heads(policy.config.get_text_config(), config.rollout.tensor_parallel_size)
         self._eos_token_ids = eos_token_ids(policy, tokenizer)
         self._max_length = max_length_of(config, policy)
         self._max_n = config.rollout.batch_size
@@ -70,16 +81,20 @@ class VLLMEngine:
         arguments = engine_arguments(config, policy) | {"load_format": "dummy"}  # the weights are loaded below
         if self._can_sleep:
             arguments = {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True} | arguments
-        self._is_alone = PartialState().num_processes == 1
+        self._is_alone = processes == 1
         if not self._is_alone:
-            # Takes process group, rank and device from the launcher; an engine of one device is a group of one.
+            # Takes process group, rank and device from the launcher; as many neighbours as there are tensor-parallel
+            # devices become one engine.
             arguments["distributed_executor_backend"] = "external_launcher"
+        if config.rollout.tensor_parallel_size > 1 and vllm.platforms.current_platform.is_cpu():
+            _use_gloo()
         self._sampling_params = vllm.SamplingParams
         with tempfile.TemporaryDirectory(prefix="edge-grpo-vllm-") as folder, _unchanged_process():
             together(lambda: export(policy, tokenizer, Path(folder)))
             # Not within ``together``: here vLLM's processes communicate. One that fails alone ends the run as it exits.
             self._llm: Any = vllm.LLM(folder, skip_tokenizer_init=True, disable_log_stats=True, **arguments)
         self._asleep = False
+        self._group = EngineGroup(config.rollout, self._run) if config.rollout.tensor_parallel_size > 1 else None
         self.update_weights(policy)
         verify(self, model, seed=config.seed)
 
@@ -101,24 +116,32 @@ class VLLMEngine:
         )
         if not requests:
             return []
+        answers = self._run(requests) if self._group is None else self._group.ask(requests)
+        return [
+            response_of(*completion, sampling=sampling, eos_token_ids=eos)
+            for answer in answers
+            for completion in answer
+        ]
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Surround all calls of ``generate`` until the next weights; see ``RolloutEngine``."""
+        return nullcontext() if self._group is None else self._group.phase()
+
+    def _run(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Return the completions of each request."""
         with torch.random.fork_rng(devices=[]):  # it draws from the global generator even where all seeds are given
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(request.prompt)} for request in requests],
                 [self._sampling_params(**request.sampling_params) for request in requests],
                 use_tqdm=False,
             )
-        responses: list[Response] = []
+        answers = []
         for request, output in zip(requests, outputs, strict=True):
             completions = sorted(output.outputs, key=lambda completion: completion.index)
             if len(completions) != request.n:
                 raise RolloutError(f"vLLM returned {len(completions)} completions where {request.n} were asked for")
-            for completion in completions:
-                ids = list(completion.token_ids)
-                logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-                responses.append(
-                    response_of(ids, logprobs, completion.finish_reason, sampling=sampling, eos_token_ids=eos)
-                )
-        return responses
+            answers.append([_completion_of(completion) for completion in completions])
+        return answers
 
     def update_weights(self, model: nn.Module) -> None:
         """Load ``model``'s parameters into the engine; wakes it."""
@@ -147,6 +170,8 @@ class VLLMEngine:
         from vllm.distributed import parallel_state
 
         engine, self._llm = self._llm.llm_engine, None
+        if self._group is not None:
+            self._group.close()
         if self._is_alone:
             engine.engine_core.shutdown()
             parallel_state.cleanup_dist_env_and_memory()
@@ -164,6 +189,24 @@ class VLLMEngine:
             core.cleanup_dist_env_and_memory = cleanup
 
 
+def _completion_of(completion: Any) -> Completion:
+    """Return vLLM's record of a completion as ours."""
+    ids = tuple(completion.token_ids)
+    logprobs = tuple(step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True))
+    return Completion(ids, logprobs, completion.finish_reason)
+
+
+def check_heads(config: PretrainedConfig, size: int) -> None:
+    """Raise ValueError where the attention of a model cannot be split over ``size`` devices as vLLM splits it."""
+    heads = config.num_attention_heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    if heads % size or (pairs % size and size % pairs):  # fewer than devices are held several times
+        raise ValueError(
+            f"rollout.vllm.tensor_parallel_size must divide the model's attention heads, and divide its key-value "
+            f"heads or be a multiple of them; got {size} for {heads} and {pairs} heads"
+        )
+
+
 def _import() -> Any:
     try:
         import vllm
@@ -171,6 +214,16 @@ def _import() -> Any:
     except ImportError as error:
         raise ValueError(f"rollout.engine='vllm' could not import vLLM: {error}; {INSTALL}") from error
     return vllm
+
+
+def _use_gloo() -> None:
+    """Keep vLLM's processes on a CPU from shared memory, which it has where there is AVX-512.
+
+    Under ``external_launcher`` it has one name for all runs on a machine, and stays when a process is killed.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda _: False
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -43,6 +43,14 @@ class Request:
     n: int
     prompt: tuple[int, ...]
     sampling_params: Mapping[str, Any]  # of vLLM's SamplingParams, by name
+
+
+class Completion(NamedTuple):
+    """What vLLM answered once, as ``response_of`` takes it."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str | None
 
 
 def requests_of(
@@ -149,11 +157,12 @@ def max_length_of(config: TrainConfig, model: PreTrainedModel) -> int:
 
 def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, Any]:
     """Return the arguments, in process or on the command line, with which vLLM generates as the trainer expects."""
+    in_process = config.rollout.engine == "vllm"  # where each process that shares the engine brings its sequences
     arguments: dict[str, Any] = {
         "dtype": "float32" if config.model.precision == "float32" else "bfloat16",
         **config.rollout.vllm,
         "max_model_len": max_length_of(config, model),
-        "max_num_seqs": config.rollout.batch_size,
+        "max_num_seqs": config.rollout.batch_size * (config.rollout.tensor_parallel_size if in_process else 1),
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the loss has them
         "generation_config": "vllm",  # and not the model's own defaults
     }
@@ -169,14 +178,15 @@ def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, A
 
 
 def _cache_bytes(model: PreTrainedModel, arguments: dict[str, Any]) -> int:
-    """Return the size of a key-value cache for as many sequences of full length as run at once.
+    """Return the size of each device's key-value cache for as many sequences of full length as run at once.
 
     On a CPU vLLM would take nearly all memory.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    pairs = (getattr(config, "num_key_value_heads", None) or heads) // int(arguments.get("tensor_parallel_size", 1))
+    per_token = 2 * config.num_hidden_layers * max(1, pairs) * head_size
     block = int(arguments.get("block_size", 128))  # vLLM's on a CPU
     blocks = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // block) + 1
     return blocks * block * per_token * (4 if arguments["dtype"] == "float32" else 2)
@@ -227,7 +237,7 @@ def verify(engine: RolloutEngine, model: nn.Module, *, seed: int) -> None:
     All processes call it, each with its own engine.
     """
     policy = unwrap(model)
-    response = together(lambda: probe(engine, policy, seed=seed))
+    response = together(lambda: probe(engine, policy, seed=seed), within=engine.phase())
     together(lambda: compare(response, model))
 
 

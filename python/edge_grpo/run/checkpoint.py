@@ -311,6 +311,9 @@ def check_same_run(output: Path, config: TrainConfig) -> None:
             old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         new = flatten(to_dict(config))
         old = flatten(to_dict(TrainConfig())) | old  # a key that the saved file does not know had its default's effect
+        for leaves in (old, new):  # what is sampled does not depend on how many devices hold an engine
+            own = leaves["rollout.vllm"].items()
+            leaves["rollout.vllm"] = {name: value for name, value in own if name != "tensor_parallel_size"}
         changed = [key for key in new if key not in _MAY_CHANGE_ON_RESUME and old[key] != new[key]]
         if changed:
             changes = ", ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)

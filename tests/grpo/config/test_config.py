@@ -195,8 +195,11 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
     config = load_config(None, ["rollout.vllm.dtype=bfloat16", "rollout.vllm.gpu_memory_utilization=0.3"])
     assert config.rollout.vllm == {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
     assert load_config(None, ["rollout.vllm.enforce_eager=true"]).rollout.vllm == {"enforce_eager": True}
-    elsewhere = load_config(None, ["rollout.engine=vllm-server", "rollout.vllm.tensor_parallel_size=2"])
-    assert elsewhere.rollout.vllm == {"tensor_parallel_size": 2}
+    for engine in ("vllm", "vllm-server"):
+        shared = load_config(None, [f"rollout.engine={engine}", "rollout.vllm.tensor_parallel_size=2"])
+        assert shared.rollout.vllm == {"tensor_parallel_size": 2}
+        assert shared.rollout.tensor_parallel_size == 2
+    assert load_config().rollout.tensor_parallel_size == 1
 
 
 @pytest.mark.parametrize(
@@ -216,8 +219,12 @@ def test_vllms_own_arguments_are_read_as_yaml() -> None:
         (["rollout.timeout=.inf"], "rollout.timeout must be a number in (0, 1e6]; got inf"),
         (["rollout.vllm.max-model-len=99"], "rollout.vllm takes its arguments with underscores"),
         (
-            ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=2"],
-            "rollout.vllm.tensor_parallel_size = 2 needs an engine of several processes, and with rollout.engine vllm",
+            ["rollout.engine=vllm", "rollout.vllm.pipeline_parallel_size=2"],
+            "rollout.vllm.pipeline_parallel_size = 2 and rollout.engine vllm cannot be combined",
+        ),
+        (
+            ["rollout.vllm.tensor_parallel_size=0"],
+            "rollout.vllm is wrong: tensor_parallel_size must be a whole number of at least 1; got 0",
         ),
         (
             ["rollout.engine=vllm", "rollout.vllm.distributed_executor_backend=mp"],

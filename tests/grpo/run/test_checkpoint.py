@@ -226,3 +226,12 @@ def test_a_run_from_before_a_key_existed_is_the_same_run_at_its_default(tmp_path
     checkpoint.check_same_run(tmp_path, TrainConfig())
     with pytest.raises(ValueError, match=r"rollout\.resample was 0, is 2; resume with"):
         checkpoint.check_same_run(tmp_path, TrainConfig(rollout=RolloutConfig(resample=2)))
+
+
+def test_a_resumed_run_may_share_engines_otherwise(tmp_path):
+    """As other processes may have to; vLLM's other arguments stay."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(TrainConfig())))
+    checkpoint.check_same_run(tmp_path, TrainConfig(rollout=RolloutConfig(vllm={"tensor_parallel_size": 2})))
+    vllm = {"tensor_parallel_size": 2, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=r"rollout\.vllm was {}, is {'dtype': 'bfloat16'}; resume with"):
+        checkpoint.check_same_run(tmp_path, TrainConfig(rollout=RolloutConfig(vllm=vllm)))
