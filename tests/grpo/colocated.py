@@ -21,7 +21,7 @@ import fake_vllm
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from processes import together as on_processes
+from forked import together as on_processes
 
 from edge_grpo.config import CorrectionConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, RolloutConfig
 from edge_grpo.config import TrainConfig as Config

@@ -17,7 +17,7 @@ from typing import Any
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 from accelerate import PartialState
-from processes import together as on_processes
+from forked import together as on_processes
 
 from edge_grpo.config import RolloutConfig
 from edge_grpo.rollout.group import EngineGroup

@@ -23,10 +23,12 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from processes import LORA, adapted, alone
-from processes import together as on_processes
+from forked import alone
+from forked import together as on_processes
+from processes import LORA, adapted
 from safetensors.torch import load_file
 
+from edge_grpo.config import ModelConfig
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import shard
 from edge_grpo.rollout import wire
@@ -126,7 +128,7 @@ def engine_of(policy: PolicyModel, servers: list[Server], folder: Path | None) -
 
 def push(lora: dict[str, Any], sharding: str, expected: dict[str, torch.Tensor], folder: Path) -> None:
     install_transfer()
-    policy = placed(adapted(lora)[0], sharding)
+    policy = placed(adapted(ModelConfig(lora=lora))[0], sharding)
     for servers in (SERVERS[:1], SERVERS):
         for engine in (engine_of(policy, servers, None), engine_of(policy, servers, folder)):
             by_nccl = engine._rollout.server_folder is None
@@ -175,7 +177,9 @@ def check_failure(work: Callable[[], object], where: int, text: str, *, error: t
 
 def pushes(folder: Path) -> None:
     for lora in ({}, LORA):
-        expected = alone(lambda lora=lora: wire.host_weights(adapted(lora)[0], keep=True), folder / "weights.pt")
+        expected = alone(
+            lambda lora=lora: wire.host_weights(adapted(ModelConfig(lora=lora))[0], keep=True), folder / "weights.pt"
+        )
         for sharding in ("none", "fsdp2"):
             on_processes(2, partial(push, lora, sharding, expected, folder))
 
@@ -198,7 +202,7 @@ def small_files(size: int, where: int) -> Iterator[None]:
 def save_and_fail(sharding: str, folder: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator()
-    model, tokenizer = adapted({})
+    model, tokenizer = adapted(ModelConfig())
     policy = placed(model, sharding)
     optimizer = torch.optim.AdamW(policy.parameters())
     for value in policy.parameters():

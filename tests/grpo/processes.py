@@ -1,9 +1,7 @@
 """What test_distributed.py runs in several processes at once, forked from one that has imported everything.
 
-``processes.py gradients SAMPLES UNTIED OUT`` checks what vLLM gets, updates and checkpoints, and computes the gradient
-of every layout; UNTIED is the folder of a model. ``processes.py resume FOLDER SERVER`` kills a run on four processes
-and resumes it on two, and resumes on four a run that sampled ahead on two. Both are processes of their own, because
-what pytest's has done before (threads, accelerate's state) is not to be inherited.
+``processes.py SAMPLES UNTIED OUT`` checks what vLLM gets, updates and checkpoints, and computes the gradient of every
+layout; UNTIED is the folder of a model.
 """
 
 from __future__ import annotations
@@ -11,11 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import signal
-import socket
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +20,6 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -37,10 +29,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forked import alone, together
 from training import LOSSES
 
 from edge_grpo.batching import Sample
-from edge_grpo.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from edge_grpo.config import ModelConfig, OptimConfig, TrainConfig
 from edge_grpo.learning.learner import Learner
 from edge_grpo.learning.totals import LossTotals
 from edge_grpo.policy.loading import eos_token_ids, load_model
@@ -49,8 +42,6 @@ from edge_grpo.policy.sharding import layers_of, shard, whole
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.rollout.wire import compare, host_weights, probe
 from edge_grpo.run import checkpoint
-from edge_grpo.run.stop import Stopped
-from edge_grpo.trainer import Trainer, train
 from edge_grpo.types import Response, RolloutError
 from edge_kernels import GRPOLossConfig
 
@@ -358,124 +349,10 @@ def check_units_of_accelerate(untied: str) -> None:
     together(2, check_both)
 
 
-def run_of(output: Path, sharding: str) -> TrainConfig:
-    """Three steps of plain GRPO, whose groups differ; a rate at which rounding does not change what is sampled.
-
-    There are fewer prompts to evaluate than four processes.
-    """
-    return TrainConfig(
-        method="grpo",
-        output=str(output),
-        steps=3,
-        seed=5,
-        save_every=1,
-        data=DataConfig(train="arithmetic:1,2"),
-        eval=EvalConfig(data="arithmetic:2@test", size=3, every=1, generations=4),
-        rollout=RolloutConfig(num_prompts=4, num_generations=4, max_completion_length=16),
-        optim=OptimConfig(learning_rate=1e-5, micro_batch_size=3, minibatches=1),
-        model=ModelConfig(sharding=sharding),  # type: ignore[arg-type]
-    )
-
-
-def ahead_of(output: Path, sharding: str, server: str) -> TrainConfig:
-    """A run that samples ahead, and other prompts for groups whose rewards are equal."""
-    config = run_of(output, sharding)
-    rollout = replace(config.rollout, engine="vllm-server", server=server, server_folder=str(output / "weights"))
-    rollout = replace(rollout, ahead=1, resample=1, timeout=120.0)
-    optim = replace(config.optim, learning_rate=1e-3)  # the weights that have sampled are not those that learn
-    # With a loss of all tokens the drift is of all responses: else each process leaves out what has no gradient.
-    loss = GRPOLossConfig(entropy_coef=0.1)
-    return replace(config, rollout=rollout, optim=optim, loss=loss, eval=EvalConfig(), save_every=10)
-
-
-def until_stopped(config: TrainConfig) -> None:
-    """Train until SIGTERM, which a process gets while step 2 learns and step 3 is sampled."""
-    assign_advantages, made = Trainer._assign_advantages, []
-
-    def stop(self: Trainer, samples: Any) -> None:
-        made.append(samples)
-        if len(made) == 2 and PartialState().is_main_process:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assign_advantages(self, samples)
-
-    Trainer._assign_advantages = stop  # type: ignore[method-assign]
-    with pytest.raises(Stopped):
-        train(config)
-
-
-def resume(folder: Path, server: str) -> None:
-    """Train on one process; then on four until these are killed, and on two from the checkpoint that they left.
-
-    The same with samples for the next step: two processes stop, four go on.
-    """
-    together(1, lambda: train(run_of(folder / "whole", "none")))
-    parts = folder / "parts"
-    record = parts / "checkpoints" / "step-000001" / "trainer_state.json"
-    together(4, lambda: train(run_of(parts, "fsdp2")), kill_when=record.is_file)
-    (folder / "at_kill.json").write_text(json.dumps(sorted(path.name for path in record.parent.iterdir())))
-    together(2, lambda: train(run_of(parts, "fsdp2"), resume=True))
-    together(1, lambda: train(ahead_of(folder / "ahead_whole", "none", server)))
-    ahead = ahead_of(folder / "ahead_parts", "fsdp2", server)
-    together(2, lambda: until_stopped(ahead))
-    together(4, lambda: train(ahead, resume=True))
-
-
-def alone(work: Callable[[], Any], path: Path) -> Any:
-    """What ``work`` returns in a process of its own. This one does nothing but fork: what it began might hang later."""
-    together(1, lambda: torch.save(work(), path))
-    return torch.load(path, weights_only=False)
-
-
-def together(
-    processes: int, work: Callable[[], object], *, kill_when: Callable[[], bool] | None = None, seconds: float = 240
-) -> None:
-    """Run ``work`` in forked processes of one group. With ``kill_when`` they get SIGKILL as soon as it holds.
-
-    One that fails, or takes more than ``seconds``, ends all.
-    """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-
-    def run(rank: int) -> None:
-        # Loading a model takes threads, and those race for the thread pool that torch makes anew after a fork.
-        torch.set_num_threads(1)
-        if processes > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState(cpu=True)
-        work()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    started = [mp.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    deadline = time.monotonic() + seconds
-    while any(process.is_alive() for process in started):
-        failed = [process.exitcode for process in started if process.exitcode]
-        killed = kill_when is not None and kill_when()
-        if failed or killed or time.monotonic() > deadline:
-            for process in started:
-                process.kill()
-                process.join()
-            if killed and not failed:
-                return
-            raise SystemExit(f"a process failed or hung; exit codes {[process.exitcode for process in started]}")
-        time.sleep(0.02)
-    if failed := [process.exitcode for process in started if process.exitcode]:  # since it was last looked at
-        raise SystemExit(f"processes failed; exit codes {failed}")
-    assert kill_when is None, "the run ended before it was to be killed"
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "gradients":
-        samples, untied, out = torch.load(sys.argv[2], weights_only=False), sys.argv[3], Path(sys.argv[4])
-        check_weights(out.parent)
-        check_units_of_accelerate(untied)
-        check_updates_and_checkpoints(samples, untied, out.parent)
-        gradients(samples, untied, out)
-    else:
-        resume(Path(sys.argv[2]), sys.argv[3])
+    samples, untied, out = torch.load(sys.argv[1], weights_only=False), sys.argv[2], Path(sys.argv[3])
+    check_weights(out.parent)
+    check_units_of_accelerate(untied)
+    check_updates_and_checkpoints(samples, untied, out.parent)
+    gradients(samples, untied, out)

@@ -1,6 +1,6 @@
 """The same gradient and the same run on 1, 2 and 4 processes, with whole and with split parameters, over gloo.
 
-What the processes do is in processes.py. How a gradient is made of micro-batches on one process: test_learner.py.
+What the processes do is in processes.py and resumed_runs.py. How a gradient is made of micro-batches on one process: test_learner.py.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDED = {"mixed precision": 0.02, "bfloat16": 0.02, "packed": 1e-5}
 
 
-def processes(*arguments: str | Path) -> None:
-    script = str(Path(__file__).with_name("processes.py"))
+def run_program(name: str, *arguments: str | Path) -> None:
     result = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
+        [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -63,7 +62,7 @@ def test_every_layout_gives_one_process_gradient(config, tmp_path):
         sample.advantage = float(number) - 3.5
     assert len({len(sample.response.token_ids) for sample in samples}) > 1
     torch.save(samples, tmp_path / "samples.pt")
-    processes("gradients", tmp_path / "samples.pt", untied_model(tmp_path / "untied"), tmp_path / "errors.json")
+    run_program("processes.py", tmp_path / "samples.pt", untied_model(tmp_path / "untied"), tmp_path / "errors.json")
     errors = json.loads((tmp_path / "errors.json").read_text())
     print("\n| layout | largest error / largest entry |\n| --- | --- |")  # shown by pytest -s
     for name, error in errors.items():
@@ -82,7 +81,7 @@ def test_a_run_killed_on_four_processes_resumes_on_two(tmp_path):
     """
     model, tokenizer = load_model(ModelConfig())
     with running(ModelServer(model, eos_token_ids(model, tokenizer), tokenizer.pad_token_id)) as server:
-        processes("resume", tmp_path, server.address)
+        run_program("resumed_runs.py", tmp_path, server.address)
     check_ahead(*(records(tmp_path / name) for name in ("ahead_whole", "ahead_parts")))
     assert len(list((tmp_path / "ahead_parts" / "checkpoints" / "step-000002").glob("rollout_*.json"))) == 2
     whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 import torch
-from processes import together
+from forked import together
 
 from edge_grpo.config import load_config
 from edge_grpo.trainer import train
