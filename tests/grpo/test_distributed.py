@@ -1,6 +1,7 @@
 """The same gradient and the same run on 1, 2 and 4 processes, with whole and with split parameters, over gloo.
 
-What the processes do is in processes.py and resumed_runs.py. How a gradient is made of micro-batches on one process: test_learner.py.
+What the processes do is in processes.py and resumed_runs.py. How a gradient is made of micro-batches on one process:
+test_learner.py.
 """
 
 from __future__ import annotations
