@@ -40,6 +40,7 @@ from edge_grpo.learning.learner import Learner
 from edge_grpo.metrics import PhaseTimes, peak_bytes
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.policy.sharding import whole_parameters
+from edge_grpo.policy.together import patience, together
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.ahead import Rollouts
 from edge_grpo.rollout.collected import Collected, to_plain
@@ -51,7 +52,6 @@ from edge_grpo.run.plan import KEPT_CHECKPOINTS, Plan
 from edge_grpo.run.stop import Stopped, StopRequests
 from edge_grpo.run.trackers import check_trackers, start_trackers
 from edge_grpo.run.watch import CorrectionWatch, RewardWatch
-from edge_grpo.together import patience, together
 from edge_grpo.types import Prompt
 
 _QUICK = 30.0  # seconds of a step

@@ -28,9 +28,9 @@ from edge_grpo.config import TrainConfig as Config
 from edge_grpo.policy.loading import load_model
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import shard
+from edge_grpo.policy.together import together
 from edge_grpo.rollout import build_engine
 from edge_grpo.rollout.wire import verify
-from edge_grpo.together import together
 from edge_grpo.trainer import train
 from edge_grpo.types import Sampling
 from edge_kernels import GRPOLossConfig

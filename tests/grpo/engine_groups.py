@@ -20,9 +20,9 @@ from accelerate import PartialState
 from forked import together as on_processes
 
 from edge_grpo.config import RolloutConfig
+from edge_grpo.policy.together import together
 from edge_grpo.rollout.group import EngineGroup
 from edge_grpo.rollout.wire import Completion, Request
-from edge_grpo.together import together
 
 ROLLOUT = RolloutConfig(engine="vllm", vllm={"tensor_parallel_size": 2})
 Call = Sequence[int]  # the numbers that one call asks about, each of them a request

@@ -53,7 +53,7 @@ from edge_grpo.policy.loading import load_model
 from edge_grpo.rollout import build_engine, connection
 from edge_grpo.rollout.ahead import Rollouts
 from edge_grpo.rollout.collected import Collected
-from edge_grpo.together import together
+from edge_grpo.policy.together import together
 from edge_grpo.trainer import Trainer, train
 from edge_grpo.types import Sampling
 

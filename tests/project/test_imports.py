@@ -28,7 +28,7 @@ ROOMS = {
     "edge_grpo": (
         ("text", "types"),
         ("config",),
-        ("batching", "together"),
+        ("batching",),
         ("correction", "credit", "grading", "policy", "published"),
         ("data", "metrics", "rollout", "run"),
         ("collect", "evaluation", "learning"),

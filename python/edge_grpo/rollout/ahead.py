@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+from edge_grpo.policy.together import together
 from edge_grpo.rollout.collected import Collected
-from edge_grpo.together import together
 
 
 class Rollouts:

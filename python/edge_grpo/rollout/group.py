@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from edge_grpo.config import RolloutConfig
+from edge_grpo.policy.together import BrokenEngineError, patience
 from edge_grpo.rollout.wire import Completion, Request
-from edge_grpo.together import BrokenEngineError, patience
 from edge_grpo.types import RolloutError
 
 

@@ -27,6 +27,7 @@ from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
 from edge_grpo.policy.sharding import is_sharded
+from edge_grpo.policy.together import together
 from edge_grpo.rollout.connection import Connection, reason_of
 from edge_grpo.rollout.serve import log_path
 from edge_grpo.rollout.spread import Spread, each
@@ -40,7 +41,6 @@ from edge_grpo.rollout.wire import (
     response_of,
     save_weights,
 )
-from edge_grpo.together import together
 from edge_grpo.types import Response, RolloutError, Sampling
 
 

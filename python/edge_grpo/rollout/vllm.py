@@ -26,6 +26,7 @@ from edge_grpo.policy.adapters import merged_shapes, merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
 from edge_grpo.policy.sharding import read_to_the_end
+from edge_grpo.policy.together import together
 from edge_grpo.rollout.group import EngineGroup, check_processes
 from edge_grpo.rollout.wire import (
     INSTALL,
@@ -38,7 +39,6 @@ from edge_grpo.rollout.wire import (
     response_of,
     verify,
 )
-from edge_grpo.together import together
 from edge_grpo.types import Response, RolloutError, Sampling
 
 _GPU_SHARE = 0.4  # of the device's memory, vLLM's weights and cache; the trainer needs the rest

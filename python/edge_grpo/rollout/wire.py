@@ -24,8 +24,8 @@ from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, unwrap
 from edge_grpo.policy.sharding import is_sharded, read_to_the_end, release
+from edge_grpo.policy.together import together
 from edge_grpo.rollout.transformers import check_request
-from edge_grpo.together import together
 from edge_grpo.types import FinishReason, Provenance, Response, RolloutEngine, RolloutError, Sampling
 from edge_kernels import token_stats
 

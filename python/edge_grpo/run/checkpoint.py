@@ -26,9 +26,9 @@ from torch import nn
 from edge_grpo.config import TrainConfig, flatten, to_dict
 from edge_grpo.policy.adapters import is_adapted, lora_weights, save_lora
 from edge_grpo.policy.sharding import is_sharded, read_to_the_end, whole_weights
+from edge_grpo.policy.together import together
 from edge_grpo.run import shards, state
 from edge_grpo.run.files import partial_of, write_json
-from edge_grpo.together import together
 
 Result = TypeVar("Result")
 

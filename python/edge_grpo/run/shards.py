@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from edge_grpo.policy.together import together
 from edge_grpo.run.state import OF_ADAMW, reading
-from edge_grpo.together import together
 
 _FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
