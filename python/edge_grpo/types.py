@@ -130,6 +130,13 @@ class RolloutError(RuntimeError):
     """An engine could not generate or take weights. The message says what to do; nothing of the step was trained on."""
 
 
+class BrokenEngineError(RolloutError):
+    """An engine failed where the processes that share it communicate: the others may wait there, and cannot be told.
+
+    The process should end, which ends the run.
+    """
+
+
 class RolloutEngine(Protocol):
     """Generates completions with the policy's current weights. Implementations live in ``edge_grpo.rollout``.
 

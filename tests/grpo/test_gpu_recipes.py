@@ -2,8 +2,9 @@
 
 Of a recipe stay the method, the kind of model, precision, sharding, checkpointing, engine and every way of the step.
 Fewer are processes, servers, prompts and tokens; the weights go to the servers through a folder, since NCCL needs GPUs.
-The engine in process is that of transformers, scored in full as vLLM's responses are; vLLM's has a test of its own. The
-learning rate is high, so that weights of a step before are told apart from the step's own.
+The engine in process is that of transformers, scored in full as vLLM's responses are; vLLM's has a test of its own, in
+which two processes share an engine where eight do. The learning rate is high, so that weights of a step before are told
+apart from the step's own.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def shrunk(config: TrainConfig, processes: int, model: Path, folder: Path, *, vl
     folder.mkdir()
     (folder / "data.json").write_text(json.dumps(PROBLEMS))
     rollout = replace(config.rollout, num_prompts=2 * processes, num_generations=4, max_completion_length=8)
-    shared = {"tensor_parallel_size": min(2, rollout.tensor_parallel_size)}  # the model has two key-value heads
+    shared = {"tensor_parallel_size": min(2, rollout.tensor_parallel_size)}  # the model has two heads
     rollout = replace(rollout, vllm=shared, temperature=1.0, timeout=60.0)
     loss = config.loss
     if config.rollout.engine == "vllm" and not vllm:
@@ -183,11 +184,11 @@ def test_a_recipe_runs_with_a_small_model_on_cpu_processes(name: str, runs: dict
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
 )
-def test_the_recipe_for_one_gpu_runs_with_vllm(tmp_path: Path) -> None:
-    name = next(iter(RECIPES))
+@pytest.mark.parametrize("name", ["qwen2.5-math-1.5b-1gpu", "qwen2.5-32b-64gpus"])
+def test_a_recipe_with_vllm_in_process_runs_with_it(name: str, tmp_path: Path) -> None:
     config, _ = run_all([name], tmp_path, vllm=True)[name]
     assert config.rollout.engine == "vllm"
-    check_run(config, [], processes=1)
+    check_run(config, [], processes=RECIPES[name][2])
 
 
 def check_run(config: TrainConfig, servers: list[ModelServer], *, processes: int) -> None:

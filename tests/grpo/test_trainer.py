@@ -173,7 +173,7 @@ def test_an_old_run_outlives_a_new_one_that_cannot_start(config, tmp_path):
         replace(config, eval=EvalConfig(data=str(tmp_path / "absent.jsonl"))),
         replace(config, model=ModelConfig(path=str(tmp_path / "empty"))),
         replace(config, reward=RewardConfig(weights={"accuracy": 1.0, "absent:function": 1.0})),
-        replace(config, optim=replace(config.optim, minibatches=2), rollout=replace(config.rollout, engine="vllm")),
+        replace(config, rollout=replace(config.rollout, engine="vllm", vllm={"dtype": "absent"})),
     ):
         with pytest.raises((ValueError, FileNotFoundError, ImportError, RuntimeError)):
             train(broken, overwrite=True)

@@ -10,16 +10,9 @@ from typing import TypeVar
 from accelerate.utils import gather_object
 
 from edge_grpo.config import RolloutConfig
-from edge_grpo.types import RolloutError
+from edge_grpo.types import BrokenEngineError, RolloutError
 
 Result = TypeVar("Result")
-
-
-class BrokenEngineError(RolloutError):
-    """An engine failed where the processes that share it communicate: the others may wait there, and cannot be told.
-
-    The process should end, which ends the run.
-    """
 
 
 def patience(rollout: RolloutConfig) -> timedelta:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from edge_grpo.config import RolloutConfig
-from edge_grpo.policy.together import BrokenEngineError, patience
+from edge_grpo.policy.together import patience
 from edge_grpo.rollout.wire import Completion, Request
-from edge_grpo.types import RolloutError
+from edge_grpo.types import BrokenEngineError, RolloutError
 
 
 def check_processes(rollout: RolloutConfig, processes: int) -> None:
