@@ -27,20 +27,15 @@ def main() -> int:
     options = parser.parse_args()
     from benchmarks.study import draw
 
-    if options.draw:
-        results = Results(options.results or FILE)
-    else:
+    file = options.results or (WORK / "quick.json" if options.quick else FILE)
+    if not options.draw:
         with claim(WORK, overwrite=True):  # two at once would lose each other's records
-            results = Results(options.results or (WORK / "quick.json" if options.quick else FILE))
+            results = Results(file)
             results.machine = machine()
-            make_all(
-                quick_runs(results, Results()) if options.quick else full_runs(results), results, options.processes
-            )
-    if options.quick:
-        print("\n".join(draw.quick_table(results, Results())))
-        return 0
-    for path in draw.draw(results):
-        print(path)
+            runs = quick_runs(results, Results()) if options.quick else full_runs(results)
+            make_all(runs, results, options.processes)
+    lines = draw.quick_table(Results(file), Results()) if options.quick else draw.draw(Results(file))
+    print(*lines, sep="\n")
     return 0
 
 

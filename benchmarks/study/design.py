@@ -185,15 +185,15 @@ def _published() -> list[Cell]:
 
 
 def _elsewhere(setting: Setting) -> list[Cell]:
-    """The methods that matter, in another setting."""
+    """The methods that matter, and dynamic sampling, in another setting."""
     ways = {
         "GRPO": _method("grpo"),
         "EDA": _method("eda"),
         "EDGE, one": _method("edge", "one"),
     }
     tuned = [Cell(name, "settings", setting, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
-    recommended = (*_method("eda"), _RESAMPLE)
-    return [*tuned, Cell("EDA, resample, at EDA's rate", "settings", setting, recommended, rate_of="EDA")]
+    resampled = (*_method("eda"), _RESAMPLE)
+    return [*tuned, Cell("EDA, resample, at EDA's rate", "settings", setting, resampled, rate_of="EDA")]
 
 
 def _pre_trained() -> list[Cell]:
