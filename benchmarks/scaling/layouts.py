@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from benchmarks.scaling.cluster import SHEET, Links
 from benchmarks.scaling.job import Job
 from benchmarks.scaling.transformer import Transformer
+from edge_grpo.config.rollout import splits_over
 
 LORA_RANK = 32
 
@@ -158,7 +159,8 @@ def layouts(model: Transformer, gpus: int) -> Iterator[Layout]:
 
 def samplings(model: Transformer, gpus: int) -> Iterator[Sampling]:
     """Yield all that the trainer runs, colocated ones first."""
-    sizes = [size for size in (1, 2, 4, 8) if size <= min(gpus, SHEET.gpus_per_node) and model.splits_over(size)]
+    most = min(gpus, SHEET.gpus_per_node)
+    sizes = [size for size in (1, 2, 4, 8) if size <= most and splits_over(size, model.heads, model.kv_heads)]
     yield from (Sampling(tensor_parallel=size) for size in sizes)
     for share in (0.25, 0.5):
         for size in sizes:

@@ -35,11 +35,6 @@ class Transformer:
     def key(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def splits_over(self, devices: int) -> bool:
-        """Whether vLLM can split the attention; key-value heads of which there are fewer are held several times."""
-        pairs = self.kv_heads % devices == 0 or devices % self.kv_heads == 0
-        return self.heads % devices == 0 and pairs
-
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def layer_shapes(self) -> list[tuple[int, ...]]:

@@ -24,6 +24,11 @@ _FIXED_IN_VLLM = {
 }
 
 
+def splits_over(devices: int, heads: int, key_value_heads: int) -> bool:
+    """Whether vLLM can split attention over devices; key-value heads that are fewer are held several times."""
+    return heads % devices == 0 and (key_value_heads % devices == 0 or devices % key_value_heads == 0)
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     engine: Engine = "transformers"  # what generates

@@ -11,9 +11,9 @@ import shutil
 import sys
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edge_grpo.config import TrainConfig
 from edge_grpo.policy.adapters import merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
-from edge_grpo.policy.sharding import is_sharded
+from edge_grpo.policy.sharding import is_sharded, read_to_the_end
 from edge_grpo.policy.together import together
 from edge_grpo.rollout.connection import Connection, reason_of
 from edge_grpo.rollout.serve import log_path
@@ -203,16 +203,13 @@ class ServerEngine:
 
     def _send_by_nccl(self, policy: PreTrainedModel) -> None:
         readings = [merged_weights(policy) for _ in self.servers]
-        try:
+        with read_to_the_end(chain.from_iterable(readings if is_sharded(policy) else ())):
             # One after the other: it is this process's GPU that sends. Only process 0 has channels.
             for server, channel, weights in zip(self.servers, self._channels, readings, strict=False):
                 try:
                     channel.send(weights)
                 except Exception as error:
                     raise server.failure(f"did not take the new weights by NCCL ({reason_of(error)})") from error
-        finally:
-            for weights in readings if is_sharded(policy) else ():
-                deque(weights, maxlen=0)
 
     def _send_by_folder(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """``folder`` has a new name each time, which no cache of a network file system holds."""

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
+from edge_grpo.config.rollout import splits_over
 from edge_grpo.policy.adapters import merged_shapes, merged_weights
 from edge_grpo.policy.loading import eos_token_ids
 from edge_grpo.policy.model import unwrap
@@ -34,6 +35,7 @@ from edge_grpo.rollout.wire import (
     Request,
     engine_arguments,
     export,
+    key_value_heads,
     max_length_of,
     requests_of,
     response_of,
@@ -199,8 +201,8 @@ def _completion_of(completion: Any) -> Completion:
 def check_heads(config: PretrainedConfig, size: int) -> None:
     """Raise ValueError where the attention of a model cannot be split over ``size`` devices as vLLM splits it."""
     heads = config.num_attention_heads
-    pairs = getattr(config, "num_key_value_heads", None) or heads
-    if heads % size or (pairs % size and size % pairs):  # fewer than devices are held several times
+    pairs = key_value_heads(config)
+    if not splits_over(size, heads, pairs):
         raise ValueError(
             f"rollout.vllm.tensor_parallel_size must divide the model's attention heads, and divide its key-value "
             f"heads or be a multiple of them; got {size} for {heads} and {pairs} heads"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from edge_grpo.config import TrainConfig
 from edge_grpo.config.seeds import derive_seed
@@ -177,15 +177,18 @@ def engine_arguments(config: TrainConfig, model: PreTrainedModel) -> dict[str, A
     return arguments
 
 
+def key_value_heads(config: PretrainedConfig) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def _cache_bytes(model: PreTrainedModel, arguments: dict[str, Any]) -> int:
     """Return the size of each device's key-value cache for as many sequences of full length as run at once.
 
     On a CPU vLLM would take nearly all memory.
     """
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = (getattr(config, "num_key_value_heads", None) or heads) // int(arguments.get("tensor_parallel_size", 1))
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = key_value_heads(config) // int(arguments.get("tensor_parallel_size", 1))
     per_token = 2 * config.num_hidden_layers * max(1, pairs) * head_size
     block = int(arguments.get("block_size", 128))  # vLLM's on a CPU
     blocks = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // block) + 1
