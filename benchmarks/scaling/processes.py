@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from benchmarks.scaling.transformer import Transformer
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, enable_checkpointing
 from edge_kernels import GRPOLossConfig, linear_edge_grpo_loss, parallel
+from edge_kernels.parallel import agreement
 
 # No size is a multiple of four, so that shards are uneven: 1003 rows of the vocabulary, 37 of a key, 90 of the MLP.
 SHARDED = Transformer("shrunken", 74, 3, 4, 2, 90, 1003, is_tied=False, head_dim=18)
@@ -220,9 +222,8 @@ def vocabulary(mesh: Any) -> dict[str, Any]:
     targets = torch.arange(rows).view(SEQUENCES, LENGTH)
     mask, advantages = torch.ones_like(targets, dtype=torch.bool), torch.tensor([1.0, -1.0])
     places = {"group": mesh.get_group(), "vocab_sizes": sizes}
-    for module in (parallel, parallel.layout):  # as on a GPU: no values are read, so none are compared beforehand
-        vars(module)["reads"] = lambda device: False
-    with Traffic() as traffic:
+    # As on a GPU: no values are read, so none are compared beforehand.
+    with mock.patch.object(agreement, "reads", return_value=False), Traffic() as traffic:
         out = parallel.linear_edge_grpo_loss(hidden, weight, targets, mask, advantages=advantages, **places)
     return {"forward": traffic.seen, "backward": traffic_of(out.loss.backward)}
 

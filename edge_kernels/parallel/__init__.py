@@ -30,7 +30,8 @@ from edge_kernels.ops.head_checks import LowRank, check_head, check_low_rank, ch
 from edge_kernels.ops.linear_grpo_loss import loss_of_hidden
 from edge_kernels.ops.linear_token_stats import at_temperatures
 from edge_kernels.ops.token_stats import check_writable_rows
-from edge_kernels.parallel.agreement import agreed_responses, reads, require_same, together
+from edge_kernels.parallel import agreement
+from edge_kernels.parallel.agreement import agreed_responses, require_same, together
 from edge_kernels.parallel.layout import Layout, agreed_layout, is_distributed, local_part, member_of
 from edge_kernels.parallel.merge import sharded_head_stats, sharded_stats
 from edge_kernels.sequences import Sequences, tokens_of
@@ -126,6 +127,7 @@ def linear_token_stats(
 
     def check() -> tuple[Tensor, _Head]:
         dtype = check_head(hidden, weight, bias, may_be_empty=True)
+        check_low_rank(low_rank, hidden, weight)
         remedy = "pass one token id per row of hidden"
         check_like("targets", targets, {"hidden.shape[:-1]": tuple(hidden.shape[:-1])}, "int64", hidden, remedy=remedy)
         head = _head(hidden, weight, bias, low_rank, memory_budget, dtype)
@@ -164,7 +166,7 @@ def _head(
     memory_budget: int | None,
     dtype: torch.dtype,
 ) -> _Head:
-    check_low_rank(low_rank, hidden, weight)
+    """Return the head of arguments that are checked, but for ``memory_budget``."""
     factor = None
     if low_rank is not None:
         hidden, factor = torch.cat([hidden, low_rank[0].to(hidden.dtype)], dim=-1), low_rank[1]
@@ -268,7 +270,7 @@ def _agreed(
     def of_vocabulary() -> tuple[Draft, tuple[T, Layout | None]]:
         if places.group is None:
             draft, inputs = check()
-            if reads(device):
+            if agreement.reads(device):
                 check_targets_in_range(draft.batch.targets, size, IGNORE_INDEX)
             return draft, (inputs, None)
 
@@ -348,7 +350,7 @@ def response_entropy(
     def check() -> tuple[Tensor, Tensor, Sequences]:
         return checked_entropy(entropy, completion_mask, cu_seqlens, group)
 
-    if not reads(entropy.device):
+    if not agreement.reads(entropy.device):
         return mean_entropy_of(*check())
     checked, counts = together(check, lambda checked: [checked[2].num_responses], 1, entropy.device, group)
     require_same("number of responses", [count for (count,) in counts], remedy="also those without a token here")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from edge_kernels._checks import IGNORE_INDEX, check_targets_in_range
-from edge_kernels.parallel.agreement import digest, digest_of_sizes, reads, require_same, together
+from edge_kernels.parallel import agreement
+from edge_kernels.parallel.agreement import digest, digest_of_sizes, require_same, together
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def agreed_layout(
             )
         return check()
 
-    if vocab_sizes is not None and not reads(device):
+    if vocab_sizes is not None and not agreement.reads(device):
         return checked()[1], Layout(group, rank, tuple(vocab_sizes), is_agreed=False)
     claimed = 0 if vocab_sizes is None else digest_of_sizes(vocab_sizes)
 
@@ -85,7 +86,7 @@ def agreed_layout(
     )
     require_same("vocab_sizes (by a checksum)", claims, remedy="or leave it out on all")
     layout = Layout(group, rank, tuple(int(columns) for columns in sizes))
-    if reads(device):
+    if agreement.reads(device):
         check_targets_in_range(targets, layout.vocab(), ignore_index)
     return result, layout
 

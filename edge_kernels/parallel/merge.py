@@ -6,6 +6,7 @@ merged statistics. What merges how: docs/parallel.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +157,23 @@ def sharded_stats(
         local = _nothing(targets, stats_dtype(logits.dtype))
     units = _units(targets, detached, None, None, None, logits.dtype, 0, packed)
     merged = _merged(local, units, own, layout)
-    return _ShardedStats.apply(logits, own.backward, packed, *merged, inplace and not torch.compiler.is_compiling())
+    return _ShardedStats.apply(logits, own.backward, packed, inplace and not torch.compiler.is_compiling(), *merged)
+
+
+def _kept(ctx: Any, inputs: Sequence[Tensor | None], merged: KernelStats) -> tuple[Tensor, ...]:
+    """Save what the backward pass reads, ``inputs`` first, and return the statistics that have a gradient."""
+    ctx.save_for_backward(*inputs, merged.entropy, merged.maximum, merged.total)
+    ctx.set_materialize_grads(False)
+    return merged.logprobs.clone(), merged.entropy.clone(), merged.logsumexp.clone()
+
+
+def _is_wanted(grads: Sequence[Tensor | None]) -> bool:
+    """Whether any statistic has received a gradient; raises RuntimeError where what follows is differentiated again."""
+    if all(gradient is None for gradient in grads):
+        return False
+    if torch.is_grad_enabled():
+        refuse_second_derivative()
+    return True
 
 
 class _ShardedStats(torch.autograd.Function):
@@ -168,25 +185,17 @@ class _ShardedStats(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,  # ``Targets.backward``
         packed: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        logsumexp: Tensor,
-        maximum: Tensor,
-        total: Tensor,
         inplace: bool,
+        *merged: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(logits, targets, packed, entropy, maximum, total)
-        ctx.set_materialize_grads(False)
         ctx.inplace = inplace
-        return logprobs.clone(), entropy.clone(), logsumexp.clone()
+        return _kept(ctx, (logits, targets, packed), KernelStats(*merged))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        none = (None,) * 9
-        if all(gradient is None for gradient in grads):
+        none = (None,) * len(ctx.needs_input_grad)
+        if not _is_wanted(grads):
             return none
-        if torch.is_grad_enabled():
-            refuse_second_derivative()
         logits, targets, packed, *stats = ctx.saved_tensors
         if logits.numel() == 0:
             return torch.zeros_like(logits), *none[1:]
@@ -220,7 +229,7 @@ def sharded_head_stats(
         local = _nothing(targets, stats_dtype(dtype))
     merged = _merged(local, _units(targets, *inputs, *options, packed), own, layout)
     hidden = _SummedGradient.apply(hidden, layout.group)
-    return _ShardedHeadStats.apply(hidden, weight, bias, factor, own.backward, packed, *merged, *options)
+    return _ShardedHeadStats.apply(hidden, weight, bias, factor, own.backward, packed, *options, *merged)
 
 
 class _SummedGradient(torch.autograd.Function):
@@ -252,26 +261,18 @@ class _ShardedHeadStats(torch.autograd.Function):
         factor: Tensor | None,
         targets: Tensor,  # ``Targets.backward``
         packed: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        logsumexp: Tensor,
-        maximum: Tensor,
-        total: Tensor,
         dtype: torch.dtype,
         memory_budget: int,
+        *merged: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden, weight, bias, factor, targets, packed, entropy, maximum, total)
-        ctx.set_materialize_grads(False)
         ctx.options = (dtype, memory_budget)
-        return logprobs.clone(), entropy.clone(), logsumexp.clone()
+        return _kept(ctx, (hidden, weight, bias, factor, targets, packed), KernelStats(*merged))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        none = (None,) * 13
-        if all(gradient is None for gradient in grads):
+        none = (None,) * len(ctx.needs_input_grad)
+        if not _is_wanted(grads):
             return none
-        if torch.is_grad_enabled():
-            refuse_second_derivative()
         hidden, weight, bias, factor, targets, packed, *stats = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:4])
         if len(weight):
