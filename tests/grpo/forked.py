@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, PartialState
+
+
+def run_program(name: str, *arguments: str | Path, fails: bool = False) -> str:
+    """Run a program that lies beside this file and return what it wrote to stderr; it must succeed, or fail."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode != 0) == fails, result.stderr[-6000:]
+    return result.stderr
 
 
 def alone(work: Callable[[], Any], path: Path) -> Any:

@@ -7,30 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_program
 from training import records
 from transformers import LlamaConfig
 
 from edge_grpo.rollout.vllm import check_heads
 
 pytestmark = pytest.mark.slow
-
-
-def run(folder: Path, *arguments: str) -> None:
-    script = str(Path(__file__).with_name("colocated.py"))
-    result = subprocess.run(
-        [sys.executable, script, str(folder), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
 
 
 def check(output: Path) -> list[list[str]]:
@@ -61,7 +48,7 @@ def check(output: Path) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stand-ins")
-    run(folder, "stand-in")
+    run_program("colocated.py", folder, "stand-in")
     return folder
 
 
@@ -139,7 +126,7 @@ def heads(number: int, pairs: int) -> LlamaConfig:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What vLLM samples in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, "none-1-1")
+    run_program("colocated.py", folder, "none-1-1")
     return folder / "none-1-1"
 
 
@@ -149,7 +136,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("layout", ["none-2-1", "fsdp2-2-1", "none-2-2", "fsdp2-2-2"])
 def test_real_vllm(tmp_path: Path, alone: Path, layout: str) -> None:
-    run(tmp_path, layout)
+    run_program("colocated.py", tmp_path, layout)
     check(tmp_path / layout)
     check_sampled(tmp_path / layout, alone)
     [whole] = written(alone)

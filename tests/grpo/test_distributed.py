@@ -20,6 +20,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from fake_servers import ModelServer, running
+from forked import run_program
 from paths import ROOT
 from safetensors import safe_open
 from training import records, rollout, untied_model
@@ -36,16 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # bfloat16 keeps 8 bits, and sums are split elsewhere; a packed row's products are of other shapes
 ROUNDED = {"mixed precision": 0.02, "bfloat16": 0.02, "packed": 1e-5}
-
-
-def run_program(name: str, *arguments: str | Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
 
 
 @pytest.mark.slow

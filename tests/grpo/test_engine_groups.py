@@ -6,14 +6,12 @@ They are real ones over gloo; what they do is in engine_groups.py. With vLLM: te
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_program
 
 from edge_grpo.config import RolloutConfig
 from edge_grpo.rollout.group import check_processes
@@ -22,15 +20,9 @@ from edge_grpo.rollout.group import check_processes
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("groups")
-    script = str(Path(__file__).with_name("engine_groups.py"))
-    result = subprocess.run(
-        [sys.executable, script, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    said = run_program("engine_groups.py", folder, fails=True)
     # The last case: process 1 ends with status 3; process 0, which waits for it, sees that or is ended.
-    assert re.search(r"exit codes \[(-9|3), 3\]$", result.stderr.rstrip()), result.stderr[-3000:]
+    assert re.search(r"exit codes \[(-9|3), 3\]$", said.rstrip()), said[-3000:]
     return folder
 
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ import pytest
 import torch
 import yaml
 from fake_servers import ModelServer, running
+from forked import run_program
 from training import records, untied_model
 from transformers import Qwen2ForCausalLM
 
@@ -162,13 +160,7 @@ def run_all(names: Iterable[str], folder: Path, *, vllm: bool = False) -> dict[s
             file = folder / f"{name}.yaml"
             file.write_text(yaml.safe_dump(to_dict(config)))
             arguments += [str(processes), str(file)]
-        result = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("train_on_processes.py")), *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-    assert result.returncode == 0, result.stderr[-3000:]
+        run_program("train_on_processes.py", *arguments)
     return found
 
 

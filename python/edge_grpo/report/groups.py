@@ -268,9 +268,8 @@ def difference_of(own: Valued, base: Valued) -> Difference:
         draws = bootstrap_means(_column(a), 0) - bootstrap_means(_column(b), 1)
         return Difference(Estimate(gap, *interval(draws, count)), "runs", count)
     error = math.hypot(stdev(a) / math.sqrt(len(a)), stdev(b) / math.sqrt(len(b)))
-    return Difference(
-        _around(gap, student_t(count - 1) * error), "runs", count
-    )  # the fewer degrees of freedom: conservative
+    # Of the two groups' degrees of freedom the fewer: conservative.
+    return Difference(_around(gap, student_t(count - 1) * error), "runs", count)
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
