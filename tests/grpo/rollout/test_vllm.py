@@ -338,9 +338,12 @@ def test_training_steps(sampler, tmp_path, monkeypatch):
 class Lent:
     """An engine that outlives the trainer it is lent to."""
 
-    def __init__(self, engine: Any, model: PreTrainedModel) -> None:
-        self.generate, self.update_weights, self.sleep = engine.generate, engine.update_weights, engine.sleep
-        self.update_weights(model)
+    def __init__(self, engine: RolloutEngine, model: PreTrainedModel) -> None:
+        self._engine = engine
+        engine.update_weights(model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def close(self) -> None:
         pass
