@@ -110,11 +110,13 @@ def _gathered(setup: Setup) -> float:
 
 
 def loading(setup: Setup) -> float:
-    """Return what the processes of a machine hold in its memory at the start: each loads all weights, then splits them.
+    """Return what processes hold of the first machine's own memory at the start, where they read all weights.
 
+    Every one does, or, where the weights are to be split, the first for all; other machines then hold none.
     With a reference model (``loss.beta``, ``reward.kl_coef``) twice as much.
     """
-    return setup.trainers_of_node * setup.model.parameters * setup.layout.precision.weight
+    readers = 1 if setup.shards > 1 else setup.trainers_of_node
+    return readers * setup.model.parameters * setup.layout.precision.weight
 
 
 def cache_room(setup: Setup) -> float:

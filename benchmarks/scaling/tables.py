@@ -148,7 +148,7 @@ def _sent_bytes(value: float) -> str:
 
 def memories() -> str:
     head = ["model", "GPUs", "parameters, gradients, moments", "gathered, copies", "activations", "head"]
-    head += ["reserved", "in training", "room for a cache", "host memory of a machine, at the start"]
+    head += ["reserved", "in training", "room for a cache", "first machine's own, at the start"]
     rows = []
     for model, gpus, step in chosen():
         if step:

@@ -121,7 +121,9 @@ class Trainer:
         check_distribution(config, accelerator)
         torch.manual_seed(config.seed)
 
-        model, self.tokenizer = load_model(config.model)
+        # Where parameters are split, the first process reads them for all.
+        empty = config.model.sharding == "fsdp2" and not accelerator.is_main_process
+        model, self.tokenizer = together(lambda: load_model(config.model, empty=empty))
         self.rewarder = Rewarder(config.reward)
         quiet = not accelerator.is_main_process
         load = partial(

@@ -141,12 +141,13 @@ def test_memory_of_parameters_gradients_and_moments():
     assert whole.gathered - held.gathered == 4 * 7_615_616_512  # gradients that are added up before they are split
 
 
-def test_every_process_of_a_machine_loads_all_weights():
-    """In float32, before it keeps its part: 8 x 4 bytes of each parameter, however many machines."""
+def test_weights_are_read_once_where_they_are_split():
+    """In float32; without a split, by every process of a machine."""
     for gpus in (8, 64):
-        assert memory.loading(setup(gpus=gpus, sampling=Sampling())) == 8 * 4 * 7_615_616_512
+        assert memory.loading(setup(gpus=gpus, sampling=Sampling())) == 4 * 7_615_616_512
+        assert memory.loading(setup(gpus=gpus, layout=DDP, sampling=Sampling())) == 8 * 4 * 7_615_616_512
     assert memory.loading(setup(gpus=1, layout=ALONE[0], sampling=Sampling())) == 4 * 7_615_616_512
-    assert memory.loading(setup(gpus=8)) == 6 * 4 * 7_615_616_512  # two sample
+    assert memory.loading(setup(gpus=8, layout=DDP)) == 6 * 4 * 7_615_616_512  # two sample
 
 
 def test_sampling_reads_all_weights_for_each_token_of_the_longest_response():

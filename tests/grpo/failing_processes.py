@@ -1,7 +1,7 @@
 """What test_failing_processes.py runs in two processes, of which one fails: the other must not wait for it.
 
 ``failing_processes.py pushes FOLDER`` sends weights by a stand-in of vLLM's NCCL transfer and through a folder,
-``failing_processes.py checkpoints FOLDER`` saves and loads.
+``failing_processes.py checkpoints FOLDER`` saves and loads, ``failing_processes.py models FOLDER`` begins to train.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,14 +27,16 @@ from accelerate.state import AcceleratorState
 from forked import alone
 from forked import together as on_processes
 from processes import LORA, adapted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from training import untied_model
 
-from edge_grpo.config import ModelConfig
+from edge_grpo.config import DataConfig, ModelConfig, TrainConfig
 from edge_grpo.policy.model import PolicyModel
 from edge_grpo.policy.sharding import shard
 from edge_grpo.rollout import wire
 from edge_grpo.rollout.server import ServerEngine
 from edge_grpo.run import checkpoint
+from edge_grpo.trainer import Trainer
 from edge_grpo.types import RolloutError
 
 
@@ -272,6 +275,31 @@ def checkpoints(folder: Path) -> None:
         on_processes(2, partial(save_and_fail, sharding, folder / sharding))
 
 
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def models(folder: Path) -> None:
+    """The first process alone reads weights; it, or the other, cannot use what it finds."""
+    whole, damaged = untied_model(folder / "whole"), untied_model(folder / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    config = TrainConfig(data=DataConfig(train="arithmetic:1"), output=str(folder / "run"))
+
+    def begin(paths: tuple[Path | str, Path | str], where: int, text: str) -> None:
+        model = ModelConfig(path=str(paths[rank()]), sharding="fsdp2")
+        check_failure(lambda: Trainer(replace(config, model=model)), where, text, error=ValueError)
+
+    def begin_with_two() -> None:
+        model = ModelConfig(path=(ModelConfig().path, str(whole))[rank()], sharding="fsdp2")
+        with pytest.raises(ValueError, match=r"process 1 has another model than process 0 \(model\."):
+            Trainer(replace(config, model=model))
+
+    on_processes(2, partial(begin, (damaged, damaged), 0, "model.norm.weight are not finite"))
+    on_processes(2, partial(begin, (whole, folder / "none"), 1, "is not a folder"))
+    on_processes(2, begin_with_two)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"pushes": pushes, "checkpoints": checkpoints}[sys.argv[1]](Path(sys.argv[2]))
+    {"pushes": pushes, "checkpoints": checkpoints, "models": models}[sys.argv[1]](Path(sys.argv[2]))

@@ -36,9 +36,10 @@ from edge_grpo.batching import Sample
 from edge_grpo.config import ModelConfig, OptimConfig, TrainConfig
 from edge_grpo.learning.learner import Learner
 from edge_grpo.learning.totals import LossTotals
+from edge_grpo.policy.adapters import lora_weights, save_lora
 from edge_grpo.policy.loading import eos_token_ids, load_model
 from edge_grpo.policy.model import PolicyModel
-from edge_grpo.policy.sharding import layers_of, shard, whole
+from edge_grpo.policy.sharding import is_empty, layers_of, shard, whole
 from edge_grpo.rollout.transformers import TransformersEngine
 from edge_grpo.rollout.wire import compare, host_weights, probe
 from edge_grpo.run import checkpoint
@@ -53,7 +54,7 @@ LORA: dict[str, Any] = {"rank": 4, "targets": "q_proj,v_proj"}
 class Layout:
     """How a gradient is computed: where, and on what. ``reference`` names what one process computes of the same."""
 
-    name: str
+    name: str  # a row of the table in docs/distributed.md, with ``where`` as its columns
     processes: int
     sharding: str = "none"
     case: str = "all learn"
@@ -65,6 +66,10 @@ class Layout:
     lora: bool = False
     packing: bool = False  # the reference never packs
     path: str = ModelConfig().path  # the shipped model's head is tied
+
+    @property
+    def where(self) -> str:
+        return f"{'FSDP2' if self.sharding == 'fsdp2' else 'DDP'}, {self.processes}"
 
     @property
     def reference(self) -> str:
@@ -84,37 +89,41 @@ class Layout:
         return TrainConfig(model=model, optim=optim, loss=LOSSES[self.loss])
 
 
-CASES = ("all learn", "one is skipped", "one has collapsed", "one has none")
+CASES = {  # of the second process: what it is called in a layout's name
+    "one is skipped": "every response of one process skipped",
+    "one has collapsed": "the groups of one process collapsed",
+    "one has none": "one process without prompts",
+}
 
 
 def layouts(untied: str) -> list[Layout]:
     """Sizes: two processes have four responses each and four have two, so that micro-batches of 3 and 1 are uneven."""
-    found = []
-    for processes in (2, 4):
-        for sharding in ("none", "fsdp2"):
-            name = f"{'FSDP2' if sharding == 'fsdp2' else 'DDP'} on {processes}"
-            own = Layout(name, processes, sharding)
-            found += [replace(own, name=f"{name}, {case}", case=case) for case in CASES[1:]]
-            found += [
-                own,
-                replace(own, name=f"{name}, micro-batches of 1", micro_batch_size=1),
-                replace(own, name=f"{name}, activation checkpointing", checkpointing=True),
-            ]
-            if processes == 2:  # what does not depend on the number
-                found += [
-                    replace(own, name=f"{name}, micro-batches of 3", micro_batch_size=3),
-                    replace(own, name=f"{name}, KL to a reference", loss="kl", case="one has none"),
-                    replace(own, name=f"{name}, entropy quantile", loss="entropy quantile"),
-                    replace(own, name=f"{name}, LoRA", lora=True),
-                    replace(own, name=f"{name}, packed", packing=True, micro_batch_size=3),
-                    replace(own, name=f"{name}, packed, one has none", packing=True, case="one has none"),
-                    replace(own, name=f"{name}, packed, LoRA", packing=True, lora=True, checkpointing=True),
-                    replace(own, name=f"{name}, mixed precision", precision="mixed"),
-                    replace(own, name=f"{name}, LoRA on bfloat16", precision="bfloat16", lora=True),
-                    replace(own, name=f"{name}, untied head", path=untied),
-                ]
-        found.append(replace(own, name=f"{name}, each micro-batch of 1 reduced", micro_batch_size=1, reduce_each=True))
-    return found
+    own = Layout("plain", 1)
+    packed = replace(own, packing=True, micro_batch_size=3)
+    rows = [
+        own,
+        replace(own, name="activation checkpointing", checkpointing=True),
+        replace(own, name="a head of its own", path=untied),
+        replace(own, name="micro-batches of 3", micro_batch_size=3),
+        replace(own, name="micro-batches of 1, reduced once", micro_batch_size=1),
+        replace(own, name="micro-batches of 1, each reduced", micro_batch_size=1, reduce_each=True),
+        *(replace(own, name=name, case=case) for case, name in CASES.items()),
+        replace(own, name="one process without prompts, a KL term", loss="kl", case="one has none"),
+        replace(own, name="a quantile of the entropy", loss="entropy quantile"),
+        replace(own, name="LoRA", lora=True),
+        replace(packed, name="packed, micro-batches of 3"),
+        replace(packed, name="packed, one process without prompts", case="one has none"),
+        replace(packed, name="packed, LoRA, activation checkpointing", lora=True, checkpointing=True),
+        replace(own, name="LoRA on bfloat16 weights", precision="bfloat16", lora=True),
+        replace(own, name="`model.precision: mixed`", precision="mixed"),
+    ]
+    return [
+        replace(row, processes=processes, sharding=sharding)
+        for row in rows
+        for processes in (2, 4)
+        for sharding in ("none", "fsdp2")
+        if sharding == "fsdp2" or not row.reduce_each
+    ]
 
 
 def share_of(samples: list[Sample], case: str, rank: int, processes: int) -> list[Sample]:
@@ -162,7 +171,7 @@ def gradient_of(layout: Layout, samples: list[Sample], *, starved_of: int = 0) -
 def gradients(samples: list[Sample], untied: str, out: Path) -> None:
     """Write, for every layout, the largest error of the gradient relative to its largest entry on one process."""
     references: dict[tuple[str, int], torch.Tensor] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, dict[str, float]] = {}  # by name and where
     for processes in (2, 4):
         own = [layout for layout in layouts(untied) if layout.processes == processes]
         for layout in own:
@@ -178,22 +187,29 @@ def gradients(samples: list[Sample], untied: str, out: Path) -> None:
                 got = gradient_of(layout, samples)
                 if PartialState().is_main_process:
                     expected = references[layout.reference, layout.processes]
-                    errors[layout.name] = float((got - expected).abs().max() / expected.abs().max())
+                    error = float((got - expected).abs().max() / expected.abs().max())
+                    errors.setdefault(layout.name, {})[layout.where] = error
                     out.with_suffix(f".{layout.processes}").write_text(json.dumps(errors))
 
         together(processes, compute)
     parts = [json.loads(out.with_suffix(f".{processes}").read_text()) for processes in (2, 4)]
-    out.write_text(json.dumps(parts[0] | parts[1]))
+    out.write_text(json.dumps({name: parts[0][name] | parts[1][name] for name in parts[0]}))
 
 
 def adapted(config: ModelConfig) -> tuple[Any, Any]:
-    """A model and its tokenizer; adapters add something, the same in every process."""
-    torch.manual_seed(0)
-    model, tokenizer = load_model(config)
+    """A model and its tokenizer; adapters add something. Where it is to be split, one process alone has weights."""
+    empty = config.sharding == "fsdp2" and not PartialState().is_main_process
+    torch.manual_seed(int(empty))  # what is drawn there is not used
+    model, tokenizer = load_model(config, empty=empty)
     for name, value in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(value, std=0.02)
     return model, tokenizer
+
+
+def write_adapter(base: str, folder: Path) -> None:
+    model, _ = adapted(ModelConfig(path=base, lora=LORA))
+    save_lora(model, dict(lora_weights(model)), folder)
 
 
 def check_weights(folder: Path) -> None:
@@ -209,8 +225,9 @@ def check_weights(folder: Path) -> None:
         expected, said = alone(partial(whole_weights_and_words, lora), folder / "weights.pt")
 
         def check(lora: Any = lora, expected: Any = expected, said: Any = said) -> None:
-            model, _ = adapted(ModelConfig(lora=lora))
+            model, _ = adapted(ModelConfig(lora=lora, sharding="fsdp2"))
             policy = PolicyModel(model)
+            assert is_empty(policy) != PartialState().is_main_process
             shard(policy, processes=2, device=torch.device("cpu"))
             compare(said, policy)
             with pytest.raises(RolloutError, match="differ from the trainer's"):
@@ -248,6 +265,8 @@ def updated(config: TrainConfig, samples: list[Sample]) -> tuple[Learner, list[d
 def check_updates_and_checkpoints(samples: list[Sample], untied: str, folder: Path) -> None:
     """With a process that has no sample, updates are one process's; four processes read what two have written."""
     split = ModelConfig(sharding="fsdp2")
+    adapter = folder / "adapter"
+    alone(partial(write_adapter, untied, adapter), folder / "nothing.pt")
     models = {
         "DDP": ModelConfig(),
         "FSDP2": split,
@@ -255,6 +274,7 @@ def check_updates_and_checkpoints(samples: list[Sample], untied: str, folder: Pa
         "LoRA of rank 1": replace(split, path=untied, lora={"rank": 1, "targets": "q_proj,lm_head"}),
         "LoRA of rank 2": replace(split, lora={"rank": 2, "targets": "q_proj"}),
         "untied, bfloat16": replace(split, path=untied, precision="bfloat16"),
+        "an adapter's folder": replace(split, path=str(adapter)),
     }
     # Adam hides the gradient's scale, but its moments show it. Clipped to this norm, no gradient is as it was.
     optim = OptimConfig(learning_rate=1e-3, micro_batch_size=1, max_grad_norm=0.01)

@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,7 +32,8 @@ from edge_grpo.metrics import Recomputed, drift_metrics
 from edge_grpo.policy.adapters import adds_nothing, disabled
 from edge_grpo.policy.head import LMHead
 from edge_grpo.policy.model import PolicyModel, check_packing, lm_head
-from edge_grpo.policy.sharding import is_sharded, own_part, release, set_synchronized, whole
+from edge_grpo.policy.sharding import is_empty, is_sharded, own_part, release, set_synchronized, whole
+from edge_grpo.policy.together import together
 from edge_grpo.types import Response
 from edge_kernels import GRPOLossOutput, TokenStats, linear_edge_grpo_loss, linear_token_stats
 
@@ -54,13 +55,14 @@ class Learner:
         self.averages_padding = config.use_eda and config.published.padding_entropy
         self.learns_entropy = config.use_eda and config.published.entropy_gradient
         self.masks_superseded = config.use_gec and config.correction.superseded == "mask"
+        holds_weights = not is_empty(model)  # the first process does; what follows from them is its word
         if config.optim.packing:
-            check_packing(model)
+            together(lambda: check_packing(model) if holds_weights else None)
         head = lm_head(model)
         self.loss = replace(config.loss_config, softcap=head.softcap, logit_scale=head.logit_scale)
         self.reference: PolicyModel | None = None
         self.needs_reference = bool(config.loss.beta or config.reward.kl_coef)
-        if self.needs_reference and not adds_nothing(model):
+        if self.needs_reference and not broadcast_object_list([holds_weights and adds_nothing(model)])[0]:
             frozen = copy.deepcopy(model).requires_grad_(False).eval()
             self.reference = PolicyModel(frozen)
             place(self.reference, config.model, accelerator)

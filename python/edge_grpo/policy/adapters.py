@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edge_grpo.policy.sharding import whole
+from edge_grpo.policy.sharding import is_empty, whole
 
 INSTALL = "install it with `pip install 'edge-grpo[lora]'`"
 CONFIG_FILE = "adapter_config.json"  # peft's own name for it
@@ -57,15 +57,20 @@ def add_lora(model: PreTrainedModel, options: Mapping[str, Any], base: str) -> N
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> None:
-    """Put the adapter in ``folder``, which peft or a run has saved, into its base model, to be trained further."""
+    """Put the adapter in ``folder``, which peft or a run has saved, into its base model, to be trained further.
+
+    In a model without weights the adapter has none either.
+    """
     peft = _peft()
     peft.inject_adapter_in_model(_read_config(peft, folder), model, _NAME)
+    _train_adapters(model)
+    if is_empty(model):
+        return
     weights = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS_FILE).items()}
     found = peft.set_peft_model_state_dict(model, weights, _NAME)
     missing = [name for name in found.missing_keys if _is_trained(name)]
     if missing or found.unexpected_keys:
         raise ValueError(f"{folder / _WEIGHTS_FILE} does not fit the model: {[*missing, *found.unexpected_keys][:3]}")
-    _train_adapters(model)
 
 
 def lora_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

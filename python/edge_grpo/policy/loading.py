@@ -26,14 +26,17 @@ from edge_grpo.policy.adapters import CONFIG_FILE, add_lora, base_of, load_lora
 from edge_grpo.policy.chat import Chat
 from edge_grpo.policy.hub import cached_if_unreachable
 from edge_grpo.policy.model import check_head, enable_checkpointing, unwrap
-from edge_grpo.policy.sharding import whole
+from edge_grpo.policy.sharding import is_empty, whole
 
 BUILT_IN = {"edge_grpo:tiny": "tiny"}  # name -> folder inside this package
 _HAS_GGUF_CONFIG = hasattr(transformers, "GgufConfig")
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(config: ModelConfig, *, empty: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and tokenizer that ``config.path`` names, on the CPU and in evaluation mode.
+
+    With ``empty`` no weights are read: they are on the meta device, for ``sharding.shard`` to bring. A GGUF file is
+    read in any case.
 
     The path is a Hub id, a folder written by ``save_pretrained``, a GGUF file (de-quantized), ``edge_grpo:tiny``, or
     the folder of an adapter, whose base model is loaded under it. With ``config.lora`` fresh adapters are put in. Where
@@ -52,7 +55,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
             if gguf_file:
                 model, missing = _load_gguf(name, gguf_file, dtype)
             else:
-                model, missing = _load_plain(name, dtype, _quantization(config))
+                options = {"device_map": "meta"} if empty else _quantization(config)
+                model, missing = _load_plain(name, dtype, options)
     if adapter is not None:
         with _said_of(config, "the adapter"):
             load_lora(model, adapter)
@@ -62,7 +66,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         add_lora(model, config.lora, base=config.path)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    check_head(model)
+    if not is_empty(model):
+        check_head(model)
     return model, tokenizer
 
 
@@ -216,7 +221,7 @@ def _is_of_tokenizer(file: Path) -> bool:
 
 def _check_weights(config: ModelConfig, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Refuse weights that the files lack, which transformers would draw at random, and those that are no numbers."""
-    named = list(model.named_parameters())
+    named = [] if is_empty(model) else list(model.named_parameters())
     for names, fault in (
         (sorted(missing), "are not in its files"),
         (

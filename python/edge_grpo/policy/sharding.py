@@ -1,6 +1,6 @@
 """Parameters split over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``), and the ways to see them whole.
 
-Each layer is a unit that is gathered when it runs. Embedding, final norm and output head are the outermost unit's,
+The first process alone reads weights. Each layer is a unit that is gathered when it runs. Embedding, final norm and output head are the outermost unit's,
 whose forward is ``PolicyModel``'s: there the head's weight is whole and takes the right gradient.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,25 +26,62 @@ Item = TypeVar("Item")
 
 
 def shard(policy: PolicyModel, *, processes: int, device: torch.device) -> None:
-    """Split ``policy``'s parameters over all processes, in place; each process moves its own part to ``device``.
+    """Split the first process's parameters over all processes, in place; each holds its own part on ``device``.
 
-    All processes call it with the same weights. Parameters are gathered in the precision that they have, as without
-    sharding: autocast rounds less than a model gathered in bfloat16. Gradients are averaged over processes, in float32.
-    Raises ValueError for a model that does not say what its layers are.
+    All processes call it with the same model, which need not have weights on another than the first (``is_empty``).
+    A unit at a time is whole. Parameters are gathered in the precision that they have, as without sharding: autocast
+    rounds less than a model gathered in bfloat16. Gradients are averaged over processes, in float32.
+    Raises ValueError for a model that does not say what its layers are, and on all processes where two models differ.
     """
     layers = layers_of(policy.model)
     rule = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (processes,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=rule)
-    fully_shard(policy, mesh=mesh, mp_policy=rule)
-    policy.to(device)  # buffers that no unit holds
+    _check_equal(policy, mesh.get_group())
+    for unit in (*layers, policy):
+        _take_from_first(unit, device, mesh.get_group())
+        fully_shard(unit, mesh=mesh, mp_policy=rule)
     # The outermost unit learns in its first pass that the others are its parts. Sampling would run a layer before it.
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.no_grad():
         policy(token, torch.ones_like(token))
     release(policy)
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether ``model`` has been built without weights, for ``shard`` to bring them (``load_model``'s ``empty``)."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _check_equal(policy: PolicyModel, group: dist.ProcessGroup) -> None:
+    """Raise ValueError unless the processes' models have tensors of the same names, shapes and types."""
+    tensors = chain(policy.named_parameters(), policy.named_buffers())
+    own = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in tensors]
+    everyone: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(everyone, own, group)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            differing = sorted(set(other) ^ set(everyone[0]))[:4]
+            raise ValueError(
+                f"process {rank} has another model than process 0 ({', '.join(differing) or 'in another order'}); let "
+                "model.path name the same files everywhere, and install the same transformers"
+            )
+
+
+@torch.no_grad()
+def _take_from_first(unit: nn.Module, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Put on ``device``, in the place of what ``unit`` holds, what it holds in the first process; not what is split."""
+    for tensor in chain(unit.parameters(), unit.buffers()):
+        if isinstance(tensor, DTensor):
+            continue
+        value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device).contiguous()
+        dist.broadcast(value, group=group, group_src=0)
+        if not tensor.is_meta:
+            tensor.data = value
+        elif isinstance(tensor, nn.Parameter):  # one that two modules share stays one
+            torch.utils.swap_tensors(tensor, nn.Parameter(value, requires_grad=tensor.requires_grad))
+        else:
+            torch.utils.swap_tensors(tensor, value.detach())
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
