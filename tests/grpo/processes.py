@@ -130,9 +130,9 @@ def share_of(samples: list[Sample], case: str, rank: int, processes: int) -> lis
     """One process's samples: the second of ``processes`` is the one that has nothing to learn from."""
     samples = copy.deepcopy(samples)
     size = len(samples) // processes
-    starved = range(size, 2 * size) if case != "all learn" else range(0)
+    starved = range(size, 2 * size) if case.startswith("one") else range(0 if case == "all learn" else len(samples))
     for place in starved:
-        if case == "one has collapsed":
+        if "collapsed" in case:
             samples[place].advantage = 0.0
         else:
             samples[place].reward = replace(samples[place].reward, skipped=True)
@@ -253,11 +253,14 @@ def state_of(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def updated(config: TrainConfig, samples: list[Sample]) -> tuple[Learner, list[dict[str, float]]]:
-    """Two whole updates of two processes, of which the second has no sample; their metrics."""
-    own = own_samples(samples, "one has none", 2)
+    """Three whole updates: the second of two processes has no sample, then nothing to learn, then both; their metrics."""
     learner = learner_of(config)
-    learner.score(own)
-    metrics = [learner.update(own, step) for step in (1, 2)]
+    metrics = []
+    for step, case in enumerate(("one has none", "one has collapsed", "all have collapsed"), 1):
+        own = own_samples(samples, case, 2)
+        learner.score(own)
+        metrics.append(learner.update(own, step))
+        assert "drift/logprob_mean" in metrics[-1]
     learner.check_finite(own)
     return learner, metrics
 
@@ -292,7 +295,7 @@ def check_updates_and_checkpoints(samples: list[Sample], untied: str, folder: Pa
             state, tolerance = state_of(learner), 0.02 if "bfloat16" in name else 1e-5
             one_process, its_metrics = expected[name]
             for own, other in zip(metrics, its_metrics, strict=True):
-                assert other["grad/norm"] > 10 * optim.max_grad_norm
+                assert other["grad/norm"] > 10 * optim.max_grad_norm or other is its_metrics[-1]
                 assert own == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True), name
             assert state.keys() == one_process.keys()
             for key, value in state.items():

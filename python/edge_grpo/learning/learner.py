@@ -118,8 +118,11 @@ class Learner:
 
     def _passes(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Micro-batches to pass through the model without a gradient: by all processes together if it is sharded."""
-        chunks = self._micro_batches(samples)
-        return in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id) if self.is_sharded else chunks
+        return self._in_step(samples) if self.is_sharded else self._micro_batches(samples)
+
+    def _in_step(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Micro-batches, as many on every process; none where no process has a sample."""
+        return in_step(self._micro_batches(samples), self.accelerator, pad_token_id=self.pad_token_id)
 
     def update(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """Learn from the rollout, ``epochs`` passes of ``minibatches`` optimizer steps each, and return its metrics.
@@ -201,8 +204,9 @@ class Learner:
         normalizers = self._normalizers(part)
         # Gradients are averaged over processes, while the normalizers are already global.
         scale = self.accelerator.num_processes
-        chunks = self._micro_batches(self._contributing(part))
-        chunks = in_step(chunks, self.accelerator, pad_token_id=self.pad_token_id)
+        chunks = self._in_step(self._contributing(part))
+        if not chunks:  # on no process; the metrics still want a response
+            chunks = self._in_step(self._first_of_all(part))
         pairs: list[tuple[Sample, Recomputed, Recomputed]] = []
         for position, chunk in enumerate(chunks):
             batch = self._batch(chunk)
@@ -344,13 +348,23 @@ class Learner:
     def _contributing(self, part: Sequence[Sample]) -> Sequence[Sample]:
         """Return the samples whose gradient is not exactly zero: a collapsed group need not pass through the model.
 
-        The others still count in the normalizers, unless they are skipped. One is kept for the metrics, if there is.
+        The others still count in the normalizers, unless they are skipped.
         """
         all_contribute = self.loss.beta or self.loss.entropy_coef or self.loss.injected == "sft"
-        active = [sample for sample in part if not sample.reward.skipped]
-        if self.loss.mask_truncated_completions:
-            active = [sample for sample in active if not sample.is_truncated] or active[:1]
-        return [sample for sample in active if all_contribute or sample.advantage != 0] or active[:1]
+        masks_truncated = self.loss.mask_truncated_completions
+        return [
+            sample
+            for sample in part
+            if not sample.reward.skipped
+            and (all_contribute or sample.advantage != 0)
+            and not (masks_truncated and sample.is_truncated)
+        ]
+
+    def _first_of_all(self, part: Sequence[Sample]) -> Sequence[Sample]:
+        """Return one response of the first group that is not skipped, on the process that has it."""
+        active = sorted((sample for sample in part if not sample.reward.skipped), key=lambda sample: sample.group)[:1]
+        groups = gather_object([sample.group for sample in active])
+        return [sample for sample in active if sample.group == min(groups)]
 
     def _batch(self, samples: Sequence[Sample]) -> Batch:
         if self.optim.packing:
