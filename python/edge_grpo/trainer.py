@@ -34,7 +34,7 @@ from edge_grpo.credit import Outcome, assign_advantages, measure_kl, outcomes
 from edge_grpo.data.doubts import doubts
 from edge_grpo.evaluation.evaluate import Evaluation, evaluate
 from edge_grpo.grading.rewards import Rewarder
-from edge_grpo.learning.distribution import check_distribution
+from edge_grpo.learning.distribution import check_distribution, check_launch
 from edge_grpo.learning.gathered import gathered
 from edge_grpo.learning.learner import Learner
 from edge_grpo.metrics import PhaseTimes, peak_bytes
@@ -108,6 +108,7 @@ class Trainer:
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         check_trackers(config.trackers)
+        check_launch()
         self.accelerator = accelerator = Accelerator(
             mixed_precision="bf16" if config.model.precision == "mixed" else "no",
             log_with=list(config.trackers) or None,

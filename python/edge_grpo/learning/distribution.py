@@ -13,26 +13,33 @@ from edge_grpo.policy.sharding import shard
 from edge_grpo.rollout.group import check_processes
 
 _SHARD = "launch with torchrun, or with accelerate's plain data parallelism (--multi_gpu or --cpu), and set "
+_ENGINES = {
+    "FSDP": "model.sharding=fsdp2 instead",
+    "DeepSpeed": (
+        "model.sharding=fsdp2 to split what ZeRO-3 splits, or train with ZeRO in TRL's trainer, as "
+        "examples/trl_zero.py of the repository does"
+    ),
+}
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def check_launch() -> None:
+    """Raise ValueError where accelerate's launcher asks for an engine of its own. Call it before ``Accelerator()``.
+
+    On a CPU accelerate ignores both without a word, so that every process would hold all parameters, or ends with an
+    error of its own.
+    """
+    for engine, instead in _ENGINES.items():
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate launched this run with {engine}, which accelerate ignores on a CPU and edge_grpo's trainer "
+                f"does not support; {_SHARD}{instead}"
+            )
 
 
 def check_distribution(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raise ValueError where a run cannot be spread, in whole groups, over these processes as they were launched."""
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP:
-        raise ValueError(f"accelerate launched this run with its FSDP plugin; {_SHARD}model.sharding=fsdp2 instead")
-    if kind == DistributedType.DEEPSPEED:
-        raise ValueError(
-            f"accelerate launched this run with DeepSpeed, which edge_grpo's trainer does not support; {_SHARD}"
-            "model.sharding=fsdp2 to split what ZeRO-3 splits, or train with ZeRO in TRL's trainer, as "
-            "examples/trl_zero.py of the repository does"
-        )
-    for engine in ("FSDP", "DeepSpeed"):
-        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
-            raise ValueError(
-                f"accelerate launched this run with {engine}, which it ignores on a {accelerator.device.type}: every "
-                f"process would hold all parameters; {_SHARD}model.sharding=fsdp2, which shards on a CPU too"
-            )
     if kind not in _PLAIN:
         raise ValueError(f"distributed type {kind.value} is not supported; {_SHARD}model.sharding=fsdp2 to split them")
     processes, prompts = accelerator.num_processes, config.rollout.num_prompts
