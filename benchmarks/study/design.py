@@ -79,6 +79,7 @@ def _arithmetic(level: int, prompts: int, seeds: tuple[int, ...] = SEEDS) -> Set
 HARD = _arithmetic(5, 2)
 EASY = _arithmetic(2, 2, SEEDS[:5])
 HARD_WIDE = _arithmetic(5, 8, SEEDS[:5])
+EASY_WIDE = _arithmetic(2, 8, SEEDS[:5])
 
 # A pre-trained model on a task that it rarely solves, with adapters of rank 16 on bfloat16 weights.
 SMOLLM2 = Setting(
@@ -190,6 +191,7 @@ def _elsewhere(setting: Setting) -> list[Cell]:
         "GRPO": _method("grpo"),
         "EDA": _method("eda"),
         "EDGE, one": _method("edge", "one"),
+        "EDGE, one, solution alone": (*_method("edge", "one"), _SOLUTION),
     }
     tuned = [Cell(name, "settings", setting, overrides, TUNING_SEEDS[:1]) for name, overrides in ways.items()]
     resampled = (*_method("eda"), _RESAMPLE)
@@ -213,7 +215,7 @@ def _pre_trained() -> list[Cell]:
 def cells() -> list[Cell]:
     """All cells, in the order in which they are made."""
     found = _main(HARD) + _controls() + _pre_trained() + _published() + _kinds()
-    for setting in (HARD_WIDE, EASY):
+    for setting in (HARD_WIDE, EASY, EASY_WIDE):
         found += _elsewhere(setting)
     return found
 

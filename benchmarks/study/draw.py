@@ -141,7 +141,7 @@ def _settings(made: Made) -> Iterator[str]:
     yield _row("", ("method", "rate", *(f"at step {s}" for s in STEPS), "mean of the run", "difference of the mean"))
     yield _row("---", ("---",) * (4 + len(STEPS)))
     names = list(dict.fromkeys(cell.name for cell in made.cells("settings")))
-    at_home = [cell for cell in made.cells("methods") if cell.name in names]
+    at_home = [cell for cell in (*made.cells("methods"), *made.cells("controls")) if cell.name in names]
     for cell in [*at_home, *made.cells("settings")]:
         runs, base = made.runs[cell.key], made.runs.get(f"{cell.setting.name}: GRPO", [])
         shares = (_share(mean_of(runs, partial(at_step, step=step)).value) for step in STEPS)
