@@ -23,7 +23,6 @@ SAMPLING = Sampling(max_tokens=2)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_PAUSE", 0.01)
-    monkeypatch.setattr(connection, "_HEALTH_TIMEOUT", 0.2)
     monkeypatch.setattr(spread, "_HEALTH_EVERY", 0.2)
     monkeypatch.setattr(server_module, "probe", lambda *_, **__: None)  # it has no weights
     monkeypatch.setattr(server_module, "compare", lambda *_: None)
@@ -170,6 +169,19 @@ def pair() -> Iterator[list[FakeServer]]:
         yield [first, second]
 
 
+def ask_both(pair: list[FakeServer], status_of_second: int | None = None) -> None:
+    """Let a server answer no completion before both have been asked for one: a fast one would answer all."""
+    asked = [threading.Event(), threading.Event()]
+
+    def meet(number: int, status: int | None) -> int | None:
+        asked[number].set()
+        assert asked[1 - number].wait(60)
+        return status
+
+    for number, status in enumerate((None, status_of_second)):
+        pair[number].trouble["/inference/v1/generate"] = lambda attempt, at=(number, status): meet(*at)
+
+
 @pytest.fixture
 def by_pair(pair, tmp_path) -> TrainConfig:
     addresses = tuple(fake.address for fake in pair)
@@ -183,6 +195,7 @@ def test_each_server_gets_the_weights_once_and_all_sample(by_pair, pair, tiny_mo
     assert first.bodies["/collective_rpc"] == second.bodies["/collective_rpc"]  # one folder
     assert first.version == second.version != "default"
     assert not list(tmp_path.glob("weights-*"))
+    ask_both(pair)
     assert len(engine.generate([[token] for token in range(5, 25)], SAMPLING, seed=0)) == 20
     seen = [fake.seen["/inference/v1/generate"] for fake in pair]
     assert sum(seen) == 20
@@ -195,6 +208,7 @@ def test_each_server_gets_the_weights_once_and_all_sample(by_pair, pair, tiny_mo
 def test_a_server_that_was_restarted_is_named(by_pair, pair, tiny_model, tiny_tokenizer):
     engine = build_engine(by_pair, tiny_model, tiny_tokenizer)
     pair[1].version = "default"
+    ask_both(pair)
     with pytest.raises(RolloutError, match=f"at http://{pair[1].address} sampled with weights of version default"):
         engine.generate([[5], [6]], SAMPLING, seed=0)
 
@@ -203,7 +217,8 @@ def test_a_server_that_dies_is_named_with_its_own_log(by_pair, pair, tiny_model,
     engine = build_engine(by_pair, tiny_model, tiny_tokenizer)
     for number in (0, 1):
         (tmp_path / f"server-{number}.log").write_text(f"the end of {number}\n")
-    pair[1].trouble = dict.fromkeys(["/inference/v1/generate", "/collective_rpc"], lambda attempt: 0)
+    pair[1].trouble["/collective_rpc"] = lambda attempt: 0
+    ask_both(pair, status_of_second=0)
     for use in (lambda: engine.generate([[5], [6]], SAMPLING, seed=0), lambda: engine.update_weights(tiny_model)):
         with pytest.raises(RolloutError) as caught:
             use()
