@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from benchmarks.scaling.cluster import Links
 from benchmarks.scaling.transformer import Shapes, Transformer, size
@@ -94,21 +96,27 @@ def replicas_reduction(model: Transformer, shards: int, itemsize: int) -> list[C
     return [Collective(ALL_REDUCE, itemsize * layer, model.layers), Collective(ALL_REDUCE, itemsize * root)]
 
 
-def full_tensors(model: Transformer, processes: int, itemsize: int) -> list[Collective]:
-    """Of gathering the parameters one by one, as an engine takes them."""
-    return [Collective(ALL_GATHER, itemsize * padded([shape], processes)) for shape in model.shapes()]
+@cache
+def full_tensors(model: Transformer, processes: int, itemsize: int) -> tuple[Collective, ...]:
+    """Of gathering the parameters one by one, as an engine takes them; those of a shape together."""
+    return tuple(
+        Collective(ALL_GATHER, itemsize * padded([shape], processes), count)
+        for shape, count in Counter(model.shapes()).items()
+    )
 
 
 # --- DistributedDataParallel ------------------------------------------------------------------------------------------
 
 
-def ddp(model: Transformer, itemsize: int, bucket_bytes: tuple[int, int] = BUCKET_BYTES) -> list[Collective]:
+@cache
+def ddp(model: Transformer, itemsize: int, bucket_bytes: tuple[int, int] = BUCKET_BYTES) -> tuple[Collective, ...]:
     """Of an optimizer step, however many micro-batches it has: the rotary frequencies, and all gradients once.
 
-    (The first step of a run has one bucket.)
+    Buckets of a size are together. (The first step of a run has one bucket.)
     """
     buffers = Collective(BROADCAST, 2 * 4 * (model.head_dim // 2))
-    return [buffers, *(Collective(ALL_REDUCE, nbytes) for nbytes in _buckets(model.shapes(), itemsize, bucket_bytes))]
+    buckets = Counter(_buckets(model.shapes(), itemsize, bucket_bytes))
+    return (buffers, *(Collective(ALL_REDUCE, nbytes, count) for nbytes, count in buckets.items()))
 
 
 def _buckets(shapes: Shapes, itemsize: int, bucket_bytes: tuple[int, int]) -> Iterator[int]:
