@@ -66,9 +66,9 @@ test: build  ## all tests; a selection: PYTEST_ARGS='-k name'
 test-fast: build  ## the tests that neither compile nor start a process which imports torch
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-# The fast ones again, since vLLM brings an older transformers along.
-test-vllm: vllm smollm2  ## the tests that need vLLM or SmolLM2, and the fast ones
-	$(PYTEST) -m 'vllm or smollm2 or not slow' $(PYTEST_ARGS)
+# The fast ones of edge_grpo again, since vLLM brings an older transformers along.
+test-vllm: vllm smollm2  ## the tests that need vLLM or SmolLM2, and the fast ones of edge_grpo
+	$(PYTEST) -m 'vllm or smollm2 or not slow' tests/grpo tests/project/test_readme.py $(PYTEST_ARGS)
 
 .venv-%/.installed: pyproject.toml scripts/version_set.py | build
 	$(BIN)/python scripts/version_set.py $* .venv-$*

@@ -253,7 +253,7 @@ def state_of(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def updated(config: TrainConfig, samples: list[Sample]) -> tuple[Learner, list[dict[str, float]]]:
-    """Three whole updates: the second of two processes has no sample, then nothing to learn, then both; their metrics."""
+    """The metrics of three updates: the second of two processes has no sample, then nothing to learn, then both."""
     learner = learner_of(config)
     metrics = []
     for step, case in enumerate(("one has none", "one has collapsed", "all have collapsed"), 1):

@@ -134,7 +134,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; `make vllm` installs it for the CPU"
 )
-@pytest.mark.parametrize("layout", ["none-2-1", "fsdp2-2-1", "none-2-2", "fsdp2-2-2"])
+@pytest.mark.parametrize("layout", ["none-2-1", "fsdp2-2-2"])
 def test_real_vllm(tmp_path: Path, alone: Path, layout: str) -> None:
     run_program("colocated.py", tmp_path, layout)
     check(tmp_path / layout)

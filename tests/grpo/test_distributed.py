@@ -155,7 +155,8 @@ def launched(kind: DistributedType, processes: int = 2) -> SimpleNamespace:
 def test_what_accelerate_ignores_on_a_cpu_is_refused(monkeypatch, config, engine, instead):
     check_distribution(TrainConfig(), launched(DistributedType.MULTI_CPU))
     monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    with pytest.raises(ValueError, match=rf"launched this run with {engine}, which accelerate ignores.*set model\.sharding=fsdp2{instead}"):
+    said = rf"launched this run with {engine}, which accelerate ignores.*set model\.sharding=fsdp2{instead}"
+    with pytest.raises(ValueError, match=said):
         Trainer(config)
     assert (ROOT / "examples" / "trl_zero.py").is_file()
 

@@ -32,8 +32,8 @@ def check_launch() -> None:
     for engine, instead in _ENGINES.items():
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() in ("true", "1"):
             raise ValueError(
-                f"accelerate launched this run with {engine}, which accelerate ignores on a CPU and edge_grpo's trainer "
-                f"does not support; {_SHARD}{instead}"
+                f"accelerate launched this run with {engine}, which accelerate ignores on a CPU and edge_grpo's "
+                f"trainer does not support; {_SHARD}{instead}"
             )
 
 

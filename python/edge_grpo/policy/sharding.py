@@ -1,7 +1,8 @@
 """Parameters split over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``), and the ways to see them whole.
 
-The first process alone reads weights. Each layer is a unit that is gathered when it runs. Embedding, final norm and output head are the outermost unit's,
-whose forward is ``PolicyModel``'s: there the head's weight is whole and takes the right gradient.
+The first process alone reads weights. Each layer is a unit that is gathered when it runs. Embedding, final norm and
+output head are the outermost unit's, whose forward is ``PolicyModel``'s: there the head's weight is whole and takes the
+right gradient.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def test_under_the_interpreter() -> None:
         "-p",
         "no:cacheprovider",
         "tests/kernels/ops/test_token_stats.py",
-        "tests/kernels/ops/test_token_stats_machinery.py",
+        "tests/kernels/ops/test_token_stats_machinery.py::TestInplace",
         "tests/kernels/ops/test_token_stats_shards.py",
         "tests/kernels/ops/test_head_tiles.py",
         "tests/kernels/backends/interpreted",
