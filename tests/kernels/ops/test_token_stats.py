@@ -56,8 +56,8 @@ def assert_exact(logits: Tensor, targets: Tensor, options: dict) -> None:
 
 
 # 1: no sum at all. 2 and 7: less than any vector. 16, 17: one AVX-512 vector and its tail. 257: several, odd.
-# 4099: longer than a cache line of partial sums, prime.
-@pytest.mark.parametrize("vocab", [1, 2, 7, 16, 17, 257, *([] if INTERPRETING else [4099])])
+# 4099: longer than a cache line of partial sums, prime. The interpreter has no vectors, and takes a second for each.
+@pytest.mark.parametrize("vocab", [1, 17, 257] if INTERPRETING else [1, 2, 7, 16, 17, 257, 4099])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients_are_as_exact_as_plain_pytorch(dtype: torch.dtype, vocab: int) -> None:
     for options in TRANSFORMS:
